@@ -1,0 +1,48 @@
+"""Attacks on images in [0, 1]. They know an objective and a ball, and nothing of CLIP."""
+
+from .apgd import apgd
+from .balls import Ball, L2Ball, LinfBall, make_ball
+from .noise import StartNoise
+from .objectives import (
+    DLR,
+    CrossEntropy,
+    EmbeddingDistance,
+    Logits,
+    Misclassified,
+    Objective,
+    Success,
+    TargetedDLR,
+    cosine_distance,
+    squared_l2,
+)
+from .pgd import NonFiniteGradientWarning, fgsm, pgd
+from .suite import PROTOCOLS, Attack, Outcome, Protocol, get_protocol, run_protocol
+
+
+__all__ = [
+    "DLR",
+    "PROTOCOLS",
+    "Attack",
+    "Ball",
+    "CrossEntropy",
+    "EmbeddingDistance",
+    "L2Ball",
+    "LinfBall",
+    "Logits",
+    "Misclassified",
+    "NonFiniteGradientWarning",
+    "Objective",
+    "Outcome",
+    "Protocol",
+    "StartNoise",
+    "Success",
+    "TargetedDLR",
+    "apgd",
+    "cosine_distance",
+    "fgsm",
+    "get_protocol",
+    "make_ball",
+    "pgd",
+    "run_protocol",
+    "squared_l2",
+]

@@ -1,0 +1,162 @@
+"""Auto-PGD: projected gradient ascent with momentum that halves its own step where it stalls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .balls import Ball
+from .noise import StartNoise
+from .objectives import Objective, Success
+from .pgd import GradientGuard, Keeper, Survivors, check_settings, value_and_gradient
+
+
+MOMENTUM = 0.75  # share of the new step; the rest is the previous move
+RISE_SHARE = 0.75  # a window with fewer rising steps than this halves the step
+
+
+def apgd(
+    objective: Objective,
+    images: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 100,
+    noise: StartNoise | None = None,
+    restarts: int = 1,
+    fooled: Success | None = None,
+    initial_step: float = 2.0,
+) -> Tensor:
+    """Raise an objective inside a ball with the published step-size schedule, per image.
+
+    Args:
+        objective: Images in [0, 1] to one loss per image.
+        images: Clean images in [0, 1], shape (batch, 3, height, width).
+        ball: Where the perturbation may go.
+        steps: Gradient steps per restart, after the first gradient at the start.
+        noise: Random start. None starts at the clean image: where the gradient is zero there (an embedding
+            distance to the model's own clean embedding) the attack never leaves it.
+        restarts: Independent starts, of which the best counts; more than one needs `noise`.
+        fooled: If given, an image that it flags is finished and leaves the batch. The objective must then offer
+            `take(rows)`.
+        initial_step: First step size, as a multiple of eps.
+
+    Returns:
+        Adversarial images in [0, 1] of the same shape, at most `ball.eps` away, detached: a fooling one where
+        `fooled` flagged one, else the one of the highest loss.
+
+    Raises:
+        ValueError: If a setting makes no sense.
+
+    Reference:
+        Croce and Hein 2020, https://huggingface.co/papers/2003.01690, algorithm 1.
+    """
+    check_settings(steps, restarts, noise)
+    if ball.eps == 0 or steps == 0 or len(images) == 0:
+        return images.detach().clone()
+    images = images.detach()
+    keeper = Keeper(images, best=True)
+    guard = GradientGuard(images.device)
+    for restart in range(restarts):
+        rows = keeper.unfinished()
+        if len(rows) == 0:
+            break
+        run = Survivors(rows, objective, fooled, images, noise)
+        _one_run(run, keeper, guard, ball, run.start(ball, restart), steps, initial_step * ball.eps)
+    guard.report()
+    return keeper.images
+
+
+@dataclass
+class _State:
+    """What the schedule remembers, one row an image. Losses are float32 at least."""
+
+    current: Tensor
+    previous: Tensor
+    gradient: Tensor
+    best: Tensor
+    best_gradient: Tensor
+    best_loss: Tensor
+    loss: Tensor
+    step_size: Tensor
+    rises: Tensor  # steps of this window whose loss was above the step before
+    loss_at_check: Tensor
+    halved_at_check: Tensor
+
+    @classmethod
+    def at(cls, start: Tensor, losses: Tensor, gradient: Tensor, step_size: float) -> _State:
+        """The state before the first step."""
+        return cls(
+            current=start,
+            previous=start,
+            gradient=gradient,
+            best=start,
+            best_gradient=gradient,
+            best_loss=losses,
+            loss=losses,
+            step_size=start.new_full((len(start), 1, 1, 1), step_size),
+            rises=torch.zeros_like(losses),
+            loss_at_check=losses,
+            # The published code starts with "already halved", so that the first check looks at oscillation only.
+            halved_at_check=torch.ones_like(losses, dtype=torch.bool),
+        )
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some rows only."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name)[rows])
+
+    def move(self, ball: Ball, images: Tensor, momentum: float) -> Tensor:
+        """The next iterate: a projected step, mixed with the previous move, projected again."""
+        step = ball.project(self.current + self.step_size * ball.ascend(self.gradient), images)
+        mixed = self.current + momentum * (step - self.current) + (1 - momentum) * (self.current - self.previous)
+        return ball.project(mixed, images)
+
+    def record(self, moved: Tensor, losses: Tensor, gradient: Tensor) -> None:
+        """Take the new iterate, and remember it where it is the best so far."""
+        self.rises += losses > self.loss
+        better = losses > self.best_loss
+        pick = better.view(-1, 1, 1, 1)
+        self.previous, self.current, self.gradient, self.loss = self.current, moved, gradient, losses
+        self.best = torch.where(pick, moved, self.best)
+        self.best_gradient = torch.where(pick, gradient, self.best_gradient)
+        self.best_loss = torch.where(better, losses, self.best_loss)
+
+    def check(self, window: int) -> None:
+        """End of a window: where the loss oscillated or did not improve, halve the step and go back to the best."""
+        oscillated = self.rises <= RISE_SHARE * window
+        stalled = ~self.halved_at_check & (self.loss_at_check >= self.best_loss)
+        halve = oscillated | stalled
+        self.halved_at_check, self.loss_at_check = halve, self.best_loss
+        self.rises = torch.zeros_like(self.rises)
+        pick = halve.view(-1, 1, 1, 1)
+        self.step_size = torch.where(pick, self.step_size / 2, self.step_size)
+        self.current = torch.where(pick, self.best, self.current)
+        self.gradient = torch.where(pick, self.best_gradient, self.gradient)
+
+
+def _one_run(
+    run: Survivors, keeper: Keeper, guard: GradientGuard, ball: Ball, start: Tensor, steps: int, step_size: float
+) -> None:
+    losses, gradient = value_and_gradient(run.objective, start)
+    state = _State.at(start.detach(), losses, guard(gradient), step_size)
+    window, shortest, shorter = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    since_check = 0
+    scored = start
+    for step in range(steps):
+        going = keeper.offer(run, scored, state.loss)
+        if going is not None:
+            if len(going) == 0:
+                return
+            run.keep(going)
+            state.keep(going)
+        scored = state.move(ball, run.images, 1.0 if step == 0 else MOMENTUM)
+        losses, gradient = value_and_gradient(run.objective, scored)
+        state.record(scored.detach(), losses, guard(gradient))
+        since_check += 1
+        if since_check == window:
+            # The check may put `current` back to the best image; `scored` stays what the loss was taken at.
+            state.check(window)
+            window, since_check = max(window - shorter, shortest), 0
+    keeper.offer(run, scored, state.loss)

@@ -1,0 +1,135 @@
+"""The sets that a perturbation may move in: where it starts, which way is up, and how it comes back inside."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ball(ABC):
+    """All images in [0, 1] within `eps` of an image.
+
+    Args:
+        eps: Radius. For `LinfBall` in pixels of [0, 1] (4/255, not 4); for `L2Ball` the Euclidean norm of the
+            perturbation over the whole [0, 1] image.
+
+    Raises:
+        ValueError: If `eps` is negative or not finite.
+    """
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps must be a finite number of at least 0, got {self.eps}.")
+
+    @property
+    @abstractmethod
+    def norm(self) -> str:
+        """The name of the norm, as results record it."""
+
+    @abstractmethod
+    def start(self, images: Tensor, noise: Tensor) -> Tensor:
+        """A random point of the ball, from standard normal `noise` of the shape of `images`."""
+
+    @abstractmethod
+    def ascend(self, gradient: Tensor) -> Tensor:
+        """The direction of length 1 in this norm along which a linear function rises most."""
+
+    @abstractmethod
+    def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """The point of the ball around `images`, cut to [0, 1], that takes the place of `adversarial`."""
+
+    @abstractmethod
+    def distance(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """Length of each perturbation in this norm, shape (batch,)."""
+
+
+@dataclass(frozen=True)
+class LinfBall(Ball):
+    """No pixel changes by more than `eps`.
+
+    Raises:
+        ValueError: If `eps` is over 1, which looks like 0-255 units.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eps > 1:
+            raise ValueError(
+                f"eps={self.eps:g} is over 1, but images lie in [0, 1]; for 0-255 units type eps={self.eps:g}/255."
+            )
+
+    @property
+    def norm(self) -> str:
+        """The name of the norm, as results record it."""
+        return "linf"
+
+    def start(self, images: Tensor, noise: Tensor) -> Tensor:
+        """A uniform point of the cube: the normal distribution function maps the noise to uniform values."""
+        return self.project(images + self.eps * torch.erf(noise / math.sqrt(2)), images)
+
+    def ascend(self, gradient: Tensor) -> Tensor:
+        """The sign of the gradient."""
+        return gradient.sign()
+
+    def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """Clip every pixel to within `eps` of the image and to [0, 1]."""
+        nearby = torch.minimum(torch.maximum(adversarial, images - self.eps), images + self.eps)
+        return nearby.clamp(0, 1)
+
+    def distance(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """Largest pixel change of each image, shape (batch,)."""
+        return (adversarial - images).abs().flatten(1).amax(1)
+
+
+@dataclass(frozen=True)
+class L2Ball(Ball):
+    """The Euclidean length of the perturbation is at most `eps`."""
+
+    @property
+    def norm(self) -> str:
+        """The name of the norm, as results record it."""
+        return "l2"
+
+    def start(self, images: Tensor, noise: Tensor) -> Tensor:
+        """A uniform direction at radius `eps`, where nearly all of a high-dimensional ball lies."""
+        return self.project(images + self.eps * self.ascend(noise), images)
+
+    def ascend(self, gradient: Tensor) -> Tensor:
+        """The gradient at length 1; zero where the gradient is zero."""
+        return gradient / _lengths(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+    def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """Shorten the perturbation to `eps`, then clip to [0, 1], which can only shorten it further."""
+        perturbation = adversarial - images
+        shrink = self.eps / _lengths(perturbation).clamp_min(self.eps if self.eps > 0 else 1.0)
+        return (images + perturbation * shrink).clamp(0, 1)
+
+    def distance(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """Euclidean length of each perturbation, shape (batch,)."""
+        return _lengths(adversarial - images).flatten()
+
+
+def make_ball(norm: str, eps: float) -> Ball:
+    """The ball of a norm's name, for command lines and files.
+
+    Raises:
+        ValueError: If `norm` is not "linf" or "l2".
+    """
+    balls: dict[str, type[Ball]] = {"linf": LinfBall, "l2": L2Ball}
+    if norm.lower() not in balls:
+        raise ValueError(f"unknown norm {norm!r}; choose one of {', '.join(map(repr, balls))}.")
+    return balls[norm.lower()](eps)
+
+
+def _lengths(tensor: Tensor) -> Tensor:
+    # Scaled by the largest entry: the square of a small gradient underflows in low precision and in float32.
+    flat = tensor.flatten(1)
+    largest = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(tensor.dtype).tiny)
+    return (largest * torch.linalg.vector_norm(flat / largest, dim=1, keepdim=True)).view(-1, 1, 1, 1)

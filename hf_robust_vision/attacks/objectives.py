@@ -1,0 +1,200 @@
+"""What an attacker maximises and what counts as success.
+
+An objective maps images in [0, 1] to one loss per image. An objective that closes over per-sample data offers
+`take(rows)`, so that an attack can go on with some images of a batch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+ImagesToLogits = Callable[[Tensor], Tensor]
+ImagesToFeatures = Callable[[Tensor], Tensor]
+_T = TypeVar("_T", bound="_PerSample")
+
+
+class Objective(Protocol):
+    """Images in [0, 1], shape (batch, 3, height, width), to one loss per image, shape (batch,)."""
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """The losses that the attack raises, one per image, never their mean."""
+
+
+class Success(Protocol):
+    """Images in [0, 1] to one flag per image: has the attack reached its goal there?"""
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Boolean flags, shape (batch,)."""
+
+    def take(self, rows: Tensor, /) -> Success:
+        """The same criterion for some images of the batch."""
+
+
+class Logits:
+    """Images to class logits, remembering the latest answer.
+
+    An objective and a success criterion that look at the same images in turn share one forward pass.
+    """
+
+    def __init__(self, function: ImagesToLogits):
+        self.function = function
+        self._images: Tensor | None = None
+        self._version = -1
+        self._logits: Tensor | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of shape (batch, classes)."""
+        stale = self._images is not images or self._version != images._version
+        if stale or self._logits is None or (images.requires_grad and not self._logits.requires_grad):
+            self._logits = self.function(images)
+            self._images, self._version = images, images._version
+        return self._logits
+
+
+class _PerSample:
+    """Shared by the dataclasses below: cut every per-sample tensor to the given rows."""
+
+    def take(self: _T, rows: Tensor) -> _T:
+        """The same objective for some images of the batch; `rows` holds their indices."""
+        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class CrossEntropy(_PerSample):
+    """Cross-entropy of the true class.
+
+    Args:
+        logits: Images to logits, shape (batch, classes).
+        labels: True classes, shape (batch,).
+    """
+
+    logits: ImagesToLogits
+    labels: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        return F.cross_entropy(self.logits(images), self.labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class DLR(_PerSample):
+    """Difference of logits ratio, invariant to shift and scale of the logits.
+
+    Args:
+        logits: Images to logits of at least 3 classes.
+        labels: True classes, shape (batch,).
+
+    Raises:
+        ValueError: If there are fewer than 3 classes, for which the ratio is not defined.
+
+    Reference:
+        Croce and Hein 2020, https://huggingface.co/papers/2003.01690, eq. 6.
+    """
+
+    logits: ImagesToLogits
+    labels: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        logits = self.logits(images)
+        _need_classes(logits, 3, "DLR")
+        ordered = logits.sort(dim=1, descending=True).values
+        return -_margin(logits, self.labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+
+
+@dataclass(frozen=True)
+class TargetedDLR(_PerSample):
+    """Difference of logits ratio towards a chosen class.
+
+    Args:
+        logits: Images to logits of at least 4 classes.
+        labels: True classes, shape (batch,).
+        targets: Wanted classes, shape (batch,).
+
+    Raises:
+        ValueError: If there are fewer than 4 classes, for which the ratio is not defined.
+
+    Reference:
+        Croce and Hein 2020, https://huggingface.co/papers/2003.01690, eq. 7.
+    """
+
+    logits: ImagesToLogits
+    labels: Tensor
+    targets: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        logits = self.logits(images)
+        _need_classes(logits, 4, "targeted DLR")
+        ordered = logits.sort(dim=1, descending=True).values
+        spread = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12
+        return -(_pick(logits, self.labels) - _pick(logits, self.targets)) / spread
+
+
+@dataclass(frozen=True)
+class EmbeddingDistance(_PerSample):
+    """Distance of the features from given features, for attacks that know no labels.
+
+    Args:
+        features: Images to features, shape (batch, ...).
+        target: Features to move away from, the same shape.
+        distance: `squared_l2`, `cosine_distance`, or any function of two such tensors to (batch,) losses.
+    """
+
+    features: ImagesToFeatures
+    target: Tensor
+    distance: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        return self.distance(self.features(images), self.target)
+
+
+def squared_l2(features: Tensor, target: Tensor) -> Tensor:
+    """Squared Euclidean distance per image, SUMMED over the feature dimensions as FARE does; shape (batch,)."""
+    return (features - target).square().flatten(1).sum(1)
+
+
+def cosine_distance(features: Tensor, target: Tensor) -> Tensor:
+    """One minus the cosine per image, shape (batch,)."""
+    return 1 - F.cosine_similarity(features.flatten(1), target.flatten(1), dim=1)
+
+
+@dataclass(frozen=True)
+class Misclassified(_PerSample):
+    """Success of an untargeted attack: the highest logit is not the true class.
+
+    Args:
+        logits: Images to logits; give the same `Logits` as to the objective and nothing is computed twice.
+        labels: True classes, shape (batch,).
+    """
+
+    logits: ImagesToLogits
+    labels: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,). A logit that is not a number counts as fooled by nobody."""
+        logits = self.logits(images).detach()
+        return (logits.argmax(1) != self.labels) & logits.isfinite().all(1)
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return _pick(logits, labels) - others.amax(1)
+
+
+def _pick(logits: Tensor, classes: Tensor) -> Tensor:
+    return logits.gather(1, classes[:, None]).squeeze(1)
+
+
+def _need_classes(logits: Tensor, wanted: int, name: str) -> None:
+    if logits.shape[1] < wanted:
+        raise ValueError(f"{name} needs at least {wanted} classes, got {logits.shape[1]}; use CrossEntropy.")

@@ -1,0 +1,289 @@
+"""Labelled images as the rest of the package reads them: float tensors in [0, 1] with a label and a stable id."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from ..encoders import check_class_names
+from ..pixels import PixelTransform
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+class CorruptImageError(ValueError):
+    """An image that can not be decoded; the message names it."""
+
+
+def decode_image(value: Any, name: str = "image") -> Tensor:
+    """Decode a path, bytes, PIL image, or `datasets` image entry to a tensor in [0, 1], shape (3, height, width).
+
+    Raises:
+        CorruptImageError: If the image can not be read to its end.
+    """
+    try:
+        if isinstance(value, Mapping):
+            source = value.get("bytes")
+            value = io.BytesIO(source) if source is not None else value["path"]
+        elif isinstance(value, bytes):
+            value = io.BytesIO(value)
+        picture = value if isinstance(value, Image.Image) else Image.open(value)
+        array = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise CorruptImageError(f"{name} is corrupt or truncated ({error}); pass --skip_corrupt to go on.") from error
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous() / 255
+
+
+class LabelledImages(Dataset):
+    """A map-style dataset of labelled images.
+
+    Each item is `{"images": (3, height, width) in [0, 1], "labels": int, "ids": int}`. The id is the row's place in
+    the source, so it names the same image after any selection or shuffle.
+
+    Args:
+        rows: Any sequence of mappings with an image and a label, such as a `datasets.Dataset`.
+        class_names: Names in the order of the labels.
+        transform: Fits each image to the tower.
+        name: Of the dataset, for results.
+        split: Of the dataset, for results.
+        image_column: Key of the image.
+        label_column: Key of the label.
+        ids: Place of each row in the source; by default its index.
+
+    Raises:
+        ValueError: If the dataset is empty, a column is missing, or there are fewer than two classes.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        class_names: Sequence[str],
+        transform: PixelTransform,
+        *,
+        name: str,
+        split: str,
+        image_column: str = "image",
+        label_column: str = "label",
+        ids: Sequence[int] | None = None,
+    ):
+        check_class_names(class_names)
+        if len(rows) == 0:
+            raise ValueError(f"{name} ({split}) holds no images.")
+        _need_columns(rows[0] if not hasattr(rows, "column_names") else rows.column_names, image_column, label_column)
+        self.rows, self.class_names, self.transform = rows, tuple(class_names), transform
+        self.name, self.split = name, split
+        self.image_column, self.label_column = image_column, label_column
+        self.ids = list(range(len(rows))) if ids is None else list(ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.ids[index]
+        row = self.rows[sample]
+        image = decode_image(row[self.image_column], _row_name(self.name, sample, row[self.image_column]))
+        return _item(image, row[self.label_column], sample, self.transform, self.class_names)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def labels(self) -> list[int]:
+        """All labels, without decoding an image."""
+        if hasattr(self.rows, "column_names"):  # a `datasets.Dataset`: reading rows would decode every image
+            column = self.rows[self.label_column]
+            return [int(column[sample]) for sample in self.ids]
+        return [int(self.rows[sample][self.label_column]) for sample in self.ids]
+
+    def select(self, indices: Sequence[int], split: str | None = None) -> LabelledImages:
+        """Some of the items, which keep their ids."""
+        return LabelledImages(
+            self.rows,
+            self.class_names,
+            self.transform,
+            name=self.name,
+            split=split or self.split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            ids=[self.ids[index] for index in indices],
+        )
+
+    def check_labels(self) -> None:
+        """Refuse labels that are not the index of a class name."""
+        _check_labels(set(self.labels()), self.class_names)
+
+    def corrupt(self, progress: Callable[[Sequence[int]], Any] = lambda indices: indices) -> list[int]:
+        """Decode every image once; indices of those that can not be read."""
+        found = []
+        for index in progress(range(len(self))):
+            try:
+                self[index]
+            except CorruptImageError:
+                found.append(index)
+        return found
+
+
+class StreamedImages(IterableDataset):
+    """The same items from a `datasets.IterableDataset`, numbered in the order of the stream.
+
+    Args:
+        stream: A `datasets` stream with an image and a label column.
+        class_names: Names in the order of the labels.
+        transform: Fits each image to the tower.
+        name: Of the dataset, for results.
+        split: Of the dataset, for results.
+        image_column: Key of the image.
+        label_column: Key of the label.
+        skip_corrupt: Leave out images that can not be decoded; `skipped` counts them.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        class_names: Sequence[str],
+        transform: PixelTransform,
+        *,
+        name: str,
+        split: str,
+        image_column: str = "image",
+        label_column: str = "label",
+        skip_corrupt: bool = False,
+    ):
+        check_class_names(class_names)
+        self.stream, self.class_names, self.transform = stream, tuple(class_names), transform
+        self.name, self.split, self.skip_corrupt, self.skipped = name, split, skip_corrupt, 0
+        self.image_column, self.label_column = image_column, label_column
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for sample, row in enumerate(self.stream):
+            _need_columns(row, self.image_column, self.label_column)
+            try:
+                image = decode_image(row[self.image_column], f"image {sample} of {self.name}")
+            except CorruptImageError:
+                if not self.skip_corrupt:
+                    raise
+                self.skipped += 1
+                continue
+            yield _item(image, row[self.label_column], sample, self.transform, self.class_names)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Reshuffle the stream, as `Trainer` asks at each epoch."""
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+
+
+def load_labelled_images(
+    name_or_path: str | Path,
+    split: str,
+    transform: PixelTransform,
+    *,
+    config_name: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    class_names: Sequence[str] | None = None,
+    streaming: bool = False,
+    skip_corrupt: bool = False,
+    revision: str | None = None,
+) -> LabelledImages | StreamedImages:
+    """Load a local image folder, a saved `datasets` folder, or a dataset of the Hub.
+
+    Args:
+        name_or_path: `folder/<split>/<class>/<image>` or `folder/<class>/<image>`, a folder of
+            `Dataset.save_to_disk`, or a dataset name.
+        split: Such as "train".
+        transform: Fits each image to the tower.
+        config_name: Configuration of a Hub dataset.
+        image_column: Column that holds the image.
+        label_column: Column that holds the label.
+        class_names: Names in the order of the labels; by default those of the dataset's label feature.
+        streaming: Read a Hub dataset row by row without downloading it.
+        skip_corrupt: Leave unreadable images out of a stream.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: If a folder holds no images, the split or a column does not exist, there are no class names, or
+            they do not match the labels.
+    """
+    import datasets
+
+    path = Path(name_or_path)
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(str(path))
+        rows = _pick_split(loaded, split, str(path)) if isinstance(loaded, datasets.DatasetDict) else loaded
+    elif path.is_dir():
+        rows = _load_folder(path, split)
+    else:
+        rows = datasets.load_dataset(
+            str(name_or_path), config_name, split=split, streaming=streaming, revision=revision
+        )
+    columns = rows.column_names or []
+    if columns:
+        _need_columns(columns, image_column, label_column)
+    names = class_names or getattr((rows.features or {}).get(label_column), "names", None)
+    if not names:
+        raise ValueError(
+            f"{name_or_path}: column {label_column!r} carries no class names; pass class_names (--class_names FILE)."
+        )
+    if image_column in (rows.features or {}):  # decoded by us, so that a broken file can be named
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    shared = {"name": str(path.name if path.is_dir() else name_or_path), "split": split}
+    columns_used = {"image_column": image_column, "label_column": label_column}
+    if isinstance(rows, datasets.IterableDataset):
+        return StreamedImages(rows, names, transform, **shared, **columns_used, skip_corrupt=skip_corrupt)
+    loaded_images = LabelledImages(rows, names, transform, **shared, **columns_used)
+    loaded_images.check_labels()
+    return loaded_images
+
+
+def _load_folder(path: Path, split: str) -> Any:
+    import datasets
+
+    folder = path / split if (path / split).is_dir() else path
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise ValueError(f"{folder} holds no images; wanted {folder}/<class name>/<image>.")
+    if folder == path and split != "train":
+        raise ValueError(f"{path} has no folder {split!r}; wanted {path}/{split}/<class name>/<image>.")
+    return datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", drop_labels=False)
+
+
+def _pick_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {sorted(splits)}.")
+    return splits[split]
+
+
+def _row_name(name: str, sample: int, value: Any) -> str:
+    path = value.get("path") if isinstance(value, Mapping) else value
+    return str(path) if isinstance(path, str | Path) and str(path) else f"image {sample} of {name}"
+
+
+def _item(image: Tensor, label: Any, sample: int, transform: PixelTransform, names: Sequence[str]) -> dict[str, Any]:
+    if not 0 <= int(label) < len(names):
+        _check_labels({int(label)}, names)
+    return {"images": transform.fit(image[None])[0], "labels": int(label), "ids": sample}
+
+
+def _need_columns(columns: Any, *wanted: str) -> None:
+    missing = [column for column in wanted if column not in columns]
+    if missing:
+        raise ValueError(
+            f"the dataset has no column {missing[0]!r}, only {sorted(columns)}; set image_column and label_column."
+        )
+
+
+def _check_labels(labels: set[int], class_names: Sequence[str]) -> None:
+    stray = sorted(label for label in labels if not 0 <= label < len(class_names))
+    if stray:
+        raise ValueError(
+            f"labels {stray[:5]} have no class name: there are {len(class_names)} names, for labels 0 to "
+            f"{len(class_names) - 1}. The names must stand in the order of the labels."
+        )

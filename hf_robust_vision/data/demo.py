@@ -1,0 +1,106 @@
+"""The offline demo: 24 classes of coloured shapes from the PyPI package `easy-vqa`, and the CLIP shipped for it.
+
+They are 64x64 renderings, not photos: small on purpose, so that every claim can be checked on a laptop. An image of
+`easy-vqa` has no label of its own; colour and shape follow from the questions asked about it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..pixels import PixelTransform
+from .datasets import LabelledImages
+from .splits import split_off
+
+
+DEMO_NAME = "easy-vqa"
+DEMO_EPS = 8 / 255
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+VALIDATION_SIZE = 256
+_SPLIT_SEED = 0
+
+
+def demo_checkpoint(name: str = "demo-clip") -> Path:
+    """Folder of a checkpoint that the package ships: "demo-clip" or "demo-llava".
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    folder = Path(__file__).parent / "checkpoints" / name
+    if not folder.is_dir():
+        raise ValueError(f"no demo checkpoint {name!r}; there are {sorted(p.name for p in folder.parent.iterdir())}.")
+    return folder
+
+
+def load_demo(split: str, transform: PixelTransform) -> LabelledImages:
+    """The train, validation or test part of the demo.
+
+    Train and validation are drawn from the package's training images, test from its test images.
+
+    Args:
+        split: "train", "validation" or "test".
+        transform: Fits each image to the tower.
+
+    Raises:
+        ModuleNotFoundError: If `easy-vqa` is not installed.
+        ValueError: If there is no such split.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"the demo has no split {split!r}; it has train, validation and test.")
+    source = "test" if split == "test" else "train"
+    dataset = LabelledImages(demo_rows(source), CLASS_NAMES, transform, name=DEMO_NAME, split=source)
+    if split == "test":
+        return dataset
+    train, validation = split_off(dataset, VALIDATION_SIZE, seed=_SPLIT_SEED, name="validation")
+    return train if split == "train" else validation
+
+
+@lru_cache(maxsize=2)
+def demo_rows(source: str) -> Sequence[dict[str, Any]]:
+    """Path and class of every image of "train" or "test" whose colour and shape are both known."""
+    folder = demo_folder() / source
+    possible: dict[int, tuple[set[str], set[str]]] = {}
+    for question, answer, image in json.loads((folder / "questions.json").read_text()):
+        for candidates, values in zip(possible.setdefault(image, (set(COLOURS), set(SHAPES))), (COLOURS, SHAPES)):
+            _narrow(candidates, set(values), question, answer)
+    rows = []
+    for image, (colours, shapes) in sorted(possible.items()):
+        if len(colours) == 1 and len(shapes) == 1:
+            label = CLASS_NAMES.index(f"{colours.pop()} {shapes.pop()}")
+            rows.append({"image": str(folder / "images" / f"{image}.png"), "label": label, "number": image})
+    return rows
+
+
+def demo_folder() -> Path:
+    """Where the data of `easy-vqa` lies.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; the message is the line to type.
+    """
+    try:
+        import easy_vqa
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'the demo needs the package easy-vqa: pip install "hf-robust-vision[demo]"'
+        ) from error
+    return Path(easy_vqa.__file__).parent / "data"
+
+
+def _narrow(candidates: set[str], values: set[str], question: str, answer: str) -> None:
+    """Cut the colours (or shapes) that an image may have to those that one question and its answer allow."""
+    words = set(re.findall(r"[a-z]+", question))
+    if answer not in ("yes", "no"):  # "what color is the circle?" presumes the circle
+        named = (words | {answer}) & values
+        affirmed = True
+    else:
+        named = words & values
+        affirmed = (answer == "yes") != bool(words & {"not", "no"})
+    if named:
+        candidates &= named if affirmed else values - named
