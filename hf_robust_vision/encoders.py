@@ -396,6 +396,11 @@ def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all weights, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{tensor_sha256(tensor)}".encode())
     return digest.hexdigest()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(plain.numpy().tobytes()).hexdigest()

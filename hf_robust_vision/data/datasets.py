@@ -13,8 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..encoders import check_class_names
-from ..pixels import PixelTransform
+from hf_robust_vision.encoders import check_class_names
+from hf_robust_vision.pixels import PixelTransform
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..pixels import PixelTransform
+from hf_robust_vision.pixels import PixelTransform
 from .datasets import LabelledImages
 from .splits import split_off
 

@@ -1,0 +1,161 @@
+"""What a measurement of robustness is: numbers with their protocol, and one line a sample behind them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hf_robust_vision import __version__
+
+
+SCHEMA = 1
+RESULTS_FILE = "robustness.json"
+
+
+@dataclass
+class SampleRecord:
+    """One line of a samples file.
+
+    Args:
+        id: Of the sample in its source.
+        label: True class.
+        clean: Output on the clean image.
+        adversarial: Output on the adversarial image, None where none was made (a sample already wrong).
+        score: Highest logit minus the true class's on the adversarial image, at least 0 where the attack won.
+        fooled_by: Name of the attack that won, None for none; "clean" for a sample that was wrong before.
+    """
+
+    id: int | str
+    label: int
+    clean: int
+    adversarial: int | None = None
+    score: float | None = None
+    fooled_by: str | None = None
+
+    @property
+    def clean_hit(self) -> bool:
+        """Is the clean image classified rightly?"""
+        return self.clean == self.label
+
+    @property
+    def robust_hit(self) -> bool:
+        """Is it classified rightly under every attack?"""
+        return self.fooled_by is None
+
+
+@dataclass
+class RobustnessResult:
+    """Clean and robust accuracy of one model on one dataset under one protocol at one eps.
+
+    Accuracies are fractions in [0, 1]. A Linf eps is in pixels in [0, 1], an L2 eps a Euclidean radius over the
+    [0, 1] image. The fields are those of `robustness.json`.
+    """
+
+    task: str
+    model: str
+    model_sha256: str
+    dataset: str
+    split: str
+    num_samples: int
+    clean_accuracy: float
+    robust_accuracy: float
+    protocol: str
+    eps: float
+    norm: str
+    attacks: list[dict[str, Any]]
+    metric: str = "accuracy"
+    group: str = "all"
+    class_names: list[str] = field(default_factory=list)
+    templates: list[str] = field(default_factory=list)
+    template_hash: str | None = None
+    logit_scale: float | None = None
+    ci95: dict[str, list[float]] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
+    generation: dict[str, Any] | None = None
+    sanity: dict[str, Any] | None = None
+    left_out: list[str] = field(default_factory=list)
+    samples: str | None = None
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `robustness.json` holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RobustnessResult:
+        """Read what `to_dict` wrote; unknown fields of a newer version are left out."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
+    """Accuracies and their 95 % Wilson intervals, as sums over sample records."""
+    count = len(records)
+    clean, robust = sum(r.clean_hit for r in records), sum(r.robust_hit for r in records)
+    return {
+        "num_samples": count,
+        "clean_accuracy": clean / count if count else math.nan,
+        "robust_accuracy": robust / count if count else math.nan,
+        "ci95": {
+            "clean_accuracy": list(wilson_interval(clean, count)),
+            "robust_accuracy": list(wilson_interval(robust, count)),
+        },
+    }
+
+
+def wilson_interval(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson score interval of a proportion; (0, 1) of nothing.
+
+    Reference:
+        Wilson 1927, Journal of the American Statistical Association 22.
+    """
+    if count == 0:
+        return 0.0, 1.0
+    share, weight = hits / count, z * z / count
+    centre = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / (4 * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def save_results(results: Iterable[RobustnessResult], folder: str | Path) -> Path:
+    """Write `robustness.json` into a folder, whole or not at all."""
+    path = Path(folder) / RESULTS_FILE
+    content = {"schema": SCHEMA, "results": [result.to_dict() for result in results]}
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def load_results(path: str | Path) -> list[RobustnessResult]:
+    """Read a `robustness.json`, or the one in a folder.
+
+    Raises:
+        ValueError: If its schema is not the one that this version reads.
+    """
+    path = Path(path)
+    content = json.loads((path / RESULTS_FILE if path.is_dir() else path).read_text(encoding="utf-8"))
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {content.get('schema')!r}, this version reads {SCHEMA}.")
+    return [RobustnessResult.from_dict(values) for values in content["results"]]
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return {"python": platform.python_version(), "hf-robust-vision": __version__} | packages

@@ -1,0 +1,100 @@
+"""Sample records on disk: what makes an evaluation resumable, shared out over processes, and checkable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from .results import SampleRecord, write_atomically
+
+
+Records = dict[int, list[SampleRecord]]  # sample id -> one record per radius
+
+
+class SampleStore:
+    """The records of one evaluation: one file per radius, appended to batch by batch.
+
+    The files' names carry a hash of everything that decides the flags (weights, data, prompts, attacks), so that a
+    repeated evaluation goes on only from records that are its own.
+
+    Args:
+        folder: Where the files lie; None keeps the records in memory only.
+        label: Readable part of the files' names.
+        eps: Radii in rising order.
+        identity: Plain values that decide the flags.
+    """
+
+    def __init__(self, folder: str | Path | None, label: str, eps: Sequence[float], identity: Mapping[str, Any]):
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
+        self.names = [f"samples-{slug}-eps{radius:.5f}-{digest}.jsonl" for radius in eps]
+        self.folder = Path(folder) if folder is not None else None
+        self.rank, self.world = rank_and_world()
+        self.records: Records = self._load()
+        barrier()  # every process has read before one of them writes
+
+    def add(self, records: Records) -> None:
+        """Keep the records of one batch, on disk first."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for place, name in enumerate(self.names):
+                lines = [json.dumps(asdict(rows[place])) for rows in records.values()]
+                with (self.folder / f"{name}.rank{self.rank}").open("a", encoding="utf-8") as file:
+                    file.write("".join(f"{line}\n" for line in lines))
+        self.records |= records
+
+    def gather(self, order: Sequence[int]) -> Records:
+        """The records of all processes; the main one writes a single file per radius, in the given order."""
+        if self.world > 1:
+            parts: list[Any] = [None] * self.world
+            dist.all_gather_object(parts, self.records)
+            for part in parts:
+                self.records |= part
+        if self.folder is not None and self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for place, name in enumerate(self.names):
+                lines = [json.dumps(asdict(self.records[sample][place])) for sample in order]
+                write_atomically(self.folder / name, "".join(f"{line}\n" for line in lines))
+                for leftover in self.folder.glob(f"{name}.rank*"):
+                    leftover.unlink()
+        barrier()
+        return self.records
+
+    def _load(self) -> Records:
+        if self.folder is None or not self.folder.is_dir():
+            return {}
+        per_radius = [self._read(name) for name in self.names]
+        complete = set(per_radius[0]).intersection(*per_radius[1:])
+        return {sample: [records[sample] for records in per_radius] for sample in sorted(complete)}
+
+    def _read(self, name: str) -> dict[int, SampleRecord]:
+        assert self.folder is not None
+        found = {}
+        for file in sorted(self.folder.glob(f"{name}*")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = SampleRecord(**json.loads(line))
+                except (json.JSONDecodeError, TypeError):
+                    continue  # cut off when the process was killed; the sample is measured again
+                found[int(record.id)] = record
+        return found
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def barrier() -> None:
+    """Wait for all processes, where there are several."""
+    if rank_and_world()[1] > 1:
+        dist.barrier()

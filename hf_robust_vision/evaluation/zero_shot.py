@@ -1,0 +1,179 @@
+"""Zero-shot classification under attack: the one implementation of robust accuracy.
+
+The trainer's `evaluate()`, the recipes and the command line all call `evaluate_zero_shot`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_robust_vision.attacks import Ball, Protocol, StartNoise, make_ball, run_protocol
+from hf_robust_vision.data.collator import collate_images
+from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.encoders import Encoder, TextBank, attack_mode, image_embedder, tensor_sha256, weights_sha256
+from hf_robust_vision.pixels import check_images
+from .results import RobustnessResult, SampleRecord, summarize, versions
+from .samples import Records, SampleStore, rank_and_world
+
+
+@dataclass(frozen=True)
+class RobustnessProtocol:
+    """How robustness is measured.
+
+    Args:
+        protocol: The attacks.
+        eps: Radii, measured in rising order: a sample that falls at a radius has fallen at every larger one, since
+            the smaller ball lies inside.
+        norm: "linf" or "l2".
+        restarts: Restarts at single radii that differ from the protocol's own.
+        batch_size: Images attacked at once.
+        seed: Of the random starts.
+    """
+
+    protocol: Protocol
+    eps: tuple[float, ...]
+    norm: str = "linf"
+    restarts: tuple[tuple[float, int], ...] = ()
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.eps:
+            raise ValueError("give at least one eps to measure at.")
+        for eps in self.eps:
+            make_ball(self.norm, eps)
+
+    def at(self, eps: float) -> tuple[Ball, Protocol]:
+        """Ball and attacks of one radius."""
+        return make_ball(self.norm, eps), self.protocol.with_budget(restarts=dict(self.restarts).get(eps))
+
+
+def evaluate_zero_shot(
+    encoder: Encoder,
+    bank: TextBank,
+    dataset: LabelledImages,
+    how: RobustnessProtocol,
+    *,
+    model_name: str,
+    device: torch.device | str | None = None,
+    samples_dir: str | Path | None = None,
+    progress: bool = True,
+    model_sha256: str | None = None,
+) -> list[RobustnessResult]:
+    """Measure clean and robust accuracy, one result per eps.
+
+    The samples are shared out over the processes of `torch.distributed`, and each is measured exactly once. With
+    `samples_dir` every batch is written down when it is done; a repeated call goes on from there and ends with the
+    same flags. Weights, mode and gradients of the encoder are as they were.
+
+    Args:
+        encoder: Its dtype is the precision of the attack.
+        bank: The zero-shot classifier.
+        dataset: Labelled images.
+        how: Attacks and radii.
+        model_name: "before", "after", or a path, for the results.
+        device: Where to run; by default where the encoder is.
+        samples_dir: Folder for `samples-*.jsonl`.
+        progress: Show a bar on the main process.
+        model_sha256: Hash of the weights if it is known already.
+
+    Raises:
+        ValueError: If the class names of the dataset and of the bank differ.
+    """
+    if tuple(dataset.class_names) != bank.class_names:
+        raise ValueError(
+            f"the dataset has classes {list(dataset.class_names)[:3]}..., the text bank {list(bank.class_names)[:3]}"
+            "...; build the bank from dataset.class_names."
+        )
+    start = time.time()
+    sha256 = model_sha256 or weights_sha256(encoder)
+    dtype = encoder.visual_projection.weight.dtype
+    device = torch.device(device) if device is not None else encoder.visual_projection.weight.device
+    protocol, left_out = how.protocol.for_classes(len(bank.class_names))
+    how = replace(how, protocol=protocol, eps=tuple(sorted(how.eps)))
+    identity = asdict(how) | {"weights": sha256, "data": dataset.name, "split": dataset.split, "dtype": str(dtype)}
+    identity |= {"text": bank.template_hash, "scale": bank.logit_scale, "embeddings": tensor_sha256(bank.embeddings)}
+    del identity["batch_size"]
+    store = SampleStore(samples_dir, f"{Path(model_name).name}-{protocol.name}-{how.norm}", how.eps, identity)
+    rank, world = rank_and_world()
+    mine = [index for index in range(rank, len(dataset), world) if dataset.ids[index] not in store.records]
+    classify = bank.classify(image_embedder(encoder))
+    bar = tqdm(total=len(mine), desc=f"{model_name}: {protocol.name}", disable=not progress or rank > 0)
+    with attack_mode(encoder):
+        for at in range(0, len(mine), how.batch_size):
+            batch = collate_images([dataset[index] for index in mine[at : at + how.batch_size]])
+            images, labels = check_images(batch["images"]).to(device), batch["labels"].to(device)
+            store.add(_measure(classify, images, labels, batch["ids"].tolist(), how))
+            bar.update(len(images))
+    bar.close()
+    records = store.gather(dataset.ids)
+    shared = {
+        "task": "zero_shot",
+        "model": model_name,
+        "model_sha256": sha256,
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "protocol": protocol.name,
+        "norm": how.norm,
+        "class_names": list(bank.class_names),
+        "templates": list(bank.templates),
+        "template_hash": bank.template_hash,
+        "logit_scale": bank.logit_scale,
+        "left_out": left_out,
+        "seconds": time.time() - start,
+        "versions": versions(),
+    }
+    return [
+        RobustnessResult(
+            **shared,
+            eps=eps,
+            attacks=_describe(how, eps, resolution=max(dataset.transform.crop or (0,)), dtype=dtype),
+            samples=store.names[place] if samples_dir is not None else None,
+            **summarize([records[sample][place] for sample in dataset.ids]),
+        )
+        for place, eps in enumerate(how.eps)
+    ]
+
+
+def _measure(
+    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ids: list[int], how: RobustnessProtocol
+) -> Records:
+    """Records of one batch, for each sample one per eps in rising order."""
+    with torch.no_grad():
+        clean = classify(images).argmax(1)
+    latest = [
+        SampleRecord(sample, label, answer, fooled_by=None if answer == label else "clean")
+        for sample, label, answer in zip(ids, labels.tolist(), clean.tolist())
+    ]
+    alive = (clean == labels).nonzero().flatten()
+    records: Records = {sample: [] for sample in ids}
+    for eps in how.eps:
+        if len(alive):
+            ball, protocol = how.at(eps)
+            noise = StartNoise(how.seed, [ids[row] for row in alive.tolist()])
+            outcome = run_protocol(protocol, classify, images[alive], labels[alive], ball, noise)
+            with torch.no_grad():
+                logits = classify(outcome.images)
+            scores = logits.scatter(1, labels[alive, None], -torch.inf).amax(1) - logits.gather(
+                1, labels[alive, None]
+            ).squeeze(1)
+            answers, names = logits.argmax(1).tolist(), outcome.fooled_by
+            for row, answer, score, name in zip(alive.tolist(), answers, scores.tolist(), names):
+                latest[row] = replace(latest[row], adversarial=answer, score=round(score, 6), fooled_by=name)
+            alive = alive[torch.tensor([name is None for name in names], device=alive.device)]
+        for record in latest:
+            records[int(record.id)].append(record)
+    return records
+
+
+def _describe(how: RobustnessProtocol, eps: float, *, resolution: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    ball, protocol = how.at(eps)
+    return protocol.describe(ball, resolution=resolution, seed=how.seed, dtype=dtype)

@@ -1,0 +1,349 @@
+"""The loop that every method shares: attack the batch without a trace, then learn from what it found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd
+from hf_robust_vision.data.collator import collate_images
+from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.data.templates import get_templates
+from hf_robust_vision.encoders import (
+    CLIPEncoder,
+    Encoder,
+    EncoderOutput,
+    Reference,
+    TextBank,
+    as_encoder,
+    attack_mode,
+    freeze_unread,
+    load_encoder,
+    make_text_bank,
+)
+from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.pixels import PixelTransform, check_images
+
+from .checkpoints import complete_checkpoint, mark_complete
+from .collapse import Spread, check_collapse
+from .config import AdversarialTrainingArguments
+
+
+@dataclass
+class Batch:
+    """What the two functions of a method get.
+
+    Args:
+        images: Clean images in [0, 1], shape (batch, 3, height, width).
+        labels: Shape (batch,).
+        ids: Of the samples, shape (batch,).
+        original: Features of the original model on the clean images, without gradient.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    original: EncoderOutput
+
+
+class AdversarialTrainer(Trainer):
+    """`Trainer` for adversarial fine-tuning of CLIP; a method is a subclass with two functions.
+
+    A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
+    The attack runs through the unwrapped encoder with `autograd.grad`, the loss through the wrapped model, so that
+    DDP sees every gradient.
+
+    Args:
+        model: A `CLIPModel`, `CLIPVisionModelWithProjection`, or a folder or Hub id of one.
+        args: Attack and training settings.
+        train_dataset: `LabelledImages` or `StreamedImages`.
+        eval_dataset: `LabelledImages` for `evaluate()`.
+        processing_class: `CLIPProcessor` of the model: its tokenizer embeds the class names, its image processor
+            says how pixels are normalised, and both are saved with the model.
+        reference: The original model; by default a frozen copy of `model`.
+        data_collator: Items to batches.
+        callbacks: As for `Trainer`.
+        optimizers: As for `Trainer`.
+
+    Raises:
+        ValueError: If the launcher wraps the model in a way that would break the attack.
+    """
+
+    args_class: ClassVar[type[AdversarialTrainingArguments]] = AdversarialTrainingArguments
+    method: ClassVar[str] = ""
+    tag_names: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str | None] = None
+    trains_text: ClassVar[bool] = False
+    # Batches hold labels, and a CLIP accepts loss kwargs: Trainer would not divide by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    args: AdversarialTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: AdversarialTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: LabelledImages | None = None,
+        processing_class: Any = None,
+        reference: Reference | None = None,
+        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]] = collate_images,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        encoder = load_encoder(model) if isinstance(model, str) else as_encoder(model, _transform(processing_class))
+        self.token_layer = self.token_layer_of(args)
+        freeze_unread(
+            encoder, feature=getattr(args, "feature", "pooled"), token_layer=self.token_layer or -2, text=self.trains_text
+        )
+        self.reference = reference or Reference(encoder, self.token_layer)
+        super().__init__(
+            model=encoder,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._refuse_wrappers()
+        self._measured: dict[str, list[Tensor]] = {}
+        self._bank: TextBank | None = None
+        self._last_images: Tensor | None = None
+        self._seen, self._seen_at = 0, time.time()
+
+    # What a method says
+
+    @classmethod
+    def token_layer_of(cls, args: Any) -> int | None:
+        """The layer whose patch tokens the method reads; None for none."""
+        return None
+
+    def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
+        """What the attacker maximises: adversarial images to one loss per image.
+
+        Args:
+            encoder: In evaluation mode, without parameter gradients.
+            batch: The clean batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what its attacker maximises.")
+
+    def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
+        """What the learner minimises, a scalar. Call `model(...)` itself, never a method of the inner module.
+
+        Args:
+            model: The model as the launcher wrapped it.
+            batch: The clean batch.
+            adversarial: Adversarial images in [0, 1] of the batch's shape.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what its learner minimises.")
+
+    # The loop
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Attack the batch, then take the method's loss on what the attack found."""
+        images = check_images(inputs["images"])
+        encoder = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            batch = Batch(images, inputs["labels"], inputs["ids"], self.reference(images))
+            with attack_mode(encoder):
+                objective = self.attack_objective(encoder, batch)
+                adversarial = self.attack(objective, batch)
+                if self._is_logging_step():
+                    self._monitor(encoder, batch, objective, adversarial)
+            loss = self.robust_loss(model, batch, adversarial)
+        self._seen += len(images) * self.args.world_size
+        self._last_images = images
+        return (loss, None) if return_outputs else loss
+
+    def attack(self, objective: Objective, batch: Batch) -> Tensor:
+        """Adversarial images of a batch, the last iterate of PGD from the samples' own random starts."""
+        args = self.args
+        noise = StartNoise(args.seed, batch.ids.tolist(), self.state.global_step) if args.attack_random_start else None
+        return pgd(
+            objective,
+            batch.images,
+            args.attack_ball(),
+            steps=args.attack_steps,
+            step_size=args.attack_step_size,
+            noise=noise,
+            best=False,
+        )
+
+    # What is logged
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Log the mean of `value` over the steps and processes since the last log."""
+        self._measured.setdefault(name, []).append(value.detach().float().mean())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add drift, collapse, attack gain and speed to the training log."""
+        if "loss" in logs and self._measured:
+            means = {name: torch.stack(values).mean() for name, values in self._measured.items()}
+            reduced = self.accelerator.reduce(means, reduction="mean")
+            logs |= {name: round(value.item(), 6) for name, value in reduced.items()}
+            now = time.time()
+            logs["samples_per_second"] = round(self._seen / max(now - self._seen_at, 1e-9), 1)
+            self._measured, self._seen, self._seen_at = {}, 0, now
+        super().log(logs, start_time)
+
+    def _is_logging_step(self) -> bool:
+        every = max(int(self.args.logging_steps), 1) if self.args.logging_steps >= 1 else 1
+        return self.state.global_step % every == 0
+
+    @torch.no_grad()
+    def _monitor(self, encoder: Encoder, batch: Batch, objective: Objective, adversarial: Tensor) -> None:
+        """Measure, on this batch, how strong the attack is and how far the encoder went from the original."""
+        clean = encoder.encode_images(batch.images).image_embeds
+        spread = Spread.of(clean, batch.original.image_embeds)
+        self.record("cosine_to_original", F.cosine_similarity(clean, batch.original.image_embeds))
+        self.record("pairwise_cosine", spread.pairwise)
+        self.record("attack_loss", objective(adversarial))
+        self.record("attack_gain", objective(adversarial) - objective(batch.images))
+        self._check_collapse(spread)
+
+    def _check_collapse(self, spread: Spread) -> None:
+        values = torch.stack([spread.pairwise, spread.original]).float()
+        pairwise, original = self.accelerator.reduce(values, reduction="mean").tolist()
+        last = complete_checkpoint(self.args.output_dir) if self.args.on_collapse == "stop" else None
+        check_collapse(pairwise, original, self.args.on_collapse, self.state.global_step, last)
+
+    # Measuring
+
+    def text_bank(self, dataset: LabelledImages) -> TextBank:
+        """The zero-shot classifier of a dataset's classes, from the model's own text tower.
+
+        Raises:
+            ValueError: If the model or the processing class can not embed text.
+        """
+        if self._bank is not None and self._bank.class_names == dataset.class_names and not self.trains_text:
+            return self._bank
+        encoder = self.accelerator.unwrap_model(self.model)
+        tokenizer = getattr(self.processing_class, "tokenizer", None)
+        if not isinstance(encoder, CLIPEncoder) or tokenizer is None:
+            raise ValueError(
+                "zero-shot evaluation needs a CLIPModel and processing_class=CLIPProcessor; a vision tower alone has "
+                "no text. Pass eval_dataset=None and eval_strategy='no', or the whole CLIPModel."
+            )
+        self._bank = make_text_bank(encoder, tokenizer, dataset.class_names, get_templates(self.args.templates))
+        return self._bank
+
+    def evaluate(
+        self,
+        eval_dataset: LabelledImages | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Clean and robust accuracy over the whole validation split, shared out over the processes.
+
+        Returns:
+            `<prefix>_clean_accuracy`, `<prefix>_robust_accuracy`, `<prefix>_runtime`, fractions and seconds.
+
+        Raises:
+            ValueError: If there is no validation split.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate() needs eval_dataset=LabelledImages, here or in the constructor.")
+        protocol = get_protocol(self.args.eval_protocol, steps=self.args.eval_attack_steps)
+        eps = float(self.args.eval_eps if self.args.eval_eps is not None else self.args.attack_eps)
+        how = RobustnessProtocol(
+            protocol, (eps,), self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
+        )
+        encoder = self.accelerator.unwrap_model(self.model)
+        (result,) = evaluate_zero_shot(
+            encoder,
+            self.text_bank(dataset),
+            dataset,
+            how,
+            model_name=f"step {self.state.global_step}",
+            device=self.args.device,
+            progress=not self.args.disable_tqdm,
+        )
+        metrics = {
+            f"{metric_key_prefix}_clean_accuracy": result.clean_accuracy,
+            f"{metric_key_prefix}_robust_accuracy": result.robust_accuracy,
+            f"{metric_key_prefix}_runtime": round(result.seconds, 2),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: If there is no complete checkpoint to go on from.
+        """
+        if resume_from_checkpoint:
+            place = self.args.output_dir if resume_from_checkpoint is True else str(resume_from_checkpoint)
+            found = complete_checkpoint(place)
+            if found is None:
+                raise ValueError(f"{place} holds no complete checkpoint; start without resume_from_checkpoint.")
+            resume_from_checkpoint = found
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._last_images is not None:
+            with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(model)):
+                embeds = encoder.encode_images(self._last_images).image_embeds
+                self._check_collapse(Spread.of(embeds, self.reference(self._last_images).image_embeds))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:  # an old checkpoint may only go once the new one is complete
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        run_dir = self._get_output_dir(trial=trial)
+        if self.args.should_save:
+            mark_complete(Path(run_dir) / f"checkpoint-{self.state.global_step}")
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the card alone: the one with measured numbers is written by `hub.card`, not from training logs."""
+
+    def training_record(self) -> dict[str, Any]:
+        """How this model was trained, for results and card."""
+        args = self.args
+        return {
+            "method": self.method,
+            "norm": args.attack_norm,
+            "eps": float(args.attack_eps),
+            "attack_steps": args.attack_steps,
+            "attack_step_size": None if args.attack_step_size is None else float(args.attack_step_size),
+            "steps": self.state.global_step,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            "max_grad_norm": args.max_grad_norm,
+            "seed": args.seed,
+            "world_size": args.world_size,
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        }
+
+    def _refuse_wrappers(self) -> None:
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+            raise ValueError("FSDP1 shards what the attack must read; set fsdp_version: 2 in the accelerate config.")
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed ZeRO-3 shards what the attack must read; set zero_stage: 2.")
+
+
+def _transform(processing_class: Any) -> PixelTransform | None:
+    processor = getattr(processing_class, "image_processor", processing_class)
+    return PixelTransform.from_image_processor(processor) if hasattr(processor, "image_mean") else None

@@ -1,0 +1,111 @@
+"""Arguments that every adversarial trainer adds to `TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_robust_vision.attacks import PROTOCOLS, Ball, make_ball
+
+
+class Radius(float):
+    """A float that also reads fractions: `Radius("4/255")`. Command lines and YAML files write eps so."""
+
+    def __new__(cls, value: Any) -> Radius:
+        """Read a number or a text such as "4/255" or "0.5".
+
+        Raises:
+            ValueError: If it is neither.
+        """
+        if isinstance(value, str):
+            top, _, bottom = value.partition("/")
+            try:
+                value = float(top) / float(bottom) if bottom else float(top)
+            except (ValueError, ZeroDivisionError) as error:
+                raise ValueError(f"wanted a number or a fraction such as 4/255, got {value!r}.") from error
+        return super().__new__(cls, value)
+
+
+@dataclass
+class AdversarialTrainingArguments(TrainingArguments):
+    """`TrainingArguments` and the attacks of adversarial fine-tuning.
+
+    Only the added fields are listed. Defaults that differ from `TrainingArguments`: `learning_rate` 1e-5,
+    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, and
+    `remove_unused_columns` is always False, since images, labels and ids all reach the loss.
+
+    Args:
+        attack_norm: "linf" or "l2".
+        attack_eps: Radius of the perturbation; "linf" in pixels of [0, 1], written 4/255.
+        attack_steps: Gradient steps of the training attack.
+        attack_step_size: Length of a step; by default 2.5 * eps / steps, at most 1.25 * eps.
+        attack_random_start: Start inside the ball rather than at the image.
+        eval_protocol: Named protocol of the attack in `evaluate()`.
+        eval_attack_steps: Steps of that attack; by default the protocol's.
+        eval_eps: Radius of that attack; by default `attack_eps`.
+        templates: Prompt templates of the zero-shot classifier, by name or text file.
+        on_collapse: "stop" ends the run when the embeddings collapse to a point; "record" only logs it.
+
+    Raises:
+        ValueError: If a value makes no sense; the message says what to type.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
+    attack_norm: str = field(default="linf", metadata={"help": "Norm of the perturbation: linf or l2."})
+    attack_eps: Radius = field(default=4 / 255, metadata={"help": "Radius of the perturbation, e.g. 4/255."})
+    attack_steps: int = field(default=10, metadata={"help": "Gradient steps of the training attack."})
+    attack_step_size: Radius | None = field(
+        default=None, metadata={"help": "Step of the training attack; default 2.5 * eps / steps, at most 1.25 * eps."}
+    )
+    attack_random_start: bool = field(default=True, metadata={"help": "Start at a random point of the ball."})
+    eval_protocol: str = field(default="quick", metadata={"help": f"Attack of evaluate(): {', '.join(PROTOCOLS)}."})
+    eval_attack_steps: int | None = field(default=None, metadata={"help": "Steps of the attack of evaluate()."})
+    eval_eps: Radius | None = field(default=None, metadata={"help": "Radius in evaluate(); default attack_eps."})
+    templates: str = field(default="photo", metadata={"help": "Prompt templates: a name or a text file."})
+    on_collapse: str = field(default="stop", metadata={"help": "stop or record, when the embeddings collapse."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False
+        for name in ("attack_eps", "attack_step_size", "eval_eps"):
+            value = getattr(self, name)
+            setattr(self, name, Radius(value) if value is not None else None)
+        for name in ("attack_eps", "eval_eps"):
+            _check_radius(name, self.attack_norm, getattr(self, name))
+        if self.attack_steps < 1:
+            raise ValueError(f"attack_steps must be at least 1, got {self.attack_steps}.")
+        if self.attack_step_size is not None and self.attack_step_size <= 0:
+            raise ValueError(f"attack_step_size must be above 0, got {self.attack_step_size:g}.")
+        if self.eval_protocol not in PROTOCOLS:
+            raise ValueError(f"unknown eval_protocol {self.eval_protocol!r}; choose one of {list(PROTOCOLS)}.")
+        one_of("on_collapse", self.on_collapse, ("stop", "record"))
+        if self.parallel_mode.value == "not_distributed" and self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs in one process would use nn.DataParallel, which adversarial training does not "
+                "support; start one process per GPU: accelerate launch <script>."
+            )
+
+    def attack_ball(self) -> Ball:
+        """The set that the training attack may move in."""
+        return make_ball(self.attack_norm, self.attack_eps)
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a text that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def _check_radius(name: str, norm: str, eps: float | None) -> None:
+    if eps is None:
+        return
+    if norm.lower() == "linf" and eps > 1:
+        raise ValueError(f"{name}={eps:g} is over 1, but images lie in [0, 1]; type --{name} {eps:g}/255.")
+    if eps == 0 and name == "attack_eps":
+        raise ValueError("attack_eps=0 is no attack; use the plain Trainer, or a radius such as 4/255.")
+    make_ball(norm, eps)
