@@ -1,3 +1,77 @@
 """Measure, harden and swap the CLIP vision towers of Hugging Face models against adversarial images."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
 __version__ = "0.1.0"
+
+# Public name -> module. Loaded on first use, so that `import hf_robust_vision` costs next to nothing.
+_HOME = {
+    "AdversarialTrainer": "trainers.base",
+    "AdversarialTrainingArguments": "trainers.config",
+    "L2Ball": "attacks",
+    "LabelledImages": "data.datasets",
+    "LinfBall": "attacks",
+    "RobustnessProtocol": "evaluation.zero_shot",
+    "RobustnessResult": "evaluation.results",
+    "SimCLIPArguments": "trainers.sim_clip",
+    "SimCLIPTrainer": "trainers.sim_clip",
+    "StartNoise": "attacks",
+    "apgd": "attacks",
+    "as_encoder": "encoders",
+    "evaluate_zero_shot": "evaluation.zero_shot",
+    "fgsm": "attacks",
+    "get_protocol": "attacks",
+    "load_encoder": "encoders",
+    "load_labelled_images": "data.datasets",
+    "load_results": "evaluation.results",
+    "make_text_bank": "encoders",
+    "pgd": "attacks",
+}
+
+__all__ = [
+    "AdversarialTrainer",
+    "AdversarialTrainingArguments",
+    "L2Ball",
+    "LabelledImages",
+    "LinfBall",
+    "RobustnessProtocol",
+    "RobustnessResult",
+    "SimCLIPArguments",
+    "SimCLIPTrainer",
+    "StartNoise",
+    "apgd",
+    "as_encoder",
+    "evaluate_zero_shot",
+    "fgsm",
+    "get_protocol",
+    "load_encoder",
+    "load_labelled_images",
+    "load_results",
+    "make_text_bank",
+    "pgd",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+if TYPE_CHECKING:
+    from .attacks import L2Ball, LinfBall, StartNoise, apgd, fgsm, get_protocol, pgd
+    from .data.datasets import LabelledImages, load_labelled_images
+    from .encoders import as_encoder, load_encoder, make_text_bank
+    from .evaluation.results import RobustnessResult, load_results
+    from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+    from .trainers.base import AdversarialTrainer
+    from .trainers.config import AdversarialTrainingArguments
+    from .trainers.sim_clip import SimCLIPArguments, SimCLIPTrainer

@@ -125,7 +125,9 @@ def main() -> None:
         if (step + 1) % per_epoch == 0 or step + 1 == steps:
             score = accuracy(encoder.eval(), tokenizer, validation["images"], validation["labels"])
             encoder.train()
-            print(f"step {step + 1}/{steps}  loss {loss:.3f}  validation accuracy {score:.3f}  {time.time() - start:.0f} s")
+            print(
+                f"step {step + 1}/{steps}  loss {loss:.3f}  validation accuracy {score:.3f}  {time.time() - start:.0f} s"
+            )
     encoder.eval()
     print(f"test accuracy {accuracy(encoder, tokenizer, test['images'], test['labels']):.3f}")
     encoder.save_pretrained(args.output_dir)

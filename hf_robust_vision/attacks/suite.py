@@ -162,9 +162,7 @@ def _run_attack(
         return _targeted(attack, logits, images, labels, ball, noise)
     objective = CrossEntropy(logits, labels) if attack.objective == "cross-entropy" else DLR(logits, labels)
     if attack.algorithm == "apgd":
-        return apgd(
-            objective, images, ball, steps=attack.steps, noise=noise, restarts=attack.restarts, fooled=fooled
-        )
+        return apgd(objective, images, ball, steps=attack.steps, noise=noise, restarts=attack.restarts, fooled=fooled)
     size = None if attack.relative_step is None else attack.relative_step * ball.eps
     return pgd(
         objective,
@@ -178,9 +176,7 @@ def _run_attack(
     )
 
 
-def _targeted(
-    attack: Attack, logits: Logits, images: Tensor, labels: Tensor, ball: Ball, noise: StartNoise
-) -> Tensor:
+def _targeted(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, ball: Ball, noise: StartNoise) -> Tensor:
     with torch.no_grad():
         ranking = logits(images).scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
     found = images.clone()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_robust_vision.pixels import PixelTransform
+
 from .datasets import LabelledImages
 from .splits import split_off
 

@@ -20,6 +20,7 @@ from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.encoders import Encoder, TextBank, attack_mode, image_embedder, tensor_sha256, weights_sha256
 from hf_robust_vision.pixels import check_images
+
 from .results import RobustnessResult, SampleRecord, summarize, versions
 from .samples import Records, SampleStore, rank_and_world
 

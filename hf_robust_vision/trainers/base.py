@@ -103,7 +103,10 @@ class AdversarialTrainer(Trainer):
         encoder = load_encoder(model) if isinstance(model, str) else as_encoder(model, _transform(processing_class))
         self.token_layer = self.token_layer_of(args)
         freeze_unread(
-            encoder, feature=getattr(args, "feature", "pooled"), token_layer=self.token_layer or -2, text=self.trains_text
+            encoder,
+            feature=getattr(args, "feature", "pooled"),
+            token_layer=self.token_layer or -2,
+            text=self.trains_text,
         )
         self.reference = reference or Reference(encoder, self.token_layer)
         super().__init__(
@@ -118,7 +121,6 @@ class AdversarialTrainer(Trainer):
         )
         self._refuse_wrappers()
         self._measured: dict[str, list[Tensor]] = {}
-        self._bank: TextBank | None = None
         self._last_images: Tensor | None = None
         self._seen, self._seen_at = 0, time.time()
 
@@ -222,23 +224,20 @@ class AdversarialTrainer(Trainer):
 
     # Measuring
 
-    def text_bank(self, dataset: LabelledImages) -> TextBank:
-        """The zero-shot classifier of a dataset's classes, from the model's own text tower.
+    def text_bank(self, dataset: LabelledImages, encoder: Encoder | None = None) -> TextBank:
+        """The zero-shot classifier of a dataset's classes, from the text tower of the model or of another encoder.
 
         Raises:
             ValueError: If the model or the processing class can not embed text.
         """
-        if self._bank is not None and self._bank.class_names == dataset.class_names and not self.trains_text:
-            return self._bank
-        encoder = self.accelerator.unwrap_model(self.model)
+        encoder = encoder if encoder is not None else self.accelerator.unwrap_model(self.model)
         tokenizer = getattr(self.processing_class, "tokenizer", None)
         if not isinstance(encoder, CLIPEncoder) or tokenizer is None:
             raise ValueError(
                 "zero-shot evaluation needs a CLIPModel and processing_class=CLIPProcessor; a vision tower alone has "
                 "no text. Pass eval_dataset=None and eval_strategy='no', or the whole CLIPModel."
             )
-        self._bank = make_text_bank(encoder, tokenizer, dataset.class_names, get_templates(self.args.templates))
-        return self._bank
+        return make_text_bank(encoder, tokenizer, dataset.class_names, get_templates(self.args.templates))
 
     def evaluate(
         self,

@@ -26,4 +26,3 @@ def complete_checkpoint(place: str | Path) -> str | None:
     numbered = [(int(match[1]), path) for path in place.glob("checkpoint-*") if (match := _NUMBER.search(path.name))]
     complete = [(number, path) for number, path in numbered if (path / _MARKER).is_file()]
     return str(max(complete)[1]) if complete else None
-

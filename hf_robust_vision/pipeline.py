@@ -1,0 +1,318 @@
+"""Measure, harden, measure again, write it down: what every recipe and the command line call."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from tqdm.auto import tqdm
+from transformers import CLIPProcessor, HfArgumentParser, set_seed
+
+from hf_robust_vision.attacks import get_protocol
+from hf_robust_vision.data.datasets import LabelledImages, StreamedImages, load_labelled_images
+from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo
+from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_off
+from hf_robust_vision.data.templates import read_class_names
+from hf_robust_vision.encoders import Encoder, load_encoder, load_image_processor, load_tokenizer
+from hf_robust_vision.evaluation.report import plot_curve
+from hf_robust_vision.evaluation.results import RobustnessResult, save_results
+from hf_robust_vision.evaluation.samples import barrier, rank_and_world
+from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.hub.card import pretty_eps, write_card
+from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.trainers.base import AdversarialTrainer
+from hf_robust_vision.trainers.checkpoints import complete_checkpoint
+from hf_robust_vision.trainers.config import AdversarialTrainingArguments, Radius
+
+
+# Above this many images a full decode before training would take longer than it saves: they are then decoded, and
+# a broken one is named, as they come.
+SCAN_LIMIT = 50_000
+
+
+@dataclass
+class PipelineArguments:
+    """What to harden, on which data, and how to measure it.
+
+    Args:
+        model_name_or_path: Folder or Hub id of a CLIP model; by default the demo model.
+        model_revision: Branch, tag or commit of the model.
+        dataset_name: Dataset name or local folder; by default the demo data.
+        dataset_config: Configuration of a Hub dataset.
+        train_split: Split to fine-tune on.
+        validation_split: Split that every choice is made on; by default drawn from `train_split`.
+        validation_size: Images drawn for validation where there is no split for it.
+        test_split: Split that the reported numbers come from.
+        image_column: Column of the image.
+        label_column: Column of the label.
+        class_names: File of class names in the order of the labels; by default the dataset's own.
+        streaming: Stream the training split of a Hub dataset; needs `validation_split`.
+        skip_corrupt: Count and leave out images that can not be decoded.
+        test_protocol: Attacks of the reported numbers.
+        test_steps: Steps of those attacks; by default the protocol's.
+        test_eps: Radii of those attacks.
+        test_restarts: Restarts at `attack_eps`; one at the other radii.
+        max_test_samples: Seeded subset of the test split; all of it by default.
+        overwrite: Delete what an earlier run left in `output_dir`.
+        measure: Measure before and after; with false the recipe only trains.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset or folder; default: the demo."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split to fine-tune on."})
+    validation_split: str | None = field(default=None, metadata={"help": "Split for choices; default: drawn."})
+    validation_size: int = field(default=1000, metadata={"help": "Images drawn for validation."})
+    test_split: str = field(default="test", metadata={"help": "Split of the reported numbers."})
+    image_column: str = field(default="image", metadata={"help": "Column of the image."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label."})
+    class_names: str | None = field(default=None, metadata={"help": "File of class names in label order."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the training split."})
+    skip_corrupt: bool = field(default=False, metadata={"help": "Count and leave out broken images."})
+    test_protocol: str = field(default="apgd-ce", metadata={"help": "Attacks of the reported numbers."})
+    test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks."})
+    test_eps: list[Radius] = field(
+        default_factory=lambda: [Radius("2/255"), Radius("4/255"), Radius("8/255")],
+        metadata={"help": "Radii of the reported numbers."},
+    )
+    test_restarts: int = field(default=1, metadata={"help": "Restarts at attack_eps; 1 at other radii."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir."})
+    measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
+
+    def __post_init__(self) -> None:
+        self.test_eps = [Radius(eps) for eps in self.test_eps]
+        get_protocol(self.test_protocol)
+
+
+def parse(
+    trainer_class: type[AdversarialTrainer], argv: Sequence[str] | None = None, demo_config: Path | None = None
+) -> tuple[PipelineArguments, AdversarialTrainingArguments]:
+    """Read the command line and, with `--config FILE`, a YAML file of the same names; the command line wins.
+
+    Args:
+        trainer_class: Its arguments are read.
+        argv: Words of the command line; by default those of the process.
+        demo_config: Read where neither a config, a model nor a dataset is named.
+
+    Raises:
+        ValueError: If the file holds a name that is no argument.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser((PipelineArguments, trainer_class.args_class), allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", type=Path, help="YAML file of the arguments below.")
+    known, _ = parser.parse_known_args(words)
+    config = known.config
+    if config is None and known.model_name_or_path is None and known.dataset_name is None:
+        config = demo_config
+    if config is not None:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        names = {action.dest for action in parser._actions}
+        if stray := sorted(set(values) - names):
+            raise ValueError(f"{config}: {stray} are no arguments of {trainer_class.__name__}.")
+        parser.set_defaults(**{key: _typed(parser, key, value) for key, value in values.items()})
+    namespace = parser.parse_args(words)
+    del namespace.config
+    pipeline, training = parser.parse_dict(vars(namespace), allow_extra_keys=True)
+    return cast(PipelineArguments, pipeline), cast(AdversarialTrainingArguments, training)
+
+
+def run(
+    trainer_class: type[AdversarialTrainer], options: PipelineArguments, args: AdversarialTrainingArguments
+) -> list[RobustnessResult]:
+    """Measure a model, harden it, measure it again, and leave a stock model folder with its numbers.
+
+    Every input is checked before anything is written. Rank 0 writes; all ranks measure.
+
+    Args:
+        trainer_class: The method.
+        options: Model, data and measurement.
+        args: Training and attack.
+
+    Returns:
+        The results before and after, as in `robustness.json`.
+
+    Raises:
+        ValueError: If an input is wrong or `output_dir` already holds a run.
+    """
+    start = time.time()
+    output = Path(args.output_dir)
+    resume = _check_output(output, options, args)
+    set_seed(args.seed)
+    name = options.model_name_or_path or str(demo_checkpoint())
+    encoder = load_encoder(name, revision=options.model_revision)
+    processor = CLIPProcessor(
+        image_processor=load_image_processor(name, revision=options.model_revision),
+        tokenizer=load_tokenizer(name, revision=options.model_revision),
+    )
+    train, validation, test = load_splits(options, args.seed, encoder.transform)
+    how = RobustnessProtocol(
+        get_protocol(options.test_protocol, steps=options.test_steps),
+        tuple(float(eps) for eps in options.test_eps),
+        args.attack_norm,
+        restarts=((float(args.attack_eps), options.test_restarts),),
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+    )
+    trainer = trainer_class(
+        model=encoder, args=args, train_dataset=train, eval_dataset=validation, processing_class=processor
+    )
+    before = _measure(trainer, trainer.reference.encoder, test, how, "before") if options.measure else []
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(output))
+    hardened = trainer.accelerator.unwrap_model(trainer.model)
+    after = _measure(trainer, hardened, test, how, "after") if options.measure else []
+    for result in after:
+        result.training = trainer.training_record()
+    results = before + after
+    if results and args.should_save:
+        _write(output, results, trainer, options)
+        print_table(results, seconds=time.time() - start)
+    barrier()
+    return results
+
+
+def load_splits(
+    options: PipelineArguments, seed: int, transform: PixelTransform
+) -> tuple[LabelledImages | StreamedImages, LabelledImages, LabelledImages]:
+    """Train, validation and test: disjoint, seeded, and readable to the last image.
+
+    Raises:
+        ValueError: If a split is missing, shares images with another, or holds a broken image.
+    """
+    if options.dataset_name is None:
+        train: LabelledImages | StreamedImages = load_demo("train", transform)
+        validation, test = load_demo("validation", transform), load_demo("test", transform)
+    else:
+        train = _load(options, options.train_split, transform, streaming=options.streaming)
+        test = cast(LabelledImages, _load(options, options.test_split, transform))
+        if options.validation_split is not None:
+            validation = cast(LabelledImages, _load(options, options.validation_split, transform))
+        elif isinstance(train, StreamedImages):
+            raise ValueError("a streamed training split can not give up images: name a --validation_split.")
+        else:
+            train, validation = split_off(train, options.validation_size, seed=seed, name="validation")
+    test = seeded_subset(test, options.max_test_samples, seed=0)
+    finite = [part for part in (train, validation, test) if isinstance(part, LabelledImages)]
+    check_disjoint(*finite)
+    scanned = [_without_broken(part, options.skip_corrupt) for part in finite]
+    if isinstance(train, StreamedImages):
+        return train, scanned[0], scanned[1]
+    return scanned[0], scanned[1], scanned[2]
+
+
+def print_table(results: Sequence[RobustnessResult], *, seconds: float) -> None:
+    """One line per radius: clean and robust accuracy before and after, with 95 % intervals."""
+    before = {result.eps: result for result in results if result.model == "before"}
+    print(f"\n{results[0].dataset} ({results[0].split}, {results[0].num_samples} images), {results[0].protocol}")
+    print(f"{'eps':>8}  {'before':>24}  {'after':>24}")
+    after = [result for result in results if result.model == "after"]
+    print(f"{'clean':>8}  {_cell(before[after[0].eps], 'clean')}  {_cell(after[0], 'clean')}")
+    for result in after:
+        print(f"{pretty_eps(result):>8}  {_cell(before[result.eps], 'robust')}  {_cell(result, 'robust')}")
+    spent = f"before {before[after[0].eps].seconds:.0f} s, after {after[0].seconds:.0f} s, all {seconds:.0f} s"
+    print(f"measured in: {spent}\n")
+
+
+def _cell(result: RobustnessResult, kind: str) -> str:
+    low, high = result.ci95[f"{kind}_accuracy"]
+    return f"{100 * getattr(result, f'{kind}_accuracy'):6.1f} % ({100 * low:5.1f} to {100 * high:5.1f})"
+
+
+def _typed(parser: HfArgumentParser, key: str, value: Any) -> Any:
+    """A YAML value as the command line would read it: `1e-5` and `4/255` are texts there."""
+    action = next(action for action in parser._actions if action.dest == key)
+    if action.type is None or value is None:
+        return value
+    convert = action.type
+    return [convert(item) for item in value] if isinstance(value, list) else convert(value)  # type: ignore[operator]
+
+
+def _check_output(output: Path, options: PipelineArguments, args: AdversarialTrainingArguments) -> str | None:
+    """Refuse a folder that holds a run; say which checkpoint to go on from."""
+    if args.resume_from_checkpoint:
+        wanted = str(args.resume_from_checkpoint)
+        found = complete_checkpoint(output if wanted.lower() == "true" else wanted)
+        # A run killed before its first checkpoint has sample records to go on from, and nothing else.
+        if found is None and (wanted.lower() != "true" or not output.is_dir()):
+            raise ValueError(
+                f"{output if wanted.lower() == 'true' else wanted} holds no complete checkpoint to resume."
+            )
+        return found
+    if output.exists() and any(output.iterdir()):
+        if not options.overwrite:
+            raise ValueError(
+                f"{output} already holds a run; pass --resume_from_checkpoint true to go on, --overwrite true to "
+                "delete it, or another --output_dir."
+            )
+        if rank_and_world()[0] == 0:
+            shutil.rmtree(output)
+    barrier()
+    return None
+
+
+def _load(
+    options: PipelineArguments, split: str, transform: PixelTransform, streaming: bool = False
+) -> LabelledImages | StreamedImages:
+    assert options.dataset_name is not None
+    names = read_class_names(options.class_names) if options.class_names else None
+    return load_labelled_images(
+        options.dataset_name,
+        split,
+        transform,
+        config_name=options.dataset_config,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        class_names=names,
+        streaming=streaming,
+        skip_corrupt=options.skip_corrupt,
+    )
+
+
+def _without_broken(part: LabelledImages, skip: bool) -> LabelledImages:
+    if part.name == DEMO_NAME or (len(part) > SCAN_LIMIT and not skip):
+        return part
+    broken = part.corrupt(lambda rows: tqdm(rows, desc=f"reading {part.split}", delay=2))
+    if broken and not skip:
+        part[broken[0]]  # raises, with the name of the file
+    if broken and rank_and_world()[0] == 0:
+        print(f"skipped {len(broken)} corrupt images of {part.split}", file=sys.stderr)
+    return part.select([index for index in range(len(part)) if index not in set(broken)])
+
+
+def _measure(
+    trainer: AdversarialTrainer, encoder: Encoder, test: LabelledImages, how: RobustnessProtocol, model: str
+) -> list[RobustnessResult]:
+    encoder.to(trainer.args.device)
+    bank = trainer.text_bank(test, encoder)
+    return evaluate_zero_shot(encoder, bank, test, how, model_name=model, samples_dir=trainer.args.output_dir)
+
+
+def _write(
+    output: Path, results: list[RobustnessResult], trainer: AdversarialTrainer, options: PipelineArguments
+) -> None:
+    save_results(results, output)
+    try:
+        picture: str | None = plot_curve(results, output / "robustness.png").name
+    except ModuleNotFoundError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+        picture = None
+    # A path of this machine means nothing to the reader of a card; a Hub id does.
+    name = options.model_name_or_path or "demo-clip"
+    base = Path(name).name if Path(name).exists() else name
+    write_card(
+        output,
+        results,
+        model_name=f"{base.split('/')[-1]}-{trainer.method.lower()}",
+        base_model=base,
+        dataset=results[0].dataset,
+        tags=trainer.tag_names,
+        picture=picture,
+    )
