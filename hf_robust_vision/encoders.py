@@ -37,7 +37,7 @@ DEFAULT_TOKEN_LAYER = -2  # the layer that LLaVA reads
 
 @dataclass
 class EncoderOutput(ModelOutput):
-    """What one forward pass gives a loss.
+    """What one forward pass gives a loss; what was not asked for is None.
 
     Args:
         image_embeds: Projected class-token embeddings, not normalised, shape (batch, dim).
@@ -45,17 +45,17 @@ class EncoderOutput(ModelOutput):
         text_embeds: Projected embeddings of the prompts, not normalised, shape (prompts, dim).
     """
 
-    image_embeds: Tensor | None = None
-    patch_tokens: Tensor | None = None
-    text_embeds: Tensor | None = None
+    image_embeds: Tensor = None  # type: ignore[assignment]
+    patch_tokens: Tensor = None  # type: ignore[assignment]
+    text_embeds: Tensor = None  # type: ignore[assignment]
 
 
 class _EncoderMixin:
     """What `CLIPEncoder` and `CLIPVisionEncoder` share."""
 
     transform: PixelTransform
-    vision_model: nn.Module
-    visual_projection: nn.Module
+    vision_model: Any
+    visual_projection: Any
 
     def encode_images(self, images: Tensor, token_layer: int | None = None) -> EncoderOutput:
         """Encode images in [0, 1] without touching text; normalisation happens here.
@@ -66,7 +66,7 @@ class _EncoderMixin:
         """
         pixel_values = self.transform.normalize(images)
         output = self.vision_model(pixel_values, output_hidden_states=token_layer is not None)
-        tokens = None if token_layer is None else output.hidden_states[token_layer][:, 1:]
+        tokens: Any = None if token_layer is None else output.hidden_states[token_layer][:, 1:]
         return EncoderOutput(image_embeds=self.visual_projection(output.pooler_output), patch_tokens=tokens)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -82,7 +82,7 @@ class CLIPEncoder(_EncoderMixin, CLIPModel):
 
     stock_class = CLIPModel
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         images: Tensor | None = None,
         prompts: Mapping[str, Tensor] | None = None,
@@ -110,7 +110,7 @@ class CLIPVisionEncoder(_EncoderMixin, CLIPVisionModelWithProjection):
 
     stock_class = CLIPVisionModelWithProjection
 
-    def forward(self, images: Tensor, token_layer: int | None = None) -> EncoderOutput:  # type: ignore[override]
+    def forward(self, images: Tensor, token_layer: int | None = None) -> EncoderOutput:
         """Encode images in [0, 1]; see `CLIPEncoder.forward`."""
         return self.encode_images(images, token_layer)
 
@@ -248,7 +248,7 @@ def freeze_unread(encoder: Encoder, *, feature: str = "pooled", token_layer: int
     encoder.vision_model.requires_grad_(True)
     encoder.visual_projection.requires_grad_(True)
     if feature == "patch_tokens":
-        layers = encoder.vision_model.encoder.layers
+        layers: Any = encoder.vision_model.encoder.layers
         read = token_layer if token_layer >= 0 else len(layers) + 1 + token_layer
         layers[read:].requires_grad_(False)
         encoder.vision_model.post_layernorm.requires_grad_(False)
@@ -384,7 +384,7 @@ def image_embedder(encoder: Encoder) -> Callable[[Tensor], Tensor]:
     It goes around `forward`, which a launcher may have wrapped in autocast, so that an evaluation runs at the
     precision that it reports.
     """
-    return lambda images: encoder.encode_images(images).image_embeds  # type: ignore[return-value]
+    return lambda images: encoder.encode_images(images).image_embeds
 
 
 def encode_checked(encoder: Encoder, images: Tensor, token_layer: int | None = None) -> EncoderOutput:

@@ -106,7 +106,7 @@ def parse(
         ValueError: If the file holds a name that is no argument.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser((PipelineArguments, trainer_class.args_class), allow_abbrev=False)  # type: ignore[arg-type]
+    parser = HfArgumentParser((PipelineArguments, trainer_class.args_class), allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="YAML file of the arguments below.")
     known, _ = parser.parse_known_args(words)
     config = known.config
@@ -232,7 +232,7 @@ def _typed(parser: HfArgumentParser, key: str, value: Any) -> Any:
     if action.type is None or value is None:
         return value
     convert = action.type
-    return [convert(item) for item in value] if isinstance(value, list) else convert(value)  # type: ignore[operator]
+    return [convert(item) for item in value] if isinstance(value, list) else convert(value)
 
 
 def _check_output(output: Path, options: PipelineArguments, args: AdversarialTrainingArguments) -> str | None:

@@ -132,4 +132,5 @@ def _lengths(tensor: Tensor) -> Tensor:
     # Scaled by the largest entry: the square of a small gradient underflows in low precision and in float32.
     flat = tensor.flatten(1)
     largest = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(tensor.dtype).tiny)
-    return (largest * torch.linalg.vector_norm(flat / largest, dim=1, keepdim=True)).view(-1, 1, 1, 1)
+    length: Tensor = torch.linalg.vector_norm(flat / largest, dim=1, keepdim=True)
+    return (largest * length).view(-1, 1, 1, 1)

@@ -57,8 +57,17 @@ class Protocol:
 
     def with_budget(self, steps: int | None = None, restarts: int | None = None) -> Protocol:
         """The same protocol with other steps or restarts for every attack."""
-        changes = {key: value for key, value in (("steps", steps), ("restarts", restarts)) if value is not None}
-        return replace(self, attacks=tuple(replace(attack, **changes) for attack in self.attacks))
+        return replace(
+            self,
+            attacks=tuple(
+                replace(
+                    attack,
+                    steps=attack.steps if steps is None else steps,
+                    restarts=attack.restarts if restarts is None else restarts,
+                )
+                for attack in self.attacks
+            ),
+        )
 
     def for_classes(self, classes: int) -> tuple[Protocol, list[str]]:
         """The part of the protocol that `classes` classes allow, and the names of the attacks left out."""

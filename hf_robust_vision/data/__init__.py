@@ -1,0 +1,1 @@
+"""Images in [0, 1] with labels and ids: folders, `datasets`, and the offline demo."""

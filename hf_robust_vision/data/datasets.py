@@ -65,7 +65,7 @@ class LabelledImages(Dataset):
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Any,
         class_names: Sequence[str],
         transform: PixelTransform,
         *,
@@ -234,8 +234,8 @@ def load_labelled_images(
         )
     if image_column in (rows.features or {}):  # decoded by us, so that a broken file can be named
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    shared = {"name": str(path.name if path.is_dir() else name_or_path), "split": split}
-    columns_used = {"image_column": image_column, "label_column": label_column}
+    shared: dict[str, Any] = {"name": str(path.name if path.is_dir() else name_or_path), "split": split}
+    columns_used: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     if isinstance(rows, datasets.IterableDataset):
         return StreamedImages(rows, names, transform, **shared, **columns_used, skip_corrupt=skip_corrupt)
     loaded_images = LabelledImages(rows, names, transform, **shared, **columns_used)

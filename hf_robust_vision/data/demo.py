@@ -69,7 +69,9 @@ def demo_rows(source: str) -> Sequence[dict[str, Any]]:
     folder = demo_folder() / source
     possible: dict[int, tuple[set[str], set[str]]] = {}
     for question, answer, image in json.loads((folder / "questions.json").read_text()):
-        for candidates, values in zip(possible.setdefault(image, (set(COLOURS), set(SHAPES))), (COLOURS, SHAPES)):
+        for candidates, values in zip(
+            possible.setdefault(image, (set(COLOURS), set(SHAPES))), (COLOURS, SHAPES), strict=True
+        ):
             _narrow(candidates, set(values), question, answer)
     rows = []
     for image, (colours, shapes) in sorted(possible.items()):

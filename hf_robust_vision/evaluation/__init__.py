@@ -1,0 +1,1 @@
+"""Robust accuracy, its records and its pictures."""

@@ -116,7 +116,7 @@ def evaluate_zero_shot(
             bar.update(len(images))
     bar.close()
     records = store.gather(dataset.ids)
-    shared = {
+    shared: dict[str, Any] = {
         "task": "zero_shot",
         "model": model_name,
         "model_sha256": sha256,

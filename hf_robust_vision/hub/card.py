@@ -79,10 +79,17 @@ def _percent(result: RobustnessResult, name: str) -> str:
 
 
 def _eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
-    rows = []
+    rows: list[EvalResult] = []
     for result in results:
-        dataset = {"dataset_type": result.dataset, "dataset_name": result.dataset, "dataset_split": result.split}
-        task = {"task_type": "zero-shot-image-classification", "task_name": "Zero-shot image classification"}
+        dataset: dict[str, Any] = {
+            "dataset_type": result.dataset,
+            "dataset_name": result.dataset,
+            "dataset_split": result.split,
+        }
+        task: dict[str, Any] = {
+            "task_type": "zero-shot-image-classification",
+            "task_name": "Zero-shot image classification",
+        }
         arguments = {"protocol": result.protocol, "norm": result.norm, "eps": result.eps, "attacks": result.attacks}
         if not rows:
             rows.append(

@@ -1,0 +1,1 @@
+"""Adversarial fine-tuning on `transformers.Trainer`, one file a method."""

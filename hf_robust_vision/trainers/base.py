@@ -87,6 +87,7 @@ class AdversarialTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     args: AdversarialTrainingArguments
+    control: Any
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ class AdversarialTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
     attack_norm: str = field(default="linf", metadata={"help": "Norm of the perturbation: linf or l2."})
-    attack_eps: Radius = field(default=4 / 255, metadata={"help": "Radius of the perturbation, e.g. 4/255."})
+    attack_eps: Radius = field(default=Radius(4 / 255), metadata={"help": "Radius of the perturbation, e.g. 4/255."})
     attack_steps: int = field(default=10, metadata={"help": "Gradient steps of the training attack."})
     attack_step_size: Radius | None = field(
         default=None, metadata={"help": "Step of the training attack; default 2.5 * eps / steps, at most 1.25 * eps."}

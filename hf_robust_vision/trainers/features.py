@@ -65,7 +65,6 @@ def token_variance(reference: Reference, dataset: Any, images: int = 64) -> floa
         return 1.0
     sample = torch.stack([item["images"] for item in islice(dataset, images)])
     tokens = reference(sample.to(next(reference.encoder.parameters()).device)).patch_tokens
-    assert tokens is not None
     return float(tokens.double().flatten(0, 1).var(0).mean())
 
 
@@ -80,6 +79,5 @@ def detached(output: EncoderOutput) -> EncoderOutput:
     return EncoderOutput(**{key: value.detach() for key, value in output.items()})
 
 
-def _wide(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
+def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.half, torch.bfloat16) else tensor

@@ -97,7 +97,11 @@ class SimCLIPTrainer(AdversarialTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         variance = token_variance(self.reference, self.train_dataset)
-        shared = {"feature": self.args.feature, "token_layer": self.args.token_layer, "token_variance": variance}
+        shared: dict[str, Any] = {
+            "feature": self.args.feature,
+            "token_layer": self.args.token_layer,
+            "token_variance": variance,
+        }
         self.distance = FeatureDistance(**shared)
         self.attack_distance = FeatureDistance(**shared, pooled=DISTANCES[self.args.attack_distance])
 
