@@ -19,7 +19,7 @@ from hf_robust_vision.data.datasets import LabelledImages, StreamedImages, load_
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo
 from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_off
 from hf_robust_vision.data.templates import read_class_names
-from hf_robust_vision.encoders import Encoder, load_encoder, load_image_processor, load_tokenizer
+from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.evaluation.report import plot_curve
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results
 from hf_robust_vision.evaluation.samples import barrier, rank_and_world
@@ -148,6 +148,10 @@ def run(
     set_seed(args.seed)
     name = options.model_name_or_path or str(demo_checkpoint())
     encoder = load_encoder(name, revision=options.model_revision)
+    if options.measure and not isinstance(encoder, CLIPEncoder):
+        raise ValueError(
+            f"{name} has no text tower to measure with; name the whole CLIPModel, or type --measure false."
+        )
     processor = CLIPProcessor(
         image_processor=load_image_processor(name, revision=options.model_revision),
         tokenizer=load_tokenizer(name, revision=options.model_revision),

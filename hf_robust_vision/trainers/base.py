@@ -203,8 +203,8 @@ class AdversarialTrainer(Trainer):
         super().log(logs, start_time)
 
     def _is_logging_step(self) -> bool:
-        every = max(int(self.args.logging_steps), 1) if self.args.logging_steps >= 1 else 1
-        return self.state.global_step % every == 0
+        every = self.state.logging_steps or int(self.args.logging_steps)  # the state resolves a fraction to steps
+        return self.state.global_step % max(every, 1) == 0
 
     @torch.no_grad()
     def _monitor(self, encoder: Encoder, batch: Batch, objective: Objective, adversarial: Tensor) -> None:

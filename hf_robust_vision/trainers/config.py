@@ -72,6 +72,8 @@ class AdversarialTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.remove_unused_columns = False
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns about it at every epoch
         for name in ("attack_eps", "attack_step_size", "eval_eps"):
             value = getattr(self, name)
             setattr(self, name, Radius(value) if value is not None else None)

@@ -1,0 +1,82 @@
+"""Every Python block of README and docs runs; every shell block names flags that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_robust_vision import pipeline
+from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[object]:
+    return [
+        pytest.param(code, id=f"{page.relative_to(ROOT)}:{place}")
+        for page in PAGES
+        for place, (kind, code) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+        if kind == language
+    ]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_block_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+
+
+def trainer_of(recipe: str) -> type:
+    """The trainer class that a recipe runs, by the name it imports."""
+    name = re.search(r"import (?:\w+, )*(\w+Trainer)\b", (ROOT / recipe).read_text())
+    assert name, f"{recipe} names no trainer"
+    import hf_robust_vision
+
+    return getattr(hf_robust_vision, name[1])
+
+
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_recipe_commands_parse(code, tmp_path, monkeypatch):
+    """A flag that was renamed would leave the docs with a command that fails."""
+    monkeypatch.chdir(ROOT)
+    for line in code.replace("\\\n", " ").splitlines():
+        match = re.search(
+            r"(?:accelerate launch|python) (?:--config_file \S+ )?(recipes/\w+\.py)(.*)", line.split("#")[0]
+        )
+        if match is None:
+            continue
+        recipe, words = match[1], shlex.split(match[2])
+        assert (ROOT / recipe).is_file(), f"{recipe} does not exist"
+        if "pipeline" not in (ROOT / recipe).read_text():
+            for word in words:
+                if word.startswith("--"):
+                    assert f'"{word}"' in (ROOT / recipe).read_text(), f"{recipe} has no {word}"
+            continue
+        demo = ROOT / "recipes" / "configs" / f"{Path(recipe).stem}_demo.yaml"
+        pipeline.parse(trainer_of(recipe), [*words, "--output_dir", str(tmp_path)], demo)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_set_what_trainer_would_choose(config):
+    """A published setting that leaves `max_grad_norm` to Trainer is not the published setting."""
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    missing = {"max_grad_norm", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps"} - set(values)
+    assert not missing
+
+
+def test_demo_config_is_read_only_for_the_demo(tmp_path):
+    demo = ROOT / "recipes" / "configs" / "sim_clip_demo.yaml"
+    _, with_demo = pipeline.parse(SimCLIPTrainer, ["--output_dir", str(tmp_path)], demo)
+    words = ["--output_dir", str(tmp_path), "--model_name_or_path", "some/clip"]
+    _, without = pipeline.parse(SimCLIPTrainer, words, demo)
+    assert with_demo.learning_rate == 1e-3
+    assert with_demo.attack_eps == 8 / 255
+    assert without.learning_rate == 1e-5
+    assert without.attack_eps == 4 / 255
