@@ -119,6 +119,7 @@ class VisionCache:
         self.tokens = torch.cat(tokens)
 
     def __call__(self, questions: Sequence[Question]) -> Tensor:
+        """Patch tokens of the questions' images, shape (questions, 64, 128)."""
         return self.tokens[[self.place[q.image] for q in questions]]
 
 

@@ -16,7 +16,7 @@ from .config import AdversarialTrainingArguments, one_of
 from .features import FeatureDistance, detached, split_output, token_variance
 
 
-FORMS = ("anchored", "frozen", "paper")
+FORMS = ("frozen", "anchored", "paper")
 DISTANCES = {"cosine": cosine_distance, "squared_l2": squared_l2}
 
 
@@ -25,15 +25,15 @@ class SimCLIPArguments(AdversarialTrainingArguments):
     """Arguments of `SimCLIPTrainer`; only the added fields are listed.
 
     Args:
-        form: "anchored" (default: the paper's loss, held to the original by `anchor_weight`), "frozen" (the official
-            code: the original's clean embedding is the target) or "paper" (collapses, see `SimCLIPTrainer`).
+        form: "frozen" (default; the official code: the original's clean embedding is the target), "anchored" (the
+            paper's loss, held to the original by `anchor_weight`) or "paper" (collapses, see `SimCLIPTrainer`).
         anchor_weight: Strength of the anchor; more keeps clean accuracy, less gives robust accuracy.
         attack_distance: What the attacker raises on the pooled embedding: "cosine" or "squared_l2" (official code).
         feature: "pooled", "patch_tokens" or "both"; a VLM reads patch tokens.
         token_layer: Entry of `hidden_states` that the tokens come from; -2 is what LLaVA reads.
     """
 
-    form: str = field(default="anchored", metadata={"help": "anchored, frozen or paper."})
+    form: str = field(default="frozen", metadata={"help": "frozen, anchored or paper."})
     anchor_weight: float = field(default=0.3, metadata={"help": "Strength of the anchor to the original."})
     attack_distance: str = field(default="cosine", metadata={"help": "cosine or squared_l2, on the pooled embedding."})
     feature: str = field(default="pooled", metadata={"help": "pooled, patch_tokens or both."})
@@ -75,8 +75,8 @@ class SimCLIPTrainer(AdversarialTrainer):
 
     - `paper`: the tuned model's own clean embedding. Nothing ties it to the original space; it was measured to
       collapse to one point while its loss looks excellent, so the run stops with `CollapseError`.
-    - `frozen`: the original model's clean embedding, as the official code does, in its weighting (the gradient is
-      one half of that of the distance).
+    - `frozen` (default): the original model's clean embedding, as the official code does, in its weighting (the
+      gradient is one half of that of the distance). On the demo it was the most robust form for the time spent.
     - `anchored` (ours): the paper's loss plus `anchor_weight` times the distance of the clean embedding to the
       original's; the attack runs against the original's embedding.
 
