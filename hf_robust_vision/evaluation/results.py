@@ -25,7 +25,7 @@ class SampleRecord:
 
     Args:
         id: Of the sample in its source.
-        label: True class.
+        label: True class, or the true answer of a question.
         clean: Output on the clean image.
         adversarial: Output on the adversarial image, None where none was made (a sample already wrong).
         score: Highest logit minus the true class's on the adversarial image, at least 0 where the attack won.
@@ -33,9 +33,9 @@ class SampleRecord:
     """
 
     id: int | str
-    label: int
-    clean: int
-    adversarial: int | None = None
+    label: int | str
+    clean: int | str
+    adversarial: int | str | None = None
     score: float | None = None
     fooled_by: str | None = None
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from tqdm.auto import tqdm
 
 from .results import SampleRecord, write_atomically
 
@@ -85,6 +86,35 @@ class SampleStore:
                     continue  # cut off when the process was killed; the sample is measured again
                 found[int(record.id)] = record
         return found
+
+
+def measure_all(
+    store: SampleStore,
+    ids: Sequence[int],
+    measure: Callable[[list[int]], Records],
+    *,
+    batch_size: int,
+    label: str,
+    progress: bool,
+) -> Records:
+    """Measure what the store does not hold yet, this process's share of it, and gather everybody's records.
+
+    Args:
+        store: Where records go, batch by batch.
+        ids: Of all samples, in the order of the results.
+        measure: Indices into `ids` to records.
+        batch_size: Samples measured at once.
+        label: Of the progress bar.
+        progress: Show it on the main process.
+    """
+    mine = [index for index in range(store.rank, len(ids), store.world) if ids[index] not in store.records]
+    bar = tqdm(total=len(mine), desc=label, disable=not progress or store.rank > 0)
+    for at in range(0, len(mine), batch_size):
+        batch = mine[at : at + batch_size]
+        store.add(measure(batch))
+        bar.update(len(batch))
+    bar.close()
+    return store.gather(ids)
 
 
 def rank_and_world() -> tuple[int, int]:

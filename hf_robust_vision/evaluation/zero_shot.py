@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_robust_vision.attacks import Ball, Protocol, StartNoise, make_ball, run_protocol
 from hf_robust_vision.data.collator import collate_images
@@ -22,7 +21,7 @@ from hf_robust_vision.encoders import Encoder, TextBank, attack_mode, image_embe
 from hf_robust_vision.pixels import check_images
 
 from .results import RobustnessResult, SampleRecord, summarize, versions
-from .samples import Records, SampleStore, rank_and_world
+from .samples import Records, SampleStore, measure_all
 
 
 @dataclass(frozen=True)
@@ -104,18 +103,16 @@ def evaluate_zero_shot(
     identity |= {"text": bank.template_hash, "scale": bank.logit_scale, "embeddings": tensor_sha256(bank.embeddings)}
     del identity["batch_size"]
     store = SampleStore(samples_dir, f"{Path(model_name).name}-{protocol.name}-{how.norm}", how.eps, identity)
-    rank, world = rank_and_world()
-    mine = [index for index in range(rank, len(dataset), world) if dataset.ids[index] not in store.records]
     classify = bank.classify(image_embedder(encoder))
-    bar = tqdm(total=len(mine), desc=f"{model_name}: {protocol.name}", disable=not progress or rank > 0)
+
+    def measure(indices: list[int]) -> Records:
+        batch = collate_images([dataset[index] for index in indices])
+        images, labels = check_images(batch["images"]).to(device), batch["labels"].to(device)
+        return _measure(classify, images, labels, batch["ids"].tolist(), how)
+
     with attack_mode(encoder):
-        for at in range(0, len(mine), how.batch_size):
-            batch = collate_images([dataset[index] for index in mine[at : at + how.batch_size]])
-            images, labels = check_images(batch["images"]).to(device), batch["labels"].to(device)
-            store.add(_measure(classify, images, labels, batch["ids"].tolist(), how))
-            bar.update(len(images))
-    bar.close()
-    records = store.gather(dataset.ids)
+        label = f"{model_name}: {protocol.name}"
+        records = measure_all(store, dataset.ids, measure, batch_size=how.batch_size, label=label, progress=progress)
     shared: dict[str, Any] = {
         "task": "zero_shot",
         "model": model_name,
