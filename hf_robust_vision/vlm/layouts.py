@@ -133,9 +133,12 @@ class Tower:
                 hook.remove()
         return caught
 
-    def adapt(self, wanted: Geometry, journal: Journal) -> None:
-        """Switch activation, heads and image size to those wanted; new positions are left for the weights to fill."""
-        now = self.geometry
+    def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
+        """Switch activation, heads and image size; new positions are left for the weights to fill.
+
+        What the modules are `now` is an argument, because VideoLLaVA's two towers share one config, which the swap of
+        the first tower has changed already.
+        """
         if wanted.hidden_act != now.hidden_act:
             for block in self.blocks:
                 journal.set(block.mlp, "activation_fn", ACT2FN[wanted.hidden_act])
@@ -221,9 +224,8 @@ class OpenClipTower(Tower):
             rest = [tokens.transpose(0, 1) for tokens in rest]
         return [first, *rest]
 
-    def adapt(self, wanted: Geometry, journal: Journal) -> None:
+    def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
         """Switch activation and heads; the image size stays, because nothing tells the caller's own transform."""
-        now = self.geometry
         for block in self.blocks:
             if wanted.hidden_act != now.hidden_act:
                 journal.set(block.mlp, "gelu", ACT2FN[wanted.hidden_act])

@@ -112,7 +112,7 @@ def _commit(plan: Plan, journal: Journal, *, verify: bool) -> TowerReport:
         int((old[name] != value).sum()) if old[name].shape == value.shape else value.numel()
         for name, value in state.items()
     )
-    tower.adapt(plan.new, journal)
+    tower.adapt(plan.old, plan.new, journal)
     weights = tower.weights()
     for name, value in state.items():
         journal.copy(weights[name], value)

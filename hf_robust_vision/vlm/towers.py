@@ -147,12 +147,13 @@ def _entries(read: Any, module: nn.Module) -> tuple[int, ...] | None:
 
 
 def _has(module: nn.Module, parts: Sequence[str]) -> bool:
+    """Whether the module itself holds the parts; wrappers that pass attributes on do not count."""
     for part in parts:
         here: Any = module
         for name in part.split("."):
-            here = getattr(here, name, None)
-        if here is None:
-            return False
+            here = here._modules.get(name, here._parameters.get(name))
+            if here is None:
+                return False
     return True
 
 
