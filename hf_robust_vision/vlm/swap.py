@@ -197,7 +197,7 @@ def _sync(config: Any, plans: Sequence[Plan], processor: Any, journal: Journal) 
 
 def _checks(compared: bool, verify: bool) -> list[str]:
     checks = ["layout", "sizes", "activation", "heads", "layer-norm epsilon", "finite after the cast", "weights equal"]
-    return checks + ["image mean and std equal"] * compared + ["tower output equals the source's"] * verify
+    return checks + ["image mean and std equal"] * compared + ["tokens equal the source's at every layer"] * verify
 
 
 def _warnings(config: Any, source: Source, plans: Sequence[Plan], compared: bool) -> list[str]:
