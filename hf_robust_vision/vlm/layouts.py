@@ -15,6 +15,8 @@ from .journal import Journal
 from .open_clip import PROJECTION, clip_keys, hf_to_openclip, openclip_to_hf, square_side
 
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 _ACTIVATIONS = {
     "QuickGELU": "quick_gelu",
     "QuickGELUActivation": "quick_gelu",
@@ -76,14 +78,19 @@ class Tower:
         return Geometry.of(self.module.config)
 
     @property
+    def patch_weight(self) -> Tensor:
+        """The weight that meets the pixel values, and so tells their device and dtype."""
+        return self.module.get_parameter("embeddings.patch_embedding.weight")
+
+    @property
     def first(self) -> nn.Module:
         """The module whose output enters the first block."""
-        return self.module.pre_layrnorm  # type: ignore[return-value]
+        return self.module.get_submodule("pre_layrnorm")
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks."""
-        return self.module.encoder.layers  # type: ignore[union-attr,return-value]
+        return self.module.get_submodule("encoder.layers")  # type: ignore[return-value]
 
     def weights(self) -> dict[str, nn.Parameter]:
         """All weights of the tower under its own names, the projection among them."""
@@ -124,10 +131,9 @@ class Tower:
             caught.append(output[0] if isinstance(output, tuple) else output)
 
         hooks = [module.register_forward_hook(catch) for module in (self.first, *self.blocks)]
-        weight = next(iter(self.weights().values()))
         try:
             with attack_mode(self.module):
-                self.module.forward(pixel_values.to(device=weight.device, dtype=weight.dtype))
+                self.module.forward(pixel_values.to(self.patch_weight))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -191,14 +197,19 @@ class OpenClipTower(Tower):
         )
 
     @property
+    def patch_weight(self) -> Tensor:
+        """The weight that meets the pixel values, and so tells their device and dtype."""
+        return self.module.get_parameter("conv1.weight")
+
+    @property
     def first(self) -> nn.Module:
         """The module whose output enters the first block."""
-        return self.module.ln_pre  # type: ignore[return-value]
+        return self.module.get_submodule("ln_pre")
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks."""
-        return self.module.transformer.resblocks  # type: ignore[union-attr,return-value]
+        return self.module.get_submodule("transformer.resblocks")  # type: ignore[return-value]
 
     def clip_state(self) -> dict[str, Tensor]:
         """All weights under CLIP keys."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import Geometry, OpenClipTower, Tower
+from .layouts import FLOATS, Geometry, OpenClipTower, Tower
 from .open_clip import POSITIONS, PROJECTION, interpolate_positions
 from .source import Source, processor_pixels, reference_tower
 
@@ -76,10 +76,11 @@ def make_plan(
             state[POSITIONS] = interpolate_positions(state[POSITIONS], old.num_patches)
         new = replace(new, image_size=old.image_size)
     _check_shapes(tower, state)
-    weight = next(iter(tower.weights().values()))
-    state = {name: value.to(device=weight.device, dtype=weight.dtype) for name, value in state.items()}
-    _check_finite(source, state)
-    return Plan(tower, old, new, tower.rename(state), reference_tower(state, new))
+    weights = tower.weights()
+    own = {name: value.to(weights[name]) for name, value in tower.rename(state).items()}
+    _check_finite(source, own)
+    reference = reference_tower({name: value.to(tower.patch_weight) for name, value in state.items()}, new)
+    return Plan(tower, old, new, own, reference)
 
 
 def check_native(model_type: str, plans: Sequence[Plan], processor: Any) -> None:
@@ -162,9 +163,13 @@ def _check_shapes(tower: Tower, state: dict[str, Tensor]) -> None:
             raise ValueError(f"{tower}: {name} has shape {tuple(weight.shape)}, in the source it is {got}.")
 
 
-def _check_finite(source: Source, state: dict[str, Tensor]) -> None:
-    for name, value in state.items():
+def _check_finite(source: Source, weights: dict[str, Tensor]) -> None:
+    strange = {str(value.dtype) for value in source.state.values() if value.dtype not in FLOATS}
+    if strange:
+        raise ValueError(f"source has weights of {sorted(strange)}: dequantise it first.")
+    clean = all(bool(torch.isfinite(value).all()) for value in source.state.values())
+    for name, value in weights.items():
         if not bool(torch.isfinite(value).all()):
-            cause = "overflows" if bool(torch.isfinite(source.state[name]).all()) else "holds NaN or infinity"
-            advice = "convert the VLM to bfloat16 or float32" if cause == "overflows" else "take another checkpoint"
+            cause = "overflows" if clean else "holds NaN or infinity"
+            advice = "convert the VLM to bfloat16 or float32" if clean else "take another checkpoint"
             raise ValueError(f"source weight {name} {cause} in {value.dtype}: {advice}.")

@@ -16,6 +16,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.utils.hub import cached_file
 
 from hf_robust_vision.encoders import weights_sha256
+from hf_robust_vision.pixels import PixelTransform
 
 from .layouts import Geometry, Tower
 from .open_clip import PROJECTION, clip_state, load_state_dict, square_side
@@ -90,7 +91,7 @@ def load_source(source: Any, *, base: Any = None) -> Source:
     if path.is_file() or path.suffix in _WEIGHT_FILES:
         return Source(path.name, clip_state(load_state_dict(path)))
     name = path.resolve().name if path.is_dir() else str(source)
-    if cached_file(str(source), "adapter_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+    if _is_adapter(str(source)):
         return _from_adapter(str(source), name, base)
     if base is not None:
         raise ValueError(f"base= belongs to a PEFT adapter folder, but {name} has no adapter_config.json.")
@@ -125,7 +126,7 @@ def _from_model(
         )
     check_writable(towers[0])
     transform = getattr(model, "transform", None)
-    if pixels is None and transform is not None:
+    if pixels is None and isinstance(transform, PixelTransform):
         pixels = (tuple(transform.mean), tuple(transform.std))
     return Source(name, towers[0].clip_state(), towers[0].geometry, pixels)
 
@@ -155,6 +156,12 @@ def _pixels(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         return processor_pixels(auto.from_pretrained(name))
     except (OSError, ValueError):
         return None  # many folders of weights have no processor; the comparison is then reported as not made
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a folder or Hub id holds an adapter; trouble with the Hub is left to the loading of the model."""
+    quiet = {f"_raise_exceptions_for_{trouble}": False for trouble in ("missing_entries", "connection_errors")}
+    return cached_file(name, "adapter_config.json", **quiet) is not None
 
 
 def _from_adapter(folder: str, name: str, base: Any) -> Source:

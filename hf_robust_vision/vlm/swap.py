@@ -14,7 +14,7 @@ from hf_robust_vision.encoders import weights_sha256
 from hf_robust_vision.pixels import OPENAI_MEAN, OPENAI_STD, PixelTransform
 
 from .journal import Journal
-from .open_clip import PROJECTION, square_side
+from .open_clip import POSITIONS, PROJECTION, square_side
 from .plan import RESIZE, Plan, check_native, check_pixels, check_shared, make_plan
 from .report import SwapReport, TowerReport
 from .source import Source, load_source
@@ -142,7 +142,7 @@ def _measure(plan: Plan, old_tokens: list[Tensor]) -> tuple[float, float]:
     new_tokens = plan.tower.tokens(pixel_values)
     reference = plan.reference.tokens(pixel_values)
     error = max(
-        float((new.float() - ref.float()).norm() / ref.float().norm().clamp_min(1e-12))
+        float((new - ref.to(new)).float().norm() / ref.float().norm().clamp_min(1e-12))
         for new, ref in zip(new_tokens, reference, strict=True)
     )
     tolerance = _TOLERANCE[new_tokens[0].dtype]
@@ -212,8 +212,9 @@ def _warnings(config: Any, source: Source, plans: Sequence[Plan], compared: bool
     elif source.geometry.hidden_act != new.hidden_act:
         notes.append(f"the source says hidden_act={source.geometry.hidden_act!r}; {new.hidden_act!r} was asked for.")
     notes += [f"{name} of the tower was switched to {getattr(new, name)!r}." for name in plans[0].switched]
-    if source.geometry is not None and source.geometry.image_size != new.image_size:
-        notes.append(f"positions were interpolated from {source.geometry.image_size} px to {new.image_size} px.")
+    patches = len(source.state[POSITIONS]) - 1
+    if patches != new.num_patches:
+        notes.append(f"positions were interpolated from {patches} to {new.num_patches} patches.")
     if PROJECTION not in source.state and any({PROJECTION, "proj"} & set(plan.tower.weights()) for plan in plans):
         notes.append("the source has no projection: the old one was kept, and does not belong to the new tower.")
     if not compared:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from .layouts import OpenClipTower, Tower
+from .layouts import FLOATS, OpenClipTower, Tower
 
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 _HF_PARTS = ("embeddings.class_embedding", "embeddings.patch_embedding", "encoder.layers", "post_layernorm")
 _OPEN_CLIP_PARTS = ("class_embedding", "positional_embedding", "conv1", "ln_pre", "transformer.resblocks", "ln_post")
@@ -83,7 +81,7 @@ def check_writable(tower: Tower) -> None:
                 "without offloading, swap, then dispatch it; or call "
                 "accelerate.hooks.remove_hook_from_module(tower, recurse=True) first."
             )
-        if hasattr(weight, "ds_id") or type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+        if hasattr(weight, "ds_id") or type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
             raise ValueError(
                 f"{tower} is quantised or sharded ({name} is a {type(weight).__name__} of {weight.dtype}): load the "
                 "model in float, swap, save_pretrained, and load it quantised again."
@@ -142,7 +140,7 @@ def _entries(read: Any, module: nn.Module) -> tuple[int, ...] | None:
     """Entries of `hidden_states` as counted from the start."""
     if read is None:
         return None
-    entries = len(module.encoder.layers) + 1  # type: ignore[union-attr,arg-type]
+    entries = len(list(module.get_submodule("encoder.layers").children())) + 1
     return tuple(layer % entries for layer in ([read] if isinstance(read, int) else read))
 
 

@@ -203,6 +203,26 @@ def test_flamingo_with_other_settings_or_without_a_projection(make):
     assert find_towers(vlm)[0].geometry.hidden_act == "gelu"
 
 
+def test_mixed_precision_tower_keeps_its_dtypes():
+    vlm = Flamingo(real("gelu"))
+    for module in vlm.vision_encoder.modules():  # what open_clip's fp16 precision does
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):
+            module.bfloat16()
+    vlm.vision_encoder.proj.data = vlm.vision_encoder.proj.data.bfloat16()
+    from open_clip.transformer import LayerNormFp32
+
+    for module in vlm.vision_encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = LayerNormFp32
+    dtypes = {name: weight.dtype for name, weight in vlm.named_parameters()}
+    clip = make_clip(hidden_act="gelu")
+    report = swap_vision_encoder(vlm, clip)
+    assert {name: weight.dtype for name, weight in vlm.named_parameters()} == dtypes
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    assert torch.equal(vlm.vision_encoder.ln_pre.weight, clip.vision_model.pre_layrnorm.weight)
+    assert report.towers[0].output_error < 0.05
+
+
 @both_towers
 def test_a_live_open_clip_tower_as_source_tells_its_settings(make, llava):
     with pytest.raises(ValueError, match="pass hidden_act='gelu'"):

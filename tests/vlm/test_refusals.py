@@ -135,6 +135,22 @@ def test_weights_that_are_not_finite(llava, clip):
     assert_refused(llava.float(), clip, ["NaN"])
 
 
+def test_source_that_is_quantised(llava, clip):
+    state = clip.vision_model.state_dict()
+    state["encoder.layers.0.mlp.fc1.weight"] = state["encoder.layers.0.mlp.fc1.weight"].to(torch.int8)
+    assert_refused(llava, state, ["torch.int8", "dequantise"])
+
+
+def test_tensor_subclass_in_the_tower(llava, clip):
+    class Packed(torch.Tensor):
+        pass
+
+    fc1 = llava.model.vision_tower.encoder.layers[0].mlp.fc1
+    fc1.weight = nn.Parameter(fc1.weight.detach().as_subclass(Packed))
+    with pytest.raises(ValueError, match=r"quantised or sharded .* is a Packed of"):
+        swap_vision_encoder(llava, clip)
+
+
 def test_another_kind_of_tower(clip):
     vision = SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     text = {"model_type": "gemma", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

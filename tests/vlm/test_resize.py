@@ -64,7 +64,7 @@ def test_interpolate(name, vlm_of, tmp_path):
     vlm, inputs, source = vlm_of(name), vlm_inputs(name), make_clip(image_size=BIG)
     report = swap_vision_encoder(vlm, source, resize="interpolate")
     assert report.image_size == SIZE
-    assert any("interpolated from 48 px to 32 px" in warning for warning in report.warnings)
+    assert any("interpolated from 36 to 16 patches" in warning for warning in report.warnings)
     vision = [part for key, part in vlm.model.named_children() if key.endswith("tower")]
     pixel_values = torch.randn(1, 3, SIZE, SIZE)
     with torch.no_grad():
