@@ -158,9 +158,7 @@ class Tower:
             self._resize(wanted, journal)
         configs = {id(m.config): m.config for m in self.module.modules() if hasattr(m, "config")}
         for config in configs.values():
-            for name in ("hidden_act", "num_attention_heads", "image_size"):
-                if getattr(config, name) != getattr(wanted, name):
-                    journal.set(config, name, getattr(wanted, name))
+            tell_config(config, wanted, journal)
 
     def _resize(self, wanted: Geometry, journal: Journal) -> None:
         embeddings: Any = self.module.embeddings
@@ -243,6 +241,13 @@ class OpenClipTower(Tower):
             if wanted.num_attention_heads != now.num_attention_heads:
                 journal.set(block.attn, "num_heads", wanted.num_attention_heads)
                 journal.set(block.attn, "head_dim", wanted.hidden_size // wanted.num_attention_heads)
+
+
+def tell_config(config: Any, wanted: Geometry, journal: Journal) -> None:
+    """Write the settings that a swap can switch into the config of a vision tower."""
+    for name in ("hidden_act", "num_attention_heads", "image_size"):
+        if getattr(config, name) != getattr(wanted, name):
+            journal.set(config, name, getattr(wanted, name))
 
 
 def _empty_rows(weight: nn.Parameter, rows: int) -> nn.Parameter:

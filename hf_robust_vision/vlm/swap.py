@@ -14,6 +14,7 @@ from hf_robust_vision.encoders import weights_sha256
 from hf_robust_vision.pixels import OPENAI_MEAN, OPENAI_STD, PixelTransform
 
 from .journal import Journal
+from .layouts import tell_config
 from .open_clip import POSITIONS, PROJECTION, square_side
 from .plan import RESIZE, Plan, check_native, check_pixels, check_shared, make_plan
 from .report import SwapReport, TowerReport
@@ -174,13 +175,11 @@ def _pixel_values(size: int) -> Tensor:
 
 def _sync(config: Any, plans: Sequence[Plan], processor: Any, journal: Journal) -> None:
     """Tell the VLM's config, and at another image size its processor, what the towers are now."""
-    switched = {name for plan in plans for name in plan.switched}
     new = plans[0].new
-    for holder in (config, getattr(config, "vision_config", None)):
-        for name in switched:
-            if hasattr(holder, "patch_size") and getattr(holder, name, None) not in (None, getattr(new, name)):
-                journal.set(holder, name, getattr(new, name))
-    if "image_size" not in switched:
+    vision_config = getattr(config, "vision_config", None)
+    if getattr(vision_config, "model_type", "") == "clip_vision_model":  # another object if the tower was replaced
+        tell_config(vision_config, new, journal)
+    if "image_size" not in plans[0].switched:
         return
     if hasattr(config, "image_seq_length"):
         journal.set(config, "image_seq_length", new.num_patches)

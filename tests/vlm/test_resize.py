@@ -85,6 +85,7 @@ def test_native(name, vlm_of, tmp_path):
 
     assert report.image_size == BIG
     assert -1 < report.towers[0].drift < 0.999
+    assert dict(processor.image_processor.size) == {"shortest_edge": BIG}  # a square would stretch the image
     noise = Image.effect_noise((70, 50), 80).convert("RGB")
     inputs = prepare(processor, noise)
     assert inputs["pixel_values"].shape[-2:] == (BIG, BIG)
@@ -106,6 +107,15 @@ def test_native(name, vlm_of, tmp_path):
     assert vlm.config.to_dict() == config
     assert processor.to_json_string() == text
     assert torch.equal(logits(vlm, vlm_inputs(name)), before_logits)
+
+
+def test_restore_follows_the_model_to_its_dtype(llava):
+    before = weights_sha256(llava.bfloat16())
+    llava.float()
+    report = swap_vision_encoder(llava, make_clip(image_size=BIG), resize="native", processor=make_processor("llava"))
+    llava.bfloat16()
+    report.restore()
+    assert weights_sha256(llava) == before
 
 
 def test_native_needs_a_processor_that_counts_patches_alike(llava):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from tiny_vlms import FAMILY, LAYERS, SIZE, logits, make_clip, vlm_inputs
+from tiny_vlms import FAMILY, LAYERS, SIZE, logits, make_clip, make_vlm, vlm_inputs
 
 from hf_robust_vision.encoders import weights_sha256
 from hf_robust_vision.vlm import find_towers, swap_vision_encoder
@@ -119,6 +119,21 @@ def test_eager_attention_and_the_random_state_are_kept(llava, clip):
     assert torch.equal(torch.get_rng_state(), state)
     assert llava.model.vision_tower.config._attn_implementation == "eager"
     assert report.towers[0].output_error < 1e-5
+
+
+def test_dropout_does_not_disturb_the_verification(clip):
+    vlm = make_vlm("llava", attention_dropout=0.5).train()
+    assert swap_vision_encoder(vlm, clip).towers[0].output_error < 1e-6
+    assert vlm.model.vision_tower.training
+
+
+def test_config_of_a_vlm_whose_tower_was_replaced(llava, tmp_path):
+    source = make_clip(hidden_act="gelu")
+    llava.model.vision_tower = make_clip(9, hidden_act="gelu").vision_model
+    swap_vision_encoder(llava, source)
+    llava.save_pretrained(tmp_path)
+    inputs = vlm_inputs("llava")
+    assert torch.equal(logits(type(llava).from_pretrained(tmp_path).eval(), inputs), logits(llava, inputs))
 
 
 def test_one_of_two_towers(vlm_of, clip):
