@@ -133,7 +133,7 @@ def load_state_dict(path: str | Path) -> Mapping[str, Any]:
         raise FileNotFoundError(f"no such file: {path}")
     if path.suffix == ".safetensors":
         return load_file(path)
-    if zipfile.is_zipfile(path) and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+    if _is_torchscript(path):
         raise ValueError(
             f"{path} is a TorchScript archive (OpenAI's original CLIP files are): loading it executes code from the "
             "file. If you trust it, convert it once: "
@@ -179,6 +179,13 @@ def square_side(num_patches: int) -> int:
     if side * side != num_patches:
         raise ValueError(f"{num_patches} patches do not form a square grid; only square images are supported.")
     return side
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
 def _plain(num_layers: int) -> dict[str, str]:

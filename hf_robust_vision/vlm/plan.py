@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from .layouts import FLOATS, Geometry, OpenClipTower, Tower
 from .open_clip import POSITIONS, PROJECTION, interpolate_positions
@@ -67,8 +68,8 @@ def make_plan(
     old = tower.geometry
     new = source.completed(old, hidden_act=hidden_act, num_attention_heads=num_attention_heads)
     settled = {"image_size"} if resize != "error" else set()
-    settled |= {"hidden_act"} if hidden_act else set()
-    settled |= {"num_attention_heads"} if num_attention_heads else set()
+    settled |= {"hidden_act"} if hidden_act is not None else set()
+    settled |= {"num_attention_heads"} if num_attention_heads is not None else set()
     _check_geometry(tower, old, new, settled)
     state = dict(source.state)
     if resize == "interpolate":
@@ -150,7 +151,9 @@ def _check_geometry(tower: Tower, want: Geometry, got: Geometry, settled: set[st
             problems.append(f"{name} is {a!r} in the tower and {b!r} in the source: {advice}")
     if problems:
         raise ValueError(f"the source does not fit {tower}; nothing was changed. " + "; ".join(problems) + ".")
-    if got.hidden_size % got.num_attention_heads:
+    if got.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act={got.hidden_act!r} is unknown to transformers: pass 'quick_gelu' or 'gelu'.")
+    if got.num_attention_heads < 1 or got.hidden_size % got.num_attention_heads:
         raise ValueError(f"num_attention_heads={got.num_attention_heads} does not divide {got.hidden_size}.")
 
 

@@ -60,8 +60,8 @@ class Source:
             intermediate_size=len(self.state["encoder.layers.0.mlp.fc1.bias"]),
             patch_size=patch,
             image_size=image_size,
-            hidden_act=hidden_act or settings.hidden_act,
-            num_attention_heads=num_attention_heads or settings.num_attention_heads,
+            hidden_act=settings.hidden_act if hidden_act is None else hidden_act,
+            num_attention_heads=settings.num_attention_heads if num_attention_heads is None else num_attention_heads,
         )
 
 

@@ -167,8 +167,8 @@ def _cosine(old: Tensor, new: Tensor) -> float:
 
 
 def _pixel_values(size: int) -> Tensor:
-    """Four smooth random images, the same at any size, normalised as CLIP does; shape (4, 3, size, size)."""
-    coarse = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    """Two smooth random images, the same at any size, normalised as CLIP does; shape (2, 3, size, size)."""
+    coarse = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
     return PixelTransform(size, None, OPENAI_MEAN, OPENAI_STD).normalize(images)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_vlms import FAMILY, SIZE, logits, make_clip, vlm_inputs
 from torch import nn
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+from transformers import CLIPImageProcessor, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
 from hf_robust_vision.encoders import as_encoder, weights_sha256
 from hf_robust_vision.pixels import PixelTransform
@@ -23,6 +23,13 @@ REFUSED = {
     "patch": ({"patch_size": 16}, {"resize": "interpolate"}, ["patch_size is 8", "and 16"]),
     "size": ({"image_size": 48}, {}, ["image_size is 32", "and 48", "resize='interpolate'", "resize='native'"]),
     "native without processor": ({"image_size": 48}, {"resize": "native"}, ["32 px to 48 px", "processor= is absent"]),
+    "native with half a processor": (
+        {"image_size": 48},
+        {"resize": "native", "processor": CLIPImageProcessor()},
+        ["32 px to 48 px", "processor= is CLIPImageProcessor"],
+    ),
+    "unknown activation": ({}, {"hidden_act": "glue"}, ["'glue'", "'quick_gelu'"]),
+    "no heads": ({}, {"num_attention_heads": 0}, ["num_attention_heads=0"]),
     "resize": ({}, {"resize": "stretch"}, ["'stretch'", "'interpolate'"]),
     "towers": ({}, {"towers": "vision_tower"}, ["vision_tower", "['model.vision_tower']"]),
     "no towers": ({}, {"towers": []}, ["'model.vision_tower'"]),
