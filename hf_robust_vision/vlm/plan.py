@@ -1,0 +1,178 @@
+"""Everything that is checked before a swap may touch a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from .layouts import FLOATS, Geometry, OpenClipTower, Tower
+from .open_clip import POSITIONS, PROJECTION, interpolate_positions
+from .source import Source, processor_pixels, reference_tower
+
+
+RESIZE = ("error", "interpolate", "native")
+
+_NATIVE = ("llava", "vipllava", "video_llava")  # their processors count one grid of patches an image
+_ADVICE = {
+    "hidden_act": "if the weights were trained with {got!r}, pass hidden_act={got!r}: the tower is switched to it",
+    "num_attention_heads": "if the weights were trained with {got}, pass num_attention_heads={got}",
+    "layer_norm_eps": "a tower cannot be switched; to run the weights with the tower's own, pass a state dict",
+    "image_size": "pass resize='interpolate' to resize the positions to the tower's {want} px, or resize='native' "
+    "and processor= to run the VLM at {got} px",
+}
+
+
+@dataclass
+class Plan:
+    """The swap of one tower, prepared without touching it.
+
+    Args:
+        tower: To be changed.
+        old: Its geometry before.
+        new: Its geometry afterwards.
+        state: The new weights under the tower's own names, in its dtype.
+        reference: The source itself, with the same weights.
+    """
+
+    tower: Tower
+    old: Geometry
+    new: Geometry
+    state: dict[str, Tensor]
+    reference: Tower
+
+    @property
+    def switched(self) -> list[str]:
+        """Names of the settings that change with the swap."""
+        return [name for name, *_ in differences(self.old, self.new)]
+
+
+def differences(want: Geometry, got: Geometry) -> list[tuple[str, Any, Any]]:
+    """Name, value wanted and value got of everything that differs."""
+    pairs = ((field.name, getattr(want, field.name), getattr(got, field.name)) for field in fields(Geometry))
+    return [(name, a, b) for name, a, b in pairs if a != b]
+
+
+def make_plan(
+    tower: Tower, source: Source, *, resize: str, hidden_act: str | None, num_attention_heads: int | None
+) -> Plan:
+    """Fit the source's weights to one tower.
+
+    Raises:
+        ValueError: If a size or a setting differs and no argument settles it, or a weight is not finite.
+    """
+    old = tower.geometry
+    new = source.completed(old, hidden_act=hidden_act, num_attention_heads=num_attention_heads)
+    settled = {"image_size"} if resize != "error" else set()
+    settled |= {"hidden_act"} if hidden_act is not None else set()
+    settled |= {"num_attention_heads"} if num_attention_heads is not None else set()
+    _check_geometry(tower, old, new, settled)
+    state = dict(source.state)
+    if resize == "interpolate":
+        if new.num_patches != old.num_patches:
+            state[POSITIONS] = interpolate_positions(state[POSITIONS], old.num_patches)
+        new = replace(new, image_size=old.image_size)
+    _check_shapes(tower, state)
+    weights = tower.weights()
+    own = {name: value.to(weights[name]) for name, value in tower.rename(state).items()}
+    _check_finite(source, own)
+    reference = reference_tower({name: value.to(tower.patch_weight) for name, value in state.items()}, new)
+    return Plan(tower, old, new, own, reference)
+
+
+def check_native(model_type: str, plans: Sequence[Plan], processor: Any) -> None:
+    """Refuse to run a model at another image size unless model and processor can both be told.
+
+    Raises:
+        ValueError: If the kind of model cannot, or the processor is absent or does not count patches as the tower does.
+    """
+    if not any("image_size" in plan.switched for plan in plans):
+        return
+    sizes = f"{plans[0].old.image_size} px to {plans[0].new.image_size} px"
+    if model_type not in _NATIVE or any(isinstance(plan.tower, OpenClipTower) for plan in plans):
+        raise ValueError(
+            f"resize='native' (from {sizes}) is supported for {', '.join(_NATIVE)}, not for {model_type or 'this'} "
+            "model (tiles of a fixed size, or a transform of its own): pass resize='interpolate'."
+        )
+    if getattr(processor, "image_processor", None) is None or not hasattr(processor, "patch_size"):
+        raise ValueError(
+            f"resize='native' changes the image size from {sizes}, and the processor must follow, but processor= is "
+            f"{'absent' if processor is None else type(processor).__name__}: pass the VLM's processor "
+            "(AutoProcessor.from_pretrained(...)), and save it with the VLM."
+        )
+    if processor.patch_size != plans[0].new.patch_size:
+        raise ValueError(
+            f"processor.patch_size is {processor.patch_size}, the tower's {plans[0].new.patch_size}: set "
+            f"processor.patch_size = {plans[0].new.patch_size}."
+        )
+
+
+def check_shared(plans: Sequence[Plan], others: Sequence[str]) -> None:
+    """Refuse to switch settings of some towers only: the model's config has one `vision_config` for all.
+
+    Raises:
+        ValueError: If a setting changes and a tower is left out.
+    """
+    switched = sorted({name for plan in plans for name in plan.switched})
+    if switched and others:
+        raise ValueError(
+            f"the swap changes {', '.join(switched)}, which all towers share, but leaves out {', '.join(others)}: "
+            "pass towers='all'."
+        )
+
+
+def check_pixels(source: Source, processor: Any) -> bool:
+    """Whether means and standard deviations of source and processor are both known.
+
+    Raises:
+        ValueError: If they are, and differ.
+    """
+    known = processor_pixels(processor) if processor is not None else None
+    if known is None or source.pixels is None:
+        return False
+    if known != source.pixels:
+        raise ValueError(
+            f"the source was trained with image mean and std {source.pixels}, the processor uses {known}: set "
+            "image_mean and image_std of the processor's image processor to the source's, or pass the weights alone "
+            "(a state dict) if you know better."
+        )
+    return True
+
+
+def _check_geometry(tower: Tower, want: Geometry, got: Geometry, settled: set[str]) -> None:
+    problems = []
+    for name, a, b in differences(want, got):
+        if name not in settled:
+            advice = _ADVICE.get(name, "take a source of the tower's architecture").format(want=a, got=b)
+            problems.append(f"{name} is {a!r} in the tower and {b!r} in the source: {advice}")
+    if problems:
+        raise ValueError(f"the source does not fit {tower}; nothing was changed. " + "; ".join(problems) + ".")
+    if got.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act={got.hidden_act!r} is unknown to transformers: pass 'quick_gelu' or 'gelu'.")
+    if got.num_attention_heads < 1 or got.hidden_size % got.num_attention_heads:
+        raise ValueError(f"num_attention_heads={got.num_attention_heads} does not divide {got.hidden_size}.")
+
+
+def _check_shapes(tower: Tower, state: dict[str, Tensor]) -> None:
+    for name, weight in tower.clip_state().items():
+        if name == POSITIONS or (name == PROJECTION and name not in state):
+            continue
+        if name not in state or state[name].shape != weight.shape:
+            got = tuple(state[name].shape) if name in state else "absent"
+            raise ValueError(f"{tower}: {name} has shape {tuple(weight.shape)}, in the source it is {got}.")
+
+
+def _check_finite(source: Source, weights: dict[str, Tensor]) -> None:
+    strange = {str(value.dtype) for value in source.state.values() if value.dtype not in FLOATS}
+    if strange:
+        raise ValueError(f"source has weights of {sorted(strange)}: dequantise it first.")
+    clean = all(bool(torch.isfinite(value).all()) for value in source.state.values())
+    for name, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            cause = "overflows" if clean else "holds NaN or infinity"
+            advice = "convert the VLM to bfloat16 or float32" if clean else "take another checkpoint"
+            raise ValueError(f"source weight {name} {cause} in {value.dtype}: {advice}.")

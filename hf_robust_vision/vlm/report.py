@@ -1,0 +1,100 @@
+"""What a swap did, in numbers, with the way back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .journal import Journal
+
+
+REPORT_NAME = "swap_report.json"
+
+
+@dataclass(frozen=True)
+class TowerReport:
+    """One tower before and after.
+
+    Args:
+        path: Its dotted name in the model.
+        parameters: Number of weights.
+        changed: How many of them have another value now.
+        unread: How many of them the VLM never reads, as far as that is known from its config.
+        unread_names: Their names.
+        drift: Mean cosine of old and new clean patch tokens at the layers that the VLM reads; 1 is no drift. None if
+            it was not measured.
+        output_error: Largest relative difference of the tower's tokens to the source's, over all layers, or None.
+        sha256_before: Hash of the old weights.
+        sha256_after: Hash of the new weights.
+    """
+
+    path: str
+    parameters: int
+    changed: int
+    unread: int
+    unread_names: list[str]
+    drift: float | None
+    output_error: float | None
+    sha256_before: str
+    sha256_after: str
+
+
+@dataclass
+class SwapReport:
+    """What `swap_vision_encoder` did.
+
+    Args:
+        model: Class of the VLM.
+        source: Where the weights come from.
+        resize: How different image sizes were reconciled.
+        image_size: Of the tower now.
+        towers: One entry a tower.
+        checks: What was checked, in words.
+        warnings: What the reader should know.
+        versions: Of the libraries.
+    """
+
+    model: str
+    source: str
+    resize: str
+    image_size: int
+    towers: list[TowerReport]
+    checks: list[str]
+    warnings: list[str]
+    versions: dict[str, str]
+    _journal: Journal | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the way back, fit for JSON."""
+        fields = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"schema": 1, **fields, "towers": [asdict(tower) for tower in self.towers]}
+
+    def provenance(self) -> dict[str, Any]:
+        """The part that is written into the VLM's config."""
+        towers = [
+            {"path": tower.path, "sha256_before": tower.sha256_before, "sha256_after": tower.sha256_after}
+            for tower in self.towers
+        ]
+        kept = {name: getattr(self, name) for name in ("source", "resize", "image_size", "versions")}
+        return {**kept, "towers": towers}
+
+    def save(self, path: str | Path) -> Path:
+        """Write `swap_report.json` into a folder, usually that of the saved VLM, and return its path."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / REPORT_NAME
+        target.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        return target
+
+    def restore(self) -> None:
+        """Bring the old tower back bit for bit, with its settings, its processor's sizes and the VLM's config.
+
+        Raises:
+            RuntimeError: If it was brought back before.
+        """
+        if self._journal is None:
+            raise RuntimeError("nothing to restore: the old tower was brought back already.")
+        self._journal.undo()
+        self._journal = None

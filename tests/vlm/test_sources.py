@@ -1,0 +1,218 @@
+import shutil
+
+import peft
+import pytest
+import torch
+from lookalikes import LlavaTower, OriginalLlava
+from tiny_vlms import FAMILY, SIZE, logits, make_clip, randomise, vision_settings, vlm_inputs
+from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    CLIPImageProcessor,
+    CLIPSegConfig,
+    CLIPSegModel,
+    CLIPTextModel,
+    CLIPVisionModelWithProjection,
+    GitConfig,
+    GitForCausalLM,
+    Kosmos2Config,
+    Kosmos2ForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    MetaClip2Config,
+    MetaClip2Model,
+)
+
+from hf_robust_vision.encoders import as_encoder, weights_sha256
+from hf_robust_vision.vlm import find_towers, load_source, swap_vision_encoder
+
+
+def with_projection(clip):
+    model = CLIPVisionModelWithProjection(clip.config.vision_config)
+    model.load_state_dict({k: v for k, v in clip.state_dict().items() if k.startswith("vis")}, strict=True)
+    return model
+
+
+FORMS = {
+    "clip": lambda clip: clip,
+    "encoder": as_encoder,
+    "vision": lambda clip: clip.vision_model,
+    "vision with projection": with_projection,
+}
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_models_and_folders(form, as_folder, llava, clip, tmp_path):
+    wanted = weights_sha256(clip.vision_model)
+    source = FORMS[form](clip)
+    if as_folder:
+        source.save_pretrained(tmp_path / "robust")
+        source = tmp_path / "robust"
+    report = swap_vision_encoder(llava, source)
+    assert weights_sha256(llava.model.vision_tower) == wanted == report.towers[0].sha256_after
+    if as_folder:
+        assert report.source == "robust"  # not the whole path: the report is published
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model.", "model.vision_tower."])
+def test_state_dicts_of_transformers(prefix, llava, clip):
+    state = {prefix + key: value for key, value in clip.vision_model.state_dict().items()}
+    swap_vision_encoder(llava, {**state, "lm_head.weight": torch.ones(1)} if prefix else state)
+    assert weights_sha256(llava.model.vision_tower) == weights_sha256(clip.vision_model)
+
+
+def test_a_swapped_vlm_is_a_source(llava, vlm_of, clip):
+    swap_vision_encoder(llava, clip)
+    other = vlm_of("vipllava")
+    swap_vision_encoder(other, llava)
+    assert weights_sha256(other.model.vision_tower) == weights_sha256(clip.vision_model)
+
+
+def test_the_processor_of_a_folder_is_compared(llava, clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    assert "image mean and std equal" in swap_vision_encoder(llava, tmp_path, processor=CLIPImageProcessor()).checks
+    half = CLIPImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    with pytest.raises(ValueError, match=r"0\.481.*\(0\.5, 0\.5, 0\.5\)"):
+        swap_vision_encoder(llava, tmp_path, processor=half)
+
+
+def test_folders_that_are_no_vision_tower(llava, clip, tmp_path):
+    CLIPTextModel(clip.config.text_config).save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match=r"text.* holds a 'clip_text_model' model"):
+        swap_vision_encoder(llava, tmp_path / "text")
+    clip.save_pretrained(tmp_path / "half")
+    clip.vision_model.save_pretrained(tmp_path / "vision")
+    shutil.copy(tmp_path / "vision" / "model.safetensors", tmp_path / "half")
+    with pytest.raises(ValueError, match=r"lacks .* weights of CLIPModel"):
+        swap_vision_encoder(llava, tmp_path / "half")
+
+
+def trained_adapter(model, folder, pattern):
+    targets = peft.LoraConfig(r=2, target_modules=pattern, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, targets)
+    adapted.save_pretrained(folder)
+    return adapted.merge_and_unload()
+
+
+def test_adapter_folders(llava, clip, tmp_path):
+    base = make_clip()
+    base.save_pretrained(tmp_path / "base")
+    merged = trained_adapter(clip, tmp_path / "adapter", r".*vision_model.*\.(q_proj|v_proj)")
+    with pytest.raises(ValueError, match="pass base="):
+        swap_vision_encoder(llava, tmp_path / "adapter")
+    for given in (base, tmp_path / "base"):
+        report = swap_vision_encoder(llava, tmp_path / "adapter", base=given)
+        assert report.source == "adapter"
+        for key, value in merged.vision_model.state_dict().items():
+            torch.testing.assert_close(llava.model.vision_tower.state_dict()[key], value)
+    assert weights_sha256(base) == weights_sha256(make_clip())
+
+
+def test_adapter_of_another_class(llava, clip, tmp_path):
+    trained_adapter(clip, tmp_path / "adapter", ["q_proj"])  # also in the text tower, but its keys name vision_model
+    with pytest.raises(ValueError, match="as it was: it was trained on another class"):
+        swap_vision_encoder(llava, tmp_path / "adapter", base=make_clip().vision_model)
+    swap_vision_encoder(llava, tmp_path / "adapter", base=make_clip())
+    for key, value in clip.vision_model.state_dict().items():
+        torch.testing.assert_close(llava.model.vision_tower.state_dict()[key], value)
+
+
+def test_adapters_that_leave_the_tower_alone(llava, clip, tmp_path):
+    trained_adapter(clip, tmp_path / "text", r".*text_model.*\.q_proj")
+    with pytest.raises(ValueError, match="as it was"):
+        swap_vision_encoder(llava, tmp_path / "text", base=make_clip())
+    with pytest.raises(ValueError, match="base= belongs to a PEFT adapter"):
+        load_source(clip, base=clip)
+
+
+VISION = vision_settings()
+TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+
+
+def relative(kind, config, **extra):
+    vision = {key: value for key, value in VISION.items() if key != "model_type"}
+    text = {**TEXT, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 12}
+    return randomise(kind(config(vision_config=vision, text_config=text, **extra)), 4)
+
+
+def kosmos2():
+    vision = {key: value for key, value in VISION.items() if key != "model_type"}
+    text = {"embed_dim": 16, "ffn_dim": 16, "layers": 1, "attention_heads": 2, "vocab_size": 40}
+    return randomise(Kosmos2ForConditionalGeneration(Kosmos2Config(vision_config=vision, text_config=text)), 4)
+
+
+def git():
+    vision = {key: value for key, value in VISION.items() if key != "model_type"}
+    return randomise(GitForCausalLM(GitConfig(vision_config=vision, **TEXT)), 4)
+
+
+RELATIVES = {
+    "altclip": (lambda: relative(AltCLIPModel, AltCLIPConfig), "vision_model"),
+    "chinese_clip": (lambda: relative(ChineseCLIPModel, ChineseCLIPConfig), "vision_model"),
+    "clipseg": (lambda: relative(CLIPSegModel, CLIPSegConfig), "vision_model"),
+    "metaclip_2": (lambda: relative(MetaClip2Model, MetaClip2Config), "vision_model"),
+    "kosmos2": (kosmos2, "vision_model.model"),
+    "git": (git, "git.image_encoder.vision_model"),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_models_with_clips_layout(name, clip, tmp_path):
+    make, path = RELATIVES[name]
+    model = make()
+    projection = model.visual_projection.weight.clone() if hasattr(model, "visual_projection") else None
+    before = weights_sha256(model)
+    report = swap_vision_encoder(model, clip)
+    assert [tower.path for tower in report.towers] == [path]
+    assert report.towers[0].output_error < 1e-5
+    tower = model.get_submodule(path)
+    pixel_values = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        got, wanted = tower(pixel_values), clip.vision_model(pixel_values)
+        if name == "git":
+            expected = clip.vision_model.post_layernorm(wanted.last_hidden_state)
+            torch.testing.assert_close(got.last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+        else:
+            torch.testing.assert_close(got.pooler_output, wanted.pooler_output, rtol=1e-5, atol=1e-5)
+    if projection is not None:
+        assert torch.equal(model.visual_projection.weight, projection)
+    report.restore()
+    assert weights_sha256(model) == before
+    switched = swap_vision_encoder(
+        model, make_clip(hidden_act="gelu", num_attention_heads=2), hidden_act="gelu", num_attention_heads=2
+    )
+    assert switched.towers[0].output_error < 1e-5
+
+
+def test_another_vlm_that_holds_a_clip_config(clip):
+    text = {"model_type": "qwen2", **TEXT, "num_key_value_heads": 2}
+    config = LlavaOnevisionConfig(vision_config=VISION, text_config=text, image_token_index=39)
+    model = randomise(LlavaOnevisionForConditionalGeneration(config), 4)
+    report = swap_vision_encoder(model, clip)
+    assert report.towers[0].path == "model.vision_tower"
+    assert all(key.startswith("post_layernorm") for key in report.towers[0].unread_names)  # it reads the last layer
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_original_llava(in_list, clip):
+    model = OriginalLlava(LlavaTower(make_clip(3).vision_model), in_list=in_list)
+    report = swap_vision_encoder(model, clip)
+    tower = model.get_vision_tower()[0] if in_list else model.get_vision_tower()
+    assert weights_sha256(tower.vision_tower) == weights_sha256(clip.vision_model)
+    assert report.towers[0].path == ("get_vision_tower().vision_tower" if in_list else "wrapper.vision_tower")
+    assert any(key.startswith("encoder.layers.3") for key in report.towers[0].unread_names)
+    with pytest.raises(ValueError, match=r"load_model\(\)"):
+        swap_vision_encoder(OriginalLlava(LlavaTower(None)), clip)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_base_models_without_a_head(name, vlm_of, clip):
+    vlm = vlm_of(name)
+    swap_vision_encoder(vlm.model, clip)
+    assert vlm.config.vision_config is vlm.model.config.vision_config
+    assert torch.isfinite(logits(vlm, vlm_inputs(name))).all()
+    assert all(weights_sha256(tower.module) == weights_sha256(clip.vision_model) for tower in find_towers(vlm))
