@@ -30,6 +30,7 @@ _HOME = {
     "load_results": "evaluation.results",
     "make_text_bank": "encoders",
     "pgd": "attacks",
+    "swap_vision_encoder": "vlm.swap",
 }
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "load_results",
     "make_text_bank",
     "pgd",
+    "swap_vision_encoder",
 ]
 
 
@@ -75,3 +77,4 @@ if TYPE_CHECKING:
     from .trainers.base import AdversarialTrainer
     from .trainers.config import AdversarialTrainingArguments
     from .trainers.sim_clip import SimCLIPArguments, SimCLIPTrainer
+    from .vlm.swap import swap_vision_encoder

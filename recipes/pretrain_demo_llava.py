@@ -30,11 +30,10 @@ from transformers import (
 )
 
 from hf_robust_vision.data.demo import demo_checkpoint
-from hf_robust_vision.data.demo_questions import Question, load_questions
+from hf_robust_vision.data.demo_questions import PROMPT, Question, load_questions
 from hf_robust_vision.encoders import load_encoder
 
 
-PROMPT = "user : <image> {} assistant :"
 IMAGE_TOKENS = 64
 
 

@@ -24,7 +24,7 @@ from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
 from hf_robust_vision.evaluation.report import draw_answers
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results
-from hf_robust_vision.evaluation.vlm import VLMProtocol, adversarial_example, evaluate_vqa
+from hf_robust_vision.evaluation.vlm import VLMProtocol, attack_example, evaluate_vqa
 from hf_robust_vision.trainers.config import Radius
 
 
@@ -50,7 +50,9 @@ def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> l
     """Colour and shape questions under attack; yes/no questions and a blank image as clean controls."""
     shared: dict[str, Any] = {"prompt": args.prompt, "model_name": model, "dataset": DEMO_NAME, "split": "test"}
     shared["samples_dir"] = args.output_dir
-    how = VLMProtocol(tuple(map(float, args.eps)), steps=args.steps, restarts=args.restarts, batch_size=args.batch_size)
+    how = VLMProtocol(
+        tuple(map(float, args.eps)), steps=args.steps, restarts=args.restarts, batch_size=args.batch_size
+    )
     clean = VLMProtocol((0.0,), steps=0, restarts=1, batch_size=args.batch_size)
     asked = load_questions("test", yes_no=False, limit=args.num_questions)
     yes_no = load_questions("test", yes_no=True, limit=args.num_questions)
@@ -80,13 +82,13 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.vlm)
     question = load_questions("test", yes_no=False, limit=args.num_questions)[0]
     results = measure(vlm, processor, args, "before")
-    example = {"before": adversarial_example(vlm, processor, question, args.prompt, float(args.eps[0]))}
+    example = {"before": attack_example(vlm, processor, question, args.prompt, float(args.eps[0]))}
     try:
         report = swap_vision_encoder(vlm, args.tower, processor=processor)
     except ValueError as error:
         sys.exit(f"error: {error}")
     results += measure(vlm, processor, args, "after")
-    example["after"] = adversarial_example(vlm, processor, question, args.prompt, float(args.eps[0]))
+    example["after"] = attack_example(vlm, processor, question, args.prompt, float(args.eps[0]))
     vlm.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     report.save(args.output_dir)

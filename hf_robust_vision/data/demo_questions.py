@@ -15,6 +15,9 @@ from .datasets import decode_image
 from .demo import demo_folder, demo_rows, load_demo
 
 
+PROMPT = "user : <image> {} assistant :"  # of the shipped LLaVA
+
+
 @dataclass(frozen=True)
 class Question:
     """One question about one image.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .results import RobustnessResult
+from .vlm import AnswerExample
 
 
 def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
@@ -18,11 +20,7 @@ def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('plots need matplotlib: pip install "hf-robust-vision[report]"') from error
-    figure = Figure(figsize=(5.6, 3.6), dpi=150, layout="constrained")
+    figure = _figure()(figsize=(5.6, 3.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     styles = {"before": ("#8a8a8a", "o"), "after": ("#1f5fbf", "s")}
     unit = 255 if results[0].norm == "linf" else 1
@@ -42,3 +40,39 @@ def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
     axes.legend(frameon=False)
     figure.savefig(path)
     return Path(path)
+
+
+def draw_answers(examples: Mapping[str, AnswerExample], question: str, path: str | Path) -> Path:
+    """Draw image, enlarged perturbation and attacked image with the answers, one row a model.
+
+    Args:
+        examples: Name of the model to its attacked question.
+        question: What was asked.
+        path: Picture to write.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
+    """
+    figure = _figure()(figsize=(6.0, 2.3 * len(examples) + 0.4), dpi=150, layout="constrained")
+    figure.suptitle(question, fontsize=11)
+    for row, (name, example) in zip(figure.subplots(len(examples), 3, squeeze=False), examples.items()):
+        perturbation = (example.adversarial - example.image) / (2 * example.eps) + 0.5
+        titles = (
+            f"{name}: {example.clean_answer}",
+            f"perturbation x{0.5 / example.eps:.0f}",
+            f"attacked: {example.adversarial_answer}",
+        )
+        for axes, picture, title in zip(row, (example.image, perturbation, example.adversarial), titles):
+            axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_title(title, fontsize=9)
+            axes.axis("off")
+    figure.savefig(path)
+    return Path(path)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('plots need matplotlib: pip install "hf-robust-vision[report]"') from error
+    return Figure

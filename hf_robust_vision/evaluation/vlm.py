@@ -254,6 +254,50 @@ def evaluate_vqa(
     return results
 
 
+@dataclass(frozen=True)
+class AnswerExample:
+    """One attacked question, for a picture.
+
+    Args:
+        image: In [0, 1], shape (3, height, width).
+        adversarial: The same, attacked.
+        clean_answer: What the model says about `image`.
+        adversarial_answer: What it says about `adversarial`.
+        eps: Linf radius of the attack.
+    """
+
+    image: Tensor
+    adversarial: Tensor
+    clean_answer: str
+    adversarial_answer: str
+    eps: float
+
+
+def attack_example(
+    vlm: nn.Module, processor: Any, question: Question, prompt: str, eps: float, steps: int = 50
+) -> AnswerExample:
+    """Attack one question by PGD on the loss of its true answer.
+
+    Args:
+        vlm: The model; left as it was.
+        processor: Its processor.
+        question: What is asked.
+        prompt: With "{}" for the question and the processor's image token.
+        eps: Linf radius in pixels of [0, 1].
+        steps: Of the attack.
+    """
+    device = next(vlm.parameters()).device
+    with attack_mode(vlm):
+        task = answer_task(vlm, processor, [question], prompt, device)
+        image = question.pixels(task.transform)[None].to(device)
+        noise = StartNoise(0, [question.id])
+        found = pgd(
+            AnswerLoss(task), image, make_ball("linf", eps), steps=steps, noise=noise, fooled=WrongAnswer(task)
+        )
+        clean, attacked = (_answers(task, processor.tokenizer, images)[0] for images in (image, found))
+    return AnswerExample(image[0].cpu(), found[0].cpu(), clean, attacked, eps)
+
+
 def _measure(
     task: AnswerTask, tokenizer: Any, questions: Sequence[Question], images: Tensor, how: VLMProtocol
 ) -> Records:
