@@ -26,8 +26,7 @@ from hf_robust_vision.encoders import (
     token_layer_of,
     weights_sha256,
 )
-
-from .conftest import NAMES, build_clip
+from tests.conftest import NAMES, build_clip
 
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -16,7 +16,7 @@ autopgd = pytest.importorskip("pyautoattack.autopgd_base")
 pytest.importorskip("easy_vqa")
 
 
-def survivors(count: int, steps: int, eps: float) -> tuple[int, int, int]:
+def survivors(count: int, steps: int, eps: float, restarts: int = 1) -> tuple[int, int, int]:
     """Rightly classified, robust against ours, robust against theirs; the same start images and budget."""
     folder = demo_checkpoint()
     encoder = load_encoder(folder)
@@ -34,9 +34,10 @@ def survivors(count: int, steps: int, eps: float) -> tuple[int, int, int]:
             with torch.no_grad():
                 right = classify(batch).argmax(1) == truth
             batch, truth, names = batch[right], truth[right], ids[at : at + 100][right].tolist()
-            protocol = get_protocol("apgd-ce", steps=steps)
+            protocol = get_protocol("apgd-ce", steps=steps, restarts=restarts)
             outcome = run_protocol(protocol, classify, batch, truth, LinfBall(eps), StartNoise(0, names))
-            other = autopgd.APGDAttack(classify, n_iter=steps, norm="Linf", eps=eps, loss="ce", seed=0, device="cpu")
+            budget = {"n_iter": steps, "n_restarts": restarts, "eps": eps}
+            other = autopgd.APGDAttack(classify, **budget, norm="Linf", loss="ce", seed=0, device="cpu")
             found = other.perturb(batch, truth)
             assert (found - batch).abs().max() <= eps + 1e-6
             with torch.no_grad():
@@ -48,8 +49,8 @@ def survivors(count: int, steps: int, eps: float) -> tuple[int, int, int]:
 
 @pytest.mark.parity
 def test_as_strong_as_pyautoattack():
-    """Slack: one image of 48, for the different random starts."""
-    clean, ours, theirs = survivors(48, steps=20, eps=8 / 255)
+    """Slack: one image of 48, for the different random starts; two restarts, since one alone varies by two."""
+    clean, ours, theirs = survivors(48, steps=20, eps=8 / 255, restarts=2)
     assert clean >= 40
     assert ours <= theirs + 1
     assert ours < clean
