@@ -209,7 +209,7 @@ def load_image_processor(name_or_path: str | Path, *, revision: str | None = Non
 
 def _refuse_adapter(name: str) -> None:
     folder = Path(name)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         raise ValueError(
             f"{name} is a PEFT adapter of {base!r}, not a model. Merge it first: "

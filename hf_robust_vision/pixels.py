@@ -86,7 +86,8 @@ class PixelTransform:
             resize = (int(size["height"]), int(size["width"]))
         else:
             raise ValueError(f"image processor size={size} is neither shortest_edge nor height and width.")
-        resample = int(getattr(processor, "resample", 3) or 3)
+        resample = getattr(processor, "resample", None)
+        resample = 3 if resample is None else int(resample)
         if resample not in _RESAMPLE:
             raise ValueError(f"image processor resample={resample} is not one of {sorted(_RESAMPLE)} (PIL codes).")
         crop_size = processor.crop_size if getattr(processor, "do_center_crop", False) else None
@@ -106,9 +107,10 @@ class PixelTransform:
         """
         height, width = images.shape[-2:]
         if isinstance(self.resize, int):
-            scale = self.resize / min(height, width)
-            # PIL-backed processors truncate the longer edge; a rounded edge would shift the crop by a pixel.
-            target = (self.resize, int(width * scale)) if height <= width else (int(height * scale), self.resize)
+            # Processors truncate the longer edge; a pixel more would shift the crop. Whole numbers, because the
+            # product with a float scale falls short of 98 * 2 / 49 by one bit, and so by a pixel.
+            longer = self.resize * max(height, width) // min(height, width)
+            target = (self.resize, longer) if height <= width else (longer, self.resize)
         else:
             target = self.resize
         if target != (height, width):

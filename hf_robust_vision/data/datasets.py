@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_robust_vision.encoders import check_class_names
 from hf_robust_vision.pixels import PixelTransform
@@ -100,8 +101,8 @@ class LabelledImages(Dataset):
         """All labels, without decoding an image."""
         if hasattr(self.rows, "column_names"):  # a `datasets.Dataset`: reading rows would decode every image
             column = self.rows[self.label_column]
-            return [int(column[sample]) for sample in self.ids]
-        return [int(self.rows[sample][self.label_column]) for sample in self.ids]
+            return [_label(column[sample]) for sample in self.ids]
+        return [_label(self.rows[sample][self.label_column]) for sample in self.ids]
 
     def select(self, indices: Sequence[int], split: str | None = None) -> LabelledImages:
         """Some of the items, which keep their ids."""
@@ -134,6 +135,8 @@ class LabelledImages(Dataset):
 class StreamedImages(IterableDataset):
     """The same items from a `datasets.IterableDataset`, numbered in the order of the stream.
 
+    With several loader workers the numbers differ from those of one, but no two images share one.
+
     Args:
         stream: A `datasets` stream with an image and a label column.
         class_names: Names in the order of the labels.
@@ -163,7 +166,10 @@ class StreamedImages(IterableDataset):
         self.image_column, self.label_column = image_column, label_column
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for sample, row in enumerate(self.stream):
+        # Each worker of a loader reads its own shards and counts from 0: they take turns at the numbers.
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        for sample, row in zip(count(first, stride), self.stream):
             _need_columns(row, self.image_column, self.label_column)
             try:
                 image = decode_image(row[self.image_column], f"image {sample} of {self.name}")
@@ -217,7 +223,9 @@ def load_labelled_images(
     path = Path(name_or_path)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         loaded = datasets.load_from_disk(str(path))
-        rows = _pick_split(loaded, split, str(path)) if isinstance(loaded, datasets.DatasetDict) else loaded
+        # A folder of one split holds no other: it would be train, validation and test at once.
+        parts = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
+        rows = _pick_split(parts, split, str(path))
     elif path.is_dir():
         rows = _load_folder(path, split)
     else:
@@ -227,10 +235,16 @@ def load_labelled_images(
     columns = rows.column_names or []
     if columns:
         _need_columns(columns, image_column, label_column)
-    names = class_names or getattr((rows.features or {}).get(label_column), "names", None)
+    own_names = getattr((rows.features or {}).get(label_column), "names", None)
+    names = class_names or own_names
     if not names:
         raise ValueError(
             f"{name_or_path}: column {label_column!r} carries no class names; pass class_names (--class_names FILE)."
+        )
+    if own_names and len(own_names) != len(names):
+        raise ValueError(
+            f"got {len(names)} class names, but {name_or_path} ({split}) has {len(own_names)} classes: "
+            f"{list(own_names)[:5]}..."
         )
     if image_column in (rows.features or {}):  # decoded by us, so that a broken file can be named
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
@@ -267,9 +281,20 @@ def _row_name(name: str, sample: int, value: Any) -> str:
 
 
 def _item(image: Tensor, label: Any, sample: int, transform: PixelTransform, names: Sequence[str]) -> dict[str, Any]:
-    if not 0 <= int(label) < len(names):
-        _check_labels({int(label)}, names)
-    return {"images": transform.fit(image[None])[0], "labels": int(label), "ids": sample}
+    number = _label(label)
+    if not 0 <= number < len(names):
+        _check_labels({number}, names)
+    return {"images": transform.fit(image[None])[0], "labels": number, "ids": sample}
+
+
+def _label(value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"label {value!r} is no whole number; labels are places in the list of class names "
+            "(datasets: rows.class_encode_column)."
+        ) from error
 
 
 def _need_columns(columns: Any, *wanted: str) -> None:

@@ -1,0 +1,257 @@
+"""Labelled images: decoding, numbering, labels, folders, streams."""
+
+from __future__ import annotations
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from hf_robust_vision.data.collator import collate_images
+from hf_robust_vision.data.datasets import (
+    CorruptImageError,
+    LabelledImages,
+    StreamedImages,
+    decode_image,
+    load_labelled_images,
+)
+from hf_robust_vision.pixels import PixelTransform
+from tests.conftest import NAMES, SIZE, make_dataset, picture
+
+
+FIT = PixelTransform(SIZE, (SIZE, SIZE))
+
+
+def encoded(image, kind="png"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "pil", "entry with bytes", "entry with path"])
+def test_every_form_of_an_image(kind, tmp_path):
+    image = picture(0, 1)
+    image.save(tmp_path / "image.png")
+    value = {
+        "path": str(tmp_path / "image.png"),
+        "bytes": encoded(image),
+        "pil": image,
+        "entry with bytes": {"bytes": encoded(image), "path": None},
+        "entry with path": {"bytes": None, "path": str(tmp_path / "image.png")},
+    }[kind]
+    got = decode_image(value)
+    assert got.dtype == torch.float32
+    assert torch.equal((got * 255).round().byte(), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_other_modes_become_rgb(mode):
+    assert decode_image(picture(0, 0).convert(mode)).shape == (3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "bmp", "tiff", "ppm"])
+def test_truncated_at_any_byte(kind):
+    """Whatever PIL raises, the caller sees one error with the name."""
+    content = encoded(picture(0, 0, 16), kind)
+    failures = 0
+    for length in range(0, len(content), 3):
+        try:
+            decode_image(content[:length], "image 7 of here")
+        except CorruptImageError as error:
+            failures += 1
+            assert "image 7 of here" in str(error)  # noqa: PT017
+    assert failures > len(content) / 3 * 0.5
+
+
+def test_corrupt_file_is_named_and_counted(image_folder, tmp_path):
+    good = image_folder / "test" / "red" / "18.png"
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    (tmp_path / "test" / "b").mkdir()
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / "test" / name).write_bytes(good.read_bytes())
+    (tmp_path / "test" / "a" / "2.png").write_bytes(good.read_bytes()[:500])
+    (tmp_path / "test" / "b" / "4.png").write_bytes(b"")
+    part = load_labelled_images(tmp_path, "test", FIT)
+    assert [part.rows[i]["image"]["path"].rsplit("/")[-1] for i in part.corrupt()] == ["2.png", "4.png"]
+    with pytest.raises(CorruptImageError, match=r"2\.png is corrupt or truncated.*--skip_corrupt"):
+        part[part.corrupt()[0]]
+
+
+def test_folder(image_folder):
+    part = load_labelled_images(image_folder, "train", FIT)
+    assert part.class_names == tuple(sorted(NAMES))
+    assert len(part) == 12
+    assert (part.name, part.split) == ("tiny-images", "train")
+    item = part[0]
+    assert item["images"].shape == (3, SIZE, SIZE)
+    assert 0 <= item["images"].min() <= item["images"].max() <= 1
+    # The label is that of the folder the file lies in.
+    for index in range(12):
+        folder = part.rows[index]["image"]["path"].split("/")[-2]
+        assert part.class_names[part[index]["labels"]] == folder
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "said"),
+    [
+        ([], "train", "holds no images; wanted"),
+        (["train/notes.txt"], "train", "holds no images; wanted"),
+        (["a/1.png", "b/2.png"], "test", "no folder 'test'"),
+        (["train/a/1.png", "train/a/2.png"], "train", "at least 2 classes"),
+        (["train/1.png", "train/2.png"], "train", "at least 2 classes"),
+    ],
+)
+def test_folders_that_are_no_data_set(files, split, said, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0, 0).save(tmp_path / name) if name.endswith("png") else (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=said):
+        load_labelled_images(tmp_path, split, FIT)
+
+
+def rows_of(count, labels=None, **columns):
+    values = {"image": [{"bytes": encoded(picture(i, i % 3)), "path": None} for i in range(count)]}
+    values["label"] = labels if labels is not None else [i % 3 for i in range(count)]
+    return datasets.Dataset.from_dict(values | columns).cast_column("image", datasets.Image())
+
+
+def saved(rows, folder, names=NAMES):
+    if names:
+        rows = rows.cast_column("label", datasets.ClassLabel(names=list(names)))
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(folder))
+    return folder
+
+
+class TestSavedDatasets:
+    """Folders of `save_to_disk`."""
+
+    def test_names_and_ids(self, tmp_path):
+        part = load_labelled_images(saved(rows_of(6), tmp_path / "d"), "train", FIT)
+        assert part.class_names == NAMES
+        assert part.labels() == [0, 1, 2, 0, 1, 2]
+        assert [item["ids"] for item in part.select([4, 1])] == [4, 1]
+
+    def test_unknown_split(self, tmp_path):
+        with pytest.raises(ValueError, match=r"no split 'test'; it has \['train'\]"):
+            load_labelled_images(saved(rows_of(6), tmp_path / "d"), "test", FIT)
+
+    def test_one_split_is_not_every_split(self, tmp_path):
+        """A folder of a single `Dataset` must not serve as train and as test."""
+        rows_of(6).cast_column("label", datasets.ClassLabel(names=list(NAMES))).save_to_disk(str(tmp_path / "d"))
+        assert len(load_labelled_images(tmp_path / "d", "train", FIT)) == 6
+        with pytest.raises(ValueError, match="split 'test'"):
+            load_labelled_images(tmp_path / "d", "test", FIT)
+
+    @pytest.mark.parametrize("column", ["image_column", "label_column"])
+    def test_wrong_column(self, column, tmp_path):
+        with pytest.raises(ValueError, match=r"no column 'nope', only \['image', 'label'\]"):
+            load_labelled_images(saved(rows_of(6), tmp_path / "d"), "train", FIT, **{column: "nope"})
+
+    def test_no_class_names(self, tmp_path):
+        with pytest.raises(ValueError, match="no class names"):
+            load_labelled_images(saved(rows_of(6), tmp_path / "d", names=None), "train", FIT)
+
+    @pytest.mark.parametrize("labels", [[0, 1, 2, 3, 0, 1], [0, 1, -1, 2, 0, 1]])
+    def test_labels_without_a_name(self, labels, tmp_path):
+        folder = saved(rows_of(6, labels), tmp_path / "d", names=None)
+        with pytest.raises(ValueError, match=r"have no class name: there are 3 names"):
+            load_labelled_images(folder, "train", FIT, class_names=NAMES)
+
+    @pytest.mark.parametrize("names", [("red", "green"), (*NAMES, "black")])
+    def test_other_number_of_names(self, names, tmp_path):
+        with pytest.raises(ValueError, match=r"class name"):
+            load_labelled_images(saved(rows_of(6), tmp_path / "d"), "train", FIT, class_names=names)
+
+    def test_names_that_stand_twice(self, tmp_path):
+        folder = saved(rows_of(6), tmp_path / "d", names=None)
+        with pytest.raises(ValueError, match="more than once"):
+            load_labelled_images(folder, "train", FIT, class_names=("red", "red", "blue"))
+
+    def test_text_labels(self, tmp_path):
+        folder = saved(rows_of(3, ["red", "green", "blue"]), tmp_path / "d", names=None)
+        with pytest.raises(ValueError, match=r"label"):
+            load_labelled_images(folder, "train", FIT, class_names=NAMES)
+
+    def test_other_columns(self, tmp_path):
+        rows = rows_of(6).rename_columns({"image": "img", "label": "fine"})
+        rows = rows.cast_column("fine", datasets.ClassLabel(names=list(NAMES)))
+        datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "d"))
+        part = load_labelled_images(tmp_path / "d", "train", FIT, image_column="img", label_column="fine")
+        assert part[4]["labels"] == 1
+
+
+class TestLabelledImages:
+    def test_empty(self):
+        with pytest.raises(ValueError, match="holds no images"):
+            LabelledImages([], NAMES, FIT, name="x", split="train")
+
+    def test_one_class(self):
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            LabelledImages([{"image": picture(0, 0), "label": 0}], ["red"], FIT, name="x", split="train")
+
+    def test_wrong_column(self):
+        with pytest.raises(ValueError, match="no column 'label'"):
+            LabelledImages([{"image": picture(0, 0), "class": 0}], NAMES, FIT, name="x", split="train")
+
+    def test_ids_survive_selections_of_selections(self):
+        whole = make_dataset(12)
+        part = whole.select([9, 3, 6]).select([2, 0])
+        assert [item["ids"] for item in part] == part.ids == [6, 9]
+        assert torch.equal(part[0]["images"], whole[6]["images"])
+        assert part.labels() == [whole[6]["labels"], whole[9]["labels"]]
+
+
+class TestStream:
+    """`StreamedImages` on a stream of four rows, of which one is broken."""
+
+    @staticmethod
+    def rows(broken=()):
+        rows = [{"image": {"bytes": encoded(picture(i, i % 3)), "path": None}, "label": i % 3} for i in range(6)]
+        for index in broken:
+            rows[index]["image"]["bytes"] = rows[index]["image"]["bytes"][:200]
+        return rows
+
+    def stream(self, rows, **settings):
+        return StreamedImages(rows, NAMES, FIT, name="s", split="train", **settings)
+
+    def test_numbered_in_order(self):
+        items = list(self.stream(self.rows()))
+        assert [item["ids"] for item in items] == list(range(6))
+        assert [item["labels"] for item in items] == [0, 1, 2, 0, 1, 2]
+
+    def test_broken_image_is_named(self):
+        with pytest.raises(CorruptImageError, match="image 2 of s"):
+            list(self.stream(self.rows([2])))
+
+    def test_skipped_images_are_counted_and_keep_their_number(self):
+        stream = self.stream(self.rows([2, 3]), skip_corrupt=True)
+        assert [item["ids"] for item in stream] == [0, 1, 4, 5]
+        assert stream.skipped == 2
+
+    def test_wrong_column(self):
+        with pytest.raises(ValueError, match="no column 'label'"):
+            list(self.stream([{"image": picture(0, 0)}]))
+
+    def test_label_without_name(self):
+        with pytest.raises(ValueError, match="no class name"):
+            list(self.stream([{"image": picture(0, 0), "label": 5}]))
+
+    def test_real_stream_with_workers_has_different_ids(self, tmp_path):
+        """The id owns the noise: two images must not share one because two workers count from zero."""
+        rows = rows_of(8).to_iterable_dataset(num_shards=2).cast_column("image", datasets.Image(decode=False))
+        loader = torch.utils.data.DataLoader(self.stream(rows), batch_size=2, num_workers=2, collate_fn=collate_images)
+        ids = [sample for batch in loader for sample in batch["ids"].tolist()]
+        assert len(ids) == len(set(ids)) == 8
+
+
+def test_collator_stacks_and_refuses_mixed_sizes():
+    items = [make_dataset(3)[i] for i in range(3)]
+    batch = collate_images(items)
+    assert batch["images"].shape == (3, 3, SIZE, SIZE)
+    assert batch["labels"].tolist() == [0, 1, 2]
+    assert batch["ids"].dtype == torch.int64
+    items[1]["images"] = items[1]["images"][:, :20]
+    with pytest.raises(ValueError, match="differ in size"):
+        collate_images(items)

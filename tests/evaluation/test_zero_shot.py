@@ -1,0 +1,201 @@
+"""The evaluator: sums over samples, resumable, independent of the batch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_robust_vision.attacks import get_protocol
+from hf_robust_vision.encoders import weights_sha256
+from hf_robust_vision.evaluation import zero_shot
+from hf_robust_vision.evaluation.results import SampleRecord, summarize
+from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from tests.conftest import NAMES
+
+
+EPS = (0.25 / 255, 0.5 / 255, 1 / 255)
+HOW = RobustnessProtocol(get_protocol("apgd-ce", steps=5), EPS, batch_size=5)
+
+
+@pytest.fixture
+def measure(encoder, bank, labelled_by_model):
+    def run(how=HOW, **settings):
+        settings = {"model_name": "before", "progress": False} | settings
+        return evaluate_zero_shot(encoder, bank, settings.pop("dataset", labelled_by_model), how, **settings)
+
+    return run
+
+
+def lines(folder, result):
+    return [json.loads(line) for line in (folder / result.samples).read_text().splitlines()]
+
+
+def flags(folder, results):
+    return [[(row["id"], row["clean"], row["fooled_by"]) for row in lines(folder, result)] for result in results]
+
+
+def test_curve_falls(measure, tmp_path):
+    results = measure(replace(HOW, eps=(1 / 255, 0.0, 0.25 / 255, 0.5 / 255)), samples_dir=tmp_path)
+    assert [result.eps for result in results] == [0.0, *EPS]  # in rising order, whatever was asked
+    robust = [result.robust_accuracy for result in results]
+    assert robust[0] == results[0].clean_accuracy  # eps 0 is the clean accuracy, exactly
+    assert robust == sorted(robust, reverse=True)
+    assert 0 < robust[2] < robust[0] < 1
+    fallen = [{row["id"] for row in lines(tmp_path, result) if row["fooled_by"]} for result in results]
+    assert all(less <= more for less, more in zip(fallen, fallen[1:]))
+
+
+def test_accuracies_are_sums_over_the_samples_file(measure, labelled_by_model, tmp_path):
+    for result in measure(samples_dir=tmp_path):
+        rows = lines(tmp_path, result)
+        assert [row["id"] for row in rows] == labelled_by_model.ids
+        assert [row["label"] for row in rows] == labelled_by_model.labels()
+        assert {"id", "label", "clean", "adversarial", "score", "fooled_by"} <= set(rows[0])
+        assert result.num_samples == len(rows) == 24
+        assert result.clean_accuracy == sum(row["clean"] == row["label"] for row in rows) / 24
+        assert result.robust_accuracy == sum(row["fooled_by"] is None for row in rows) / 24
+        assert result.ci95 == summarize([SampleRecord(**row) for row in rows])["ci95"]
+        for row in rows:
+            assert (row["fooled_by"] == "clean") == (row["clean"] != row["label"])
+            if row["fooled_by"] == "apgd-ce":
+                assert row["adversarial"] != row["label"]
+                assert row["score"] >= 0
+            if row["fooled_by"] is None:
+                assert row["adversarial"] == row["label"]
+                assert row["score"] <= 0
+    assert not list(tmp_path.glob("*.rank*"))
+
+
+def test_flags_do_not_depend_on_batch_size_or_order(measure, labelled_by_model, tmp_path):
+    wanted = flags(tmp_path / "a", measure(samples_dir=tmp_path / "a"))
+    for place, how in (("b", replace(HOW, batch_size=24)), ("c", replace(HOW, batch_size=1))):
+        assert flags(tmp_path / place, measure(how, samples_dir=tmp_path / place)) == wanted
+    turned = labelled_by_model.select(list(range(24))[::-1])
+    got = flags(tmp_path / "d", measure(dataset=turned, samples_dir=tmp_path / "d"))
+    assert [rows[::-1] for rows in got] == wanted
+
+
+def test_result_carries_its_protocol(measure, bank, encoder):
+    how = replace(HOW, restarts=((EPS[1], 3),), seed=7)
+    result = measure(how)[1]
+    assert (result.task, result.model, result.norm, result.protocol) == ("zero_shot", "before", "linf", "apgd-ce")
+    assert (result.dataset, result.split, result.group) == ("tiny", "test", "all")
+    assert result.model_sha256 == weights_sha256(encoder)
+    assert result.class_names == list(NAMES)
+    assert result.logit_scale == pytest.approx(float(encoder.logit_scale.exp()))
+    attack = result.attacks[0]
+    assert (attack["steps"], attack["restarts"], attack["seed"], attack["dtype"]) == (5, 3, 7, "float32")
+    assert attack["resolution"] == 32
+    assert [r.attacks[0]["restarts"] for r in measure(how)] == [1, 3, 1]
+    assert {"torch", "transformers", "python", "hf-robust-vision"} <= set(result.versions)
+    assert result.samples is None
+
+
+def test_targeted_attack_is_left_out_for_three_classes(measure):
+    for result in measure(replace(HOW, protocol=get_protocol("robustvlm", steps=3))):
+        assert result.left_out == ["apgd-dlr-targeted"]
+        assert [attack["name"] for attack in result.attacks] == ["apgd-ce"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(monkeypatch, batches):
+    add, done = zero_shot.SampleStore.add, []
+
+    def add_or_die(self, records):
+        if len(done) == batches:
+            raise Killed
+        done.append(1)
+        add(self, records)
+
+    monkeypatch.setattr(zero_shot.SampleStore, "add", add_or_die)
+    return done
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_resumed_equals_unbroken(measure, monkeypatch, tmp_path, batches):
+    unbroken = measure(samples_dir=tmp_path / "a")
+    with monkeypatch.context() as patch:
+        kill_after(patch, batches)
+        with pytest.raises(Killed):
+            measure(samples_dir=tmp_path / "b")
+    with monkeypatch.context() as patch:
+        left = kill_after(patch, 99)
+        resumed = measure(samples_dir=tmp_path / "b")
+    assert len(left) == -(-(24 - 5 * batches) // 5)  # what was done is not done again
+    assert [lines(tmp_path / "b", r) for r in resumed] == [lines(tmp_path / "a", r) for r in unbroken]
+    assert not list((tmp_path / "b").glob("*.rank*"))
+    for one, other in zip(resumed, unbroken):
+        assert replace(one, seconds=0) == replace(other, seconds=0)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 70])
+def test_a_line_cut_off_is_measured_again_even_twice(measure, monkeypatch, tmp_path, cut):
+    """Killed in the middle of a line, resumed, killed again: the torn line must not swallow the next one."""
+    wanted = flags(tmp_path / "a", measure(samples_dir=tmp_path / "a"))
+    for batches in (3, 1):
+        with monkeypatch.context() as patch:
+            kill_after(patch, batches)
+            with pytest.raises(Killed):
+                measure(samples_dir=tmp_path / "b")
+        torn = sorted((tmp_path / "b").glob("*.rank0"))[1]
+        torn.write_text(torn.read_text()[:-cut])
+    assert flags(tmp_path / "b", measure(samples_dir=tmp_path / "b")) == wanted
+
+
+def test_files_of_other_measurements_are_not_reused(measure, encoder, monkeypatch, tmp_path):
+    measure(samples_dir=tmp_path)
+    with monkeypatch.context() as patch:  # the same again is not measured at all
+        done = kill_after(patch, 0)
+        measure(samples_dir=tmp_path)
+        assert done == []
+    for change in ("seed", "steps", "weights"):
+        how = HOW
+        if change == "seed":
+            how = replace(HOW, seed=1)
+        elif change == "steps":
+            how = replace(HOW, protocol=get_protocol("apgd-ce", steps=6))
+        else:
+            with torch.no_grad():
+                encoder.visual_projection.weight[0, 0] += 0.1
+        with monkeypatch.context() as patch:
+            done = kill_after(patch, 99)
+            measure(how, samples_dir=tmp_path)
+        assert len(done) == 5, change
+
+
+def test_other_class_names_are_refused(encoder, bank, labelled_by_model):
+    other = replace(bank, class_names=("red", "blue", "green"))
+    with pytest.raises(ValueError, match=r"dataset\.class_names"):
+        evaluate_zero_shot(encoder, other, labelled_by_model, HOW, model_name="x", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"eps": ()}, "at least one eps"), ({"eps": (4.0,)}, "4/255"), ({"norm": "l7"}, "'l7'")]
+)
+def test_protocol_is_checked_at_once(settings, said):
+    with pytest.raises(ValueError, match=said):
+        replace(HOW, **settings)
+
+
+def test_no_trace_on_the_model(measure, encoder):
+    encoder.train()
+    before = weights_sha256(encoder)
+    state = torch.get_rng_state()
+    measure(replace(HOW, eps=(EPS[0],)))
+    assert encoder.training
+    assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
+    assert weights_sha256(encoder) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bf16_weights_are_measured_in_bf16(measure, encoder):
+    encoder.to(torch.bfloat16)
+    (result,) = measure(replace(HOW, eps=(EPS[1],)))
+    assert result.attacks[0]["dtype"] == "bfloat16"
+    assert 0 <= result.robust_accuracy < result.clean_accuracy
