@@ -76,7 +76,7 @@ def test_demo_config_is_read_only_for_the_demo(tmp_path):
     _, with_demo = pipeline.parse(SimCLIPTrainer, ["--output_dir", str(tmp_path)], demo)
     words = ["--output_dir", str(tmp_path), "--model_name_or_path", "some/clip"]
     _, without = pipeline.parse(SimCLIPTrainer, words, demo)
-    assert with_demo.learning_rate == 1e-3
+    assert with_demo.learning_rate == 2e-3
     assert with_demo.attack_eps == 8 / 255
     assert without.learning_rate == 1e-5
     assert without.attack_eps == 4 / 255
