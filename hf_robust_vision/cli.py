@@ -1,0 +1,64 @@
+"""`hf-robust-vision`: harden, convert and export from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+METHODS = {"sim-clip": ("hf_robust_vision.trainers.sim_clip", "SimCLIPTrainer")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; bad input is one line on the error stream and exit status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["harden"]:
+            return _harden(words[1:])
+        return _other(words)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _harden(words: list[str]) -> int:
+    if not words or words[0] not in METHODS:
+        raise ValueError(f"usage: hf-robust-vision harden {{{','.join(METHODS)}}} [arguments of the recipe]")
+    from importlib import import_module
+
+    from hf_robust_vision.pipeline import parse, run
+
+    module, name = METHODS[words[0]]
+    trainer_class = getattr(import_module(module), name)
+    run(trainer_class, *parse(trainer_class, words[1:]))
+    return 0
+
+
+def _other(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="hf-robust-vision", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("harden", help="fine-tune a CLIP against adversarial images, measured before and after")
+    convert = commands.add_parser("convert", help="open_clip or OpenAI vision weights to a stock CLIPModel folder")
+    convert.add_argument("checkpoint", help=".pt or .safetensors file")
+    convert.add_argument("--base", required=True, help="folder or Hub id of the CLIPModel that was fine-tuned")
+    convert.add_argument("--output", required=True, help="folder to write")
+    convert.add_argument("--hidden_act", help="refuse a base with another activation, e.g. quick_gelu")
+    convert.add_argument("--num_attention_heads", type=int, help="refuse a base with another number of heads")
+    export = commands.add_parser("export", help="a CLIPModel folder to what older environments read")
+    export.add_argument("model", help="folder or Hub id of a CLIPModel")
+    export.add_argument("--to", choices=("open_clip", "v4"), required=True)
+    export.add_argument("--output", required=True, help=".pt file (open_clip) or folder (v4)")
+    args = parser.parse_args(words)
+    from hf_robust_vision.vlm.convert import convert_checkpoint, export_open_clip, export_v4
+
+    if args.command == "convert":
+        settings = {"hidden_act": args.hidden_act, "num_attention_heads": args.num_attention_heads}
+        print(convert_checkpoint(args.checkpoint, args.base, args.output, **settings))
+    elif args.command == "export":
+        print((export_open_clip if args.to == "open_clip" else export_v4)(args.model, args.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

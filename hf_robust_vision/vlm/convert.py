@@ -1,0 +1,120 @@
+"""Published towers to stock folders, and stock folders to what older environments read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from .open_clip import PROJECTION, clip_state, hf_to_openclip, load_state_dict
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    base: str,
+    output: str | Path,
+    *,
+    hidden_act: str | None = None,
+    num_attention_heads: int | None = None,
+) -> Path:
+    """Put an open_clip or OpenAI vision state dict into a stock `CLIPModel` folder.
+
+    The state dict does not tell its activation, its number of heads, or the text tower that goes with it: all three
+    come from `base`, the `CLIPModel` that was fine-tuned.
+
+    Args:
+        checkpoint: `.pt` or `.safetensors` file, as FARE, TeCoA and Sim-CLIP publish them.
+        base: Folder or Hub id of the original `CLIPModel`.
+        output: Folder to write.
+        hidden_act: Refuse a base with another activation.
+        num_attention_heads: Refuse a base with another number of heads.
+
+    Raises:
+        ValueError: If a setting or a shape differs, naming both; or if the file can not be read safely.
+    """
+    state = clip_state(load_state_dict(checkpoint))
+    model = CLIPModel.from_pretrained(base)
+    config = model.config.vision_config
+    for name, wanted in (("hidden_act", hidden_act), ("num_attention_heads", num_attention_heads)):
+        if wanted is not None and getattr(config, name) != wanted:
+            raise ValueError(f"{base} has {name}={getattr(config, name)!r}, wanted {wanted!r}; name another --base.")
+    projection = state.pop(PROJECTION, None)
+    _check_shapes(state, model.vision_model.state_dict(), str(checkpoint), base)
+    model.vision_model.load_state_dict(state, strict=True)
+    if projection is None:
+        raise ValueError(
+            f"{checkpoint} has no projection (`proj`); its embeddings would not match the text of {base}."
+        )
+    _check_shapes({PROJECTION: projection}, {PROJECTION: model.visual_projection.weight}, str(checkpoint), base)
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(projection)
+    folder = Path(output)
+    model.save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(base).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def export_open_clip(model_folder: str, output: str | Path) -> str:
+    """Write the vision tower of a `CLIPModel` as an open_clip state dict; returns the lines to paste there.
+
+    Args:
+        model_folder: Folder or Hub id of a `CLIPModel`.
+        output: `.pt` file to write.
+    """
+    model = CLIPModel.from_pretrained(model_folder)
+    config = model.config.vision_config
+    state = dict(model.vision_model.state_dict()) | {PROJECTION: model.visual_projection.weight}
+    torch.save({name: value.detach().clone() for name, value in hf_to_openclip(state).items()}, output)
+    quick = config.hidden_act == "quick_gelu"
+    heads = config.num_attention_heads
+    return "\n".join(
+        [
+            f"# open_clip: width {config.hidden_size}, {config.num_hidden_layers} layers, patch {config.patch_size}, "
+            f"{config.image_size} px, {heads} heads (open_clip derives heads from head_width={config.hidden_size // heads})",
+            "model, _, _ = open_clip.create_model_and_transforms("
+            f"'<the same architecture>', pretrained=None, force_quick_gelu={quick})",
+            f"model.visual.load_state_dict(torch.load({Path(output).name!r}, weights_only=True), strict=True)",
+            "# OpenFlamingo: model.vision_encoder.load_state_dict(...) with the same file",
+        ]
+    )
+
+
+def export_v4(model_folder: str, output: str | Path) -> str:
+    """Write a `CLIPVisionModel` folder in the key layout of transformers 4; returns the lines to paste there.
+
+    The original LLaVA code loads its tower by name from `config.mm_vision_tower`.
+
+    Args:
+        model_folder: Folder or Hub id of a `CLIPModel`.
+        output: Folder to write.
+    """
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = CLIPModel.from_pretrained(model_folder)
+    state = {f"vision_model.{name}": value.contiguous() for name, value in model.vision_model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
+    config["model_type"] = "clip_vision_model"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    processor = AutoImageProcessor.from_pretrained(model_folder).to_dict()
+    # transformers 4 reads this file, and knows the class by the name that it had there.
+    processor |= {"image_processor_type": "CLIPImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2, default=str) + "\n")
+    return f"config.mm_vision_tower = {folder.name!r}  # the folder's path; then load_pretrained_model(...) as usual"
+
+
+def _check_shapes(state: dict[str, Tensor], wanted: dict[str, Any], got_name: str, wanted_name: str) -> None:
+    for name, tensor in wanted.items():
+        if name not in state:
+            raise ValueError(f"{got_name} lacks {name}, which {wanted_name} has: another depth or another model.")
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(state[name].shape)} in {got_name}, {tuple(tensor.shape)} in {wanted_name}"
+            raise ValueError(f"{name} has shape {shapes}; name the --base that was fine-tuned.")
+    if stray := sorted(set(state) - set(wanted)):
+        raise ValueError(f"{got_name} holds {len(stray)} weights that {wanted_name} lacks: {stray[:3]}.")

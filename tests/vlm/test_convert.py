@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPModel, CLIPVisionModel
+
+from hf_robust_vision.cli import main
+from hf_robust_vision.data.demo import demo_checkpoint
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return str(demo_checkpoint())
+
+
+def test_export_and_convert_round_trip_is_bit_equal(demo, tmp_path, capsys):
+    assert main(["export", demo, "--to", "open_clip", "--output", str(tmp_path / "tower.pt")]) == 0
+    assert "force_quick_gelu=True" in capsys.readouterr().out
+    weights = torch.load(tmp_path / "tower.pt", weights_only=True)
+    weights["conv1.weight"] = weights["conv1.weight"] + 1  # a conversion that kept the base's weights would pass
+    torch.save(weights, tmp_path / "tower.pt")
+    command = ["convert", str(tmp_path / "tower.pt"), "--base", demo, "--output", str(tmp_path / "model")]
+    assert main([*command, "--hidden_act", "quick_gelu"]) == 0
+    original, converted = CLIPModel.from_pretrained(demo), CLIPModel.from_pretrained(tmp_path / "model")
+    for (name, old), new in zip(original.state_dict().items(), converted.state_dict().values(), strict=True):
+        shift = 1 if name.endswith("patch_embedding.weight") else 0
+        assert torch.equal(old + shift, new), name
+
+
+def test_v4_folder_loads_as_the_same_tower(demo, tmp_path, capsys):
+    assert main(["export", demo, "--to", "v4", "--output", str(tmp_path / "tower")]) == 0
+    assert "mm_vision_tower" in capsys.readouterr().out
+    tower, info = CLIPVisionModel.from_pretrained(tmp_path / "tower", output_loading_info=True)
+    assert not info["missing_keys"]
+    wanted = CLIPModel.from_pretrained(demo).vision_model.state_dict()
+    assert all(torch.equal(wanted[name], value) for name, value in tower.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--hidden_act", "gelu"], "hidden_act='quick_gelu', wanted 'gelu'"),
+        (["--num_attention_heads", "2"], "num_attention_heads=4, wanted 2"),
+    ],
+)
+def test_another_setting_is_refused_and_nothing_written(demo, tmp_path, capsys, change, message):
+    main(["export", demo, "--to", "open_clip", "--output", str(tmp_path / "tower.pt")])
+    output = tmp_path / "model"
+    command = ["convert", str(tmp_path / "tower.pt"), "--base", demo, "--output", str(output), *change]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_other_depth_is_refused(demo, tmp_path, capsys):
+    main(["export", demo, "--to", "open_clip", "--output", str(tmp_path / "tower.pt")])
+    weights = torch.load(tmp_path / "tower.pt", weights_only=True)
+    weights = {name: value for name, value in weights.items() if "resblocks.3" not in name}
+    torch.save(weights, tmp_path / "tower.pt")
+    assert main(["convert", str(tmp_path / "tower.pt"), "--base", demo, "--output", str(tmp_path / "model")]) == 2
+    assert "another depth" in capsys.readouterr().err
+
+
+def test_unknown_method_is_refused(capsys):
+    assert main(["harden", "no-such-method"]) == 2
+    assert "sim-clip" in capsys.readouterr().err
