@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import yaml
 from tqdm.auto import tqdm
 from transformers import CLIPProcessor, HfArgumentParser, set_seed
@@ -61,6 +63,7 @@ class PipelineArguments:
         max_test_samples: Seeded subset of the test split; all of it by default.
         overwrite: Delete what an earlier run left in `output_dir`.
         measure: Measure before and after; with false the recipe only trains.
+        cpu_threads: Threads of each process on a CPU. `accelerate launch` sets one; 0 shares the cores out evenly.
     """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
@@ -86,6 +89,7 @@ class PipelineArguments:
     max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
+    cpu_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU; 0: all cores."})
 
     def __post_init__(self) -> None:
         self.test_eps = [Radius(eps) for eps in self.test_eps]
@@ -143,6 +147,8 @@ def run(
         ValueError: If an input is wrong or `output_dir` already holds a run.
     """
     start = time.time()
+    if options.cpu_threads is not None and args.device.type == "cpu":
+        torch.set_num_threads(options.cpu_threads or max(usable_cores() // args.world_size, 1))
     output = Path(args.output_dir)
     resume = _check_output(output, options, args)
     set_seed(args.seed)
@@ -210,6 +216,11 @@ def load_splits(
     if isinstance(train, StreamedImages):
         return train, scanned[0], scanned[1]
     return scanned[0], scanned[1], scanned[2]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def print_table(results: Sequence[RobustnessResult], *, seconds: float) -> None:
