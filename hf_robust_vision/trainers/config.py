@@ -20,9 +20,9 @@ class Radius(float):
             ValueError: If it is neither.
         """
         if isinstance(value, str):
-            top, _, bottom = value.partition("/")
+            top, slash, bottom = value.partition("/")
             try:
-                value = float(top) / float(bottom) if bottom else float(top)
+                value = float(top) / float(bottom) if slash else float(top)
             except (ValueError, ZeroDivisionError) as error:
                 raise ValueError(f"wanted a number or a fraction such as 4/255, got {value!r}.") from error
         return super().__new__(cls, value)

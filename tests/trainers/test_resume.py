@@ -1,0 +1,94 @@
+"""Runs that are killed, and go on to the same weights bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_robust_vision.trainers.checkpoints import complete_checkpoint, mark_complete
+from tests.trainers.helpers import largest_gap, make_trainer, weights
+
+
+ROOT = Path(__file__).parents[2]
+RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "feature": "both"}
+
+
+def start(clip_folder, output, *, launcher=(sys.executable,), **settings):
+    command = [*launcher, "-m", "tests.trainers.run_training"]
+    words = json.dumps({"clip": str(clip_folder), "output_dir": str(output)} | settings)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def final(output, rank=0):
+    return torch.load(output / f"final-{rank}.pt", weights_only=False)["weights"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(clip_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unbroken")
+    done = start(clip_folder, output, **RUN)
+    assert done.returncode == 0, done.stderr
+    return final(output)
+
+
+@pytest.mark.parametrize(
+    ("kill", "from_step", "left"),
+    [({"kill": 5}, 4, {"checkpoint-2", "checkpoint-4"}), ({"kill_save": 4}, 2, {"checkpoint-2", "checkpoint-4"})],
+    ids=["between-saves", "during-a-save"],
+)
+def test_killed_and_resumed_is_bit_equal(kill, from_step, left, clip_folder, unbroken, tmp_path):
+    done = start(clip_folder, tmp_path, **RUN, **kill)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == left
+    assert complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{from_step}")
+    done = start(clip_folder, tmp_path, resume=True, **RUN)
+    assert done.returncode == 0, done.stderr
+    assert largest_gap(final(tmp_path), unbroken) == 0
+    assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def test_resume_within_an_epoch_and_a_limit(clip_folder, tmp_path):
+    """The same in one process: one checkpoint kept, 24 images in batches of 6, so step 5 is in the second epoch."""
+    settings = RUN | {"save_steps": 5, "save_total_limit": 1, "max_steps": 7}
+    whole = make_trainer(clip_folder, tmp_path / "whole", **settings)
+    whole.train()
+    assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-7"]
+    stopped = make_trainer(clip_folder, tmp_path / "b", **(settings | {"save_total_limit": None}))
+    stopped.train()
+    again = make_trainer(clip_folder, tmp_path / "b", **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))
+    assert largest_gap(weights(again), weights(whole)) == 0
+
+
+def test_which_checkpoint_is_complete(tmp_path):
+    assert complete_checkpoint(tmp_path) is None
+    for number in (2, 10, 9):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    assert complete_checkpoint(tmp_path) is None
+    for number in (2, 9):
+        mark_complete(tmp_path / f"checkpoint-{number}")
+    assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    mark_complete(tmp_path / "checkpoint-10")  # by number, not by letters
+    assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert complete_checkpoint(tmp_path / "checkpoint-2") == str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-99-backup").mkdir()
+    mark_complete(tmp_path / "checkpoint-99-backup")
+    assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_nothing_to_resume_is_said(clip_folder, tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    trainer = make_trainer(clip_folder, tmp_path)
+    for place in (True, str(tmp_path / "checkpoint-4")):
+        with pytest.raises(ValueError, match="no complete checkpoint"):
+            trainer.train(resume_from_checkpoint=place)
