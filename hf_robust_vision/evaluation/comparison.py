@@ -68,13 +68,14 @@ def section(content: Mapping[str, Any]) -> str:
 
 `{content["command"]}`
 
-Demo data, {content["split"]} split. {budget["steps"]} updates of {budget["batch_size"]} images, AdamW at
-{budget["learning_rate"]:g}, attack of 2 steps at 8/255, seeds {", ".join(map(str, content["seeds"]))}; mean ± standard
-deviation over the seeds, in percent. Measured by {protocol["name"]}, {protocol["steps"]} steps,
-{protocol["restarts"]} restart. CPU s: processor seconds of the fine-tuning on one thread.
-
-Made with {made_with}; start checkpoint `{content["hashes"]["start"][:16]}`, prompts `{content["hashes"]["prompts"]}`,
-source {", ".join(f"`{source}`" for source in sources)}.
+- Data: the demo, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
+- Fine-tuning: {budget["steps"]} updates of {budget["batch_size"]} images, AdamW at {budget["learning_rate"]:g}, attack
+  of {budget["training"]["attack_steps"]} steps at 8/255, seeds {", ".join(map(str, content["seeds"]))}.
+- Measured by {protocol["name"]} with {protocol["steps"]} steps and {protocol["restarts"]} restart, over all class names.
+- CPU s: processor seconds of the fine-tuning, on one thread.
+- Made with {made_with}.
+- Hashes: start checkpoint `{content["hashes"]["start"][:16]}`, prompts `{content["hashes"]["prompts"]}`, source
+  {", ".join(f"`{source}`" for source in sources)}.
 
 Classes seen in fine-tuning ({counts["seen"]} images):
 
@@ -115,7 +116,8 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
             eps = [0.0, *(float(name.split("/")[0]) for name in row["robust_accuracy"])]
             means = [100 * statistics.mean(column) for column in columns]
             errors = [100 * statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
-            axes.errorbar(eps, means, errors, marker="o", markersize=3, capsize=2, label=row["label"])
+            style = {"color": "0.4", "linestyle": ":"} if row["method"] == "undefended" else {}
+            axes.errorbar(eps, means, errors, marker="o", markersize=3, capsize=2, label=row["label"], **style)
         axes.set(title=f"classes {group} in fine-tuning", xlabel="eps in 255ths", ylim=(0, 101))
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("accuracy under attack, %")
