@@ -79,9 +79,9 @@ class Method:
 METHODS = {
     "undefended": Method("undefended", None),
     "control": Method("control, no attack", CleanTrainer),
-    "sim-clip": Method("Sim-CLIP, anchored", SimCLIPTrainer, {"form": "anchored"}),
-    "sim-clip-frozen": Method("Sim-CLIP, official code", SimCLIPTrainer, {"form": "frozen"}),
-    "sim-clip-paper": Method("Sim-CLIP, paper", SimCLIPTrainer, {"form": "paper"}),
+    "sim-clip": Method("Sim-CLIP", SimCLIPTrainer, {"form": "frozen"}),
+    "sim-clip-anchored": Method("Sim-CLIP, anchored", SimCLIPTrainer, {"form": "anchored"}),
+    "sim-clip-paper": Method("Sim-CLIP, paper's form", SimCLIPTrainer, {"form": "paper"}),
     "fare": Method("FARE", FARETrainer),
     "tecoa": Method("TeCoA", TeCoATrainer),
     "pmg-aft": Method("PMG-AFT", PMGAFTTrainer),
