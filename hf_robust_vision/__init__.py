@@ -12,14 +12,22 @@ __version__ = "0.1.0"
 _HOME = {
     "AdversarialTrainer": "trainers.base",
     "AdversarialTrainingArguments": "trainers.config",
+    "FAREArguments": "trainers.fare",
+    "FARETrainer": "trainers.fare",
     "L2Ball": "attacks",
     "LabelledImages": "data.datasets",
     "LinfBall": "attacks",
+    "PMGAFTArguments": "trainers.pmg_aft",
+    "PMGAFTTrainer": "trainers.pmg_aft",
     "RobustnessProtocol": "evaluation.zero_shot",
     "RobustnessResult": "evaluation.results",
     "SimCLIPArguments": "trainers.sim_clip",
     "SimCLIPTrainer": "trainers.sim_clip",
     "StartNoise": "attacks",
+    "TIMAArguments": "trainers.tima",
+    "TIMATrainer": "trainers.tima",
+    "TeCoAArguments": "trainers.tecoa",
+    "TeCoATrainer": "trainers.tecoa",
     "apgd": "attacks",
     "as_encoder": "encoders",
     "evaluate_zero_shot": "evaluation.zero_shot",
@@ -36,14 +44,22 @@ _HOME = {
 __all__ = [
     "AdversarialTrainer",
     "AdversarialTrainingArguments",
+    "FAREArguments",
+    "FARETrainer",
     "L2Ball",
     "LabelledImages",
     "LinfBall",
+    "PMGAFTArguments",
+    "PMGAFTTrainer",
     "RobustnessProtocol",
     "RobustnessResult",
     "SimCLIPArguments",
     "SimCLIPTrainer",
     "StartNoise",
+    "TIMAArguments",
+    "TIMATrainer",
+    "TeCoAArguments",
+    "TeCoATrainer",
     "apgd",
     "as_encoder",
     "evaluate_zero_shot",
@@ -76,5 +92,9 @@ if TYPE_CHECKING:
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
     from .trainers.base import AdversarialTrainer
     from .trainers.config import AdversarialTrainingArguments
+    from .trainers.fare import FAREArguments, FARETrainer
+    from .trainers.pmg_aft import PMGAFTArguments, PMGAFTTrainer
     from .trainers.sim_clip import SimCLIPArguments, SimCLIPTrainer
+    from .trainers.tecoa import TeCoAArguments, TeCoATrainer
+    from .trainers.tima import TIMAArguments, TIMATrainer
     from .vlm.swap import swap_vision_encoder

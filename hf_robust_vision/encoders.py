@@ -350,17 +350,35 @@ def make_text_bank(
     check_class_names(class_names)
     if not templates or any(template.count("{}") != 1 for template in templates):
         raise ValueError(f'every template needs one "{{}}" for the class name, got {list(templates)}.')
-    prompts = [template.format(name) for name in class_names for template in templates]
+    prompts = class_prompts(class_names, templates)
     embeddings = []
     device = model.logit_scale.device
     with torch.no_grad(), attack_mode(model):
         for start in range(0, len(prompts), batch_size):
             tokens = tokenize(tokenizer, prompts[start : start + batch_size], device)
-            pooled = model.text_model(**tokens).pooler_output
-            embeddings.append(F.normalize(model.text_projection(pooled).float(), dim=-1))
-        mean = torch.cat(embeddings).view(len(class_names), len(templates), -1).mean(1)
+            embeddings.append(model.text_projection(model.text_model(**tokens).pooler_output))
+        classes = class_embeddings(torch.cat(embeddings), len(templates))
         scale = float(model.logit_scale.exp())
-    return TextBank(F.normalize(mean, dim=-1), tuple(class_names), tuple(templates), scale)
+    return TextBank(classes, tuple(class_names), tuple(templates), scale)
+
+
+def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every class name in every template, all prompts of the first class first."""
+    return [template.format(name) for name in class_names for template in templates]
+
+
+def class_embeddings(text_embeds: Tensor, templates: int) -> Tensor:
+    """One unit vector per class from the embeddings of its prompts: normalised, averaged, normalised again.
+
+    Args:
+        text_embeds: In the order of `class_prompts`, shape (classes * templates, dim); gradients flow through.
+        templates: Prompts per class.
+
+    Returns:
+        Shape (classes, dim), in float32 at least.
+    """
+    wide = text_embeds if text_embeds.dtype == torch.float64 else text_embeds.float()
+    return F.normalize(F.normalize(wide, dim=-1).view(-1, templates, wide.shape[-1]).mean(1), dim=-1)
 
 
 def check_class_names(class_names: Sequence[str]) -> None:

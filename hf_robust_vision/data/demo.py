@@ -24,6 +24,9 @@ DEMO_EPS = 8 / 255
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+# One shape of six colours: held out from fine-tuning, while every colour and every shape is still seen in it. The
+# pre-trained demo CLIP knows all 24.
+UNSEEN = tuple(f"{colour} {SHAPES[place % 3]}" for place, colour in enumerate(COLOURS[:6]))
 VALIDATION_SIZE = 256
 _SPLIT_SEED = 0
 
@@ -61,6 +64,11 @@ def load_demo(split: str, transform: PixelTransform) -> LabelledImages:
         return dataset
     train, validation = split_off(dataset, VALIDATION_SIZE, seed=_SPLIT_SEED, name="validation")
     return train if split == "train" else validation
+
+
+def demo_groups() -> dict[str, tuple[str, ...]]:
+    """Class names that a comparison of methods fine-tunes on ("seen") and those that it holds out ("unseen")."""
+    return {"seen": tuple(name for name in CLASS_NAMES if name not in UNSEEN), "unseen": UNSEEN}
 
 
 @lru_cache(maxsize=2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +33,65 @@ def seeded_subset(dataset: LabelledImages, size: int | None, *, seed: int) -> La
     if size is None or size >= len(dataset):
         return dataset
     return dataset.select(sorted(_shuffled(len(dataset), seed)[:size]))
+
+
+def only_classes(dataset: LabelledImages, class_names: Sequence[str]) -> LabelledImages:
+    """The images of some classes; labels and class names stay, so a classifier still chooses among all of them.
+
+    Args:
+        dataset: What to choose from.
+        class_names: Some of its class names.
+
+    Raises:
+        ValueError: If a name is none of the dataset's, or no image is left.
+    """
+    labels = set(_labels_of(dataset, class_names))
+    return dataset.select([index for index, label in enumerate(dataset.labels()) if label in labels])
+
+
+def relabel(dataset: LabelledImages, class_names: Sequence[str]) -> LabelledImages:
+    """The images of some classes as a dataset of these classes alone, which knows no other name.
+
+    Fine-tuning on it leaves the other classes unseen: neither their images nor their names take part. Ids stay.
+
+    Args:
+        dataset: What to choose from.
+        class_names: Some of its class names, in the order of the new labels.
+
+    Raises:
+        ValueError: If a name is none of the dataset's, or no image is left.
+    """
+    numbers = {label: number for number, label in enumerate(_labels_of(dataset, class_names))}
+    return LabelledImages(
+        _Renumbered(dataset.rows, dataset.label_column, numbers),
+        class_names,
+        dataset.transform,
+        name=dataset.name,
+        split=dataset.split,
+        image_column=dataset.image_column,
+        label_column=dataset.label_column,
+        ids=only_classes(dataset, class_names).ids,
+    )
+
+
+class _Renumbered(Sequence[Mapping[str, Any]]):
+    """Rows whose label is looked up in `numbers`; -1 for a class that is left out."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], label_column: str, numbers: Mapping[int, int]):
+        self.rows, self.label_column, self.numbers = rows, label_column, numbers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.rows[index]
+        return {**row, self.label_column: self.numbers.get(int(row[self.label_column]), -1)}
+
+
+def _labels_of(dataset: LabelledImages, class_names: Sequence[str]) -> list[int]:
+    if stray := [name for name in class_names if name not in dataset.class_names]:
+        raise ValueError(f"{stray[:5]} are no classes of {dataset.name}; it has {list(dataset.class_names)[:5]}...")
+    return [dataset.class_names.index(name) for name in class_names]
 
 
 def check_disjoint(*datasets: LabelledImages) -> None:

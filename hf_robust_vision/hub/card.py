@@ -126,9 +126,10 @@ def _body(
     how = "\n".join(f"- {key}: {value}" for key, value in training.items())
     attacks = "; ".join(f"{a['name']}: {a['steps']} steps, {a['restarts']} restarts" for a in first.attacks)
     image = f"![Accuracy over eps]({picture})\n\n" if picture else ""
+    tuned = "vision tower was" if training.get("text_params", "none") == "none" else "vision and text towers were"
     return f"""# {model_name}
 
-A `CLIPModel` whose vision tower was fine-tuned against adversarial images
+A `CLIPModel` whose {tuned} fine-tuned against adversarial images
 ({training.get("method", "unknown method")}; original: `{base_model}`). It loads without any extra package:
 
 ```python

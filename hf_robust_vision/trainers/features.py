@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_robust_vision.attacks import cosine_distance
@@ -72,6 +73,21 @@ def split_output(output: EncoderOutput, size: int) -> tuple[EncoderOutput, Encod
     """The first `size` images of an output, and the rest."""
     first = {key: value[:size] for key, value in output.items()}
     return EncoderOutput(**first), EncoderOutput(**{key: value[size:] for key, value in output.items()})
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Cosine of every row of one tensor with every row of another, in float32 at least whatever the autocast.
+
+    Args:
+        first: Shape (rows, dim), not necessarily normalised.
+        second: Shape (columns, dim), on any device.
+
+    Returns:
+        Shape (rows, columns).
+    """
+    wide = _wide(first)
+    with torch.autocast(wide.device.type, enabled=False):
+        return F.normalize(wide, dim=-1) @ F.normalize(second.to(wide), dim=-1).T
 
 
 def detached(output: EncoderOutput) -> EncoderOutput:

@@ -1,0 +1,139 @@
+"""Several methods side by side: paired intervals, tables and a picture of what `recipes/compare.py` measured.
+
+A comparison is a plain dictionary, as that command writes it to `docs/results/<mode>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .results import write_atomically
+
+
+TITLES = {
+    "compare": "Methods side by side",
+    "ablation": "What TIMA's parts do",
+    "sweep": "TIMA's weights",
+}
+
+
+def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean difference of two methods with its 95 % bootstrap interval over seeds and images.
+
+    Each draw takes seeds with replacement, and images with replacement, the same images for every seed.
+
+    Args:
+        differences: Hit of the one minus hit of the other, shape (seeds, images).
+        draws: Bootstrap samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seeds, images = differences.shape
+    per_image = differences[torch.randint(seeds, (draws, seeds), generator=generator)].mean(1)
+    means = per_image.gather(1, torch.randint(images, (draws, images), generator=generator)).mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return differences.mean().item(), low, high
+
+
+def table(content: Mapping[str, Any], group: str) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+    rows = [row for row in content["rows"] if row["group"] == group]
+    eps = list(rows[0]["robust_accuracy"])
+    lines = [f"| method | clean | {' | '.join(eps)} | CPU s |", "|---" * (len(eps) + 3) + "|"]
+    for row in rows:
+        cells = [spread(row["clean_accuracy"]), *(spread(row["robust_accuracy"][radius]) for radius in eps)]
+        lines.append(f"| {row['label']} | {' | '.join(cells)} | {statistics.mean(row['cpu_seconds']):.0f} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation in percent; the mean alone of a single value."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def section(content: Mapping[str, Any]) -> str:
+    """One command's tables, with what they were made with."""
+    budget, protocol = content["budget"], content["protocol"]
+    counts = {row["group"]: row["num_samples"] for row in content["rows"]}
+    sources = sorted({source for row in content["rows"] for source in row["source"]})
+    made_with = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    text = f"""## {TITLES[content["mode"]]}
+
+`{content["command"]}`
+
+- Data: the demo, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
+- Fine-tuning: {budget["steps"]} updates of {budget["batch_size"]} images, AdamW at {budget["learning_rate"]:g}, attack
+  of {budget["training"]["attack_steps"]} steps at 8/255, seeds {", ".join(map(str, content["seeds"]))}.
+- Measured by {protocol["name"]} with {protocol["steps"]} steps and {protocol["restarts"]} restart, over all class names.
+- CPU s: processor seconds of the fine-tuning, on one thread.
+- Made with {made_with}.
+- Hashes: start checkpoint `{content["hashes"]["start"][:16]}`, prompts `{content["hashes"]["prompts"]}`, source
+  {", ".join(f"`{source}`" for source in sources)}.
+
+Classes seen in fine-tuning ({counts["seen"]} images):
+
+{table(content, "seen")}
+
+Classes never seen in it ({counts["unseen"]} images: {", ".join(content["unseen"])}):
+
+{table(content, "unseen")}
+"""
+    if content.get("paired"):
+        text += (
+            f"\nDifferences in points, with paired 95 % intervals over images and seeds:\n\n{paired_table(content)}\n"
+        )
+    return text
+
+
+def paired_table(content: Mapping[str, Any]) -> str:
+    """Differences of TIMA to its rivals; a claim only where the interval excludes 0."""
+    lines = ["| difference | classes | eps | points | 95 % interval | |", "|---|---|---|---|---|---|"]
+    for row in content["paired"]:
+        mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
+        verdict = f"{row['one']} leads" if low > 0 else f"{row['other']} leads" if high < 0 else "not distinguished"
+        lines.append(
+            f"| {row['one']} - {row['other']} | {row['group']} | {row['eps']} | {mean:+.1f} "
+            f"| {low:+.1f} to {high:+.1f} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(content: Mapping[str, Any], path: Path) -> None:
+    """Robust accuracy over eps, one line a method, one panel a group."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
+    for axes, group in zip(figure.subplots(1, 2, sharey=True), ("seen", "unseen"), strict=True):
+        for row in (row for row in content["rows"] if row["group"] == group):
+            columns = [row["clean_accuracy"], *row["robust_accuracy"].values()]
+            eps = [0.0, *(float(name.split("/")[0]) for name in row["robust_accuracy"])]
+            means = [100 * statistics.mean(column) for column in columns]
+            errors = [100 * statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+            style = {"color": "0.4", "linestyle": ":"} if row["method"] == "undefended" else {}
+            axes.errorbar(eps, means, errors, marker="o", markersize=3, capsize=2, label=row["label"], **style)
+        axes.set(title=f"classes {group} in fine-tuning", xlabel="eps in 255ths", ylim=(0, 101))
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("accuracy under attack, %")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def write_page(content: Mapping[str, Any], docs: Path) -> None:
+    """Keep one command's numbers, and write the page anew from those of all three."""
+    folder = docs / "results"
+    write_atomically(folder / f"{content['mode']}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    if content["mode"] == "compare":
+        plot(content, folder / "compare.png")
+    page = "# Results\n\nWritten by `recipes/compare.py`; do not edit. The numbers lie in `docs/results/*.json`.\n"
+    for mode in TITLES:
+        if (file := folder / f"{mode}.json").is_file():
+            page += f"\n{section(json.loads(file.read_text()))}"
+            page += "\n![Robust accuracy over eps](results/compare.png)\n" if mode == "compare" else ""
+    write_atomically(docs / "results.md", page)

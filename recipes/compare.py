@@ -1,0 +1,373 @@
+"""Every method on the same budget, on classes seen in fine-tuning and on classes never seen in it.
+
+    python recipes/compare.py                # the comparison, on test images
+    python recipes/compare.py --ablation     # what TIMA's parts do, on validation images
+    python recipes/compare.py --sweep        # TIMA's weights, on validation images
+
+Six colour-shape combinations of the demo are held out: neither their images nor their names take part in fine-tuning.
+All methods share the data, the seeds, the optimiser, the schedule, the updates and the steps of the attack, and differ
+in nothing but their two functions. Zero-shot classification is over all 24 names. A finished run is read back from its
+folder, so an interrupted command goes on when repeated. Nothing else writes `docs/results.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, PrinterCallback
+from transformers.utils import logging
+
+import hf_robust_vision
+from hf_robust_vision.attacks import Objective, get_protocol
+from hf_robust_vision.data.demo import CLASS_NAMES, DEMO_EPS, demo_checkpoint, demo_groups, load_demo
+from hf_robust_vision.data.splits import only_classes, relabel, seeded_subset
+from hf_robust_vision.data.templates import get_templates
+from hf_robust_vision.encoders import Encoder, load_encoder, make_text_bank, weights_sha256
+from hf_robust_vision.evaluation.comparison import paired_interval, write_page
+from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results, save_results, versions
+from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.hub.card import pretty_eps
+from hf_robust_vision.trainers.base import AdversarialTrainer, Batch
+from hf_robust_vision.trainers.fare import FARETrainer
+from hf_robust_vision.trainers.pmg_aft import PMGAFTTrainer
+from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
+from hf_robust_vision.trainers.tecoa import TeCoATrainer
+from hf_robust_vision.trainers.tima import TIMATrainer
+
+
+EPS = tuple(step / 255 for step in (1, 2, 4, 8, 16))
+RIVALS = ("tecoa", "pmg-aft")
+
+
+class CleanTrainer(TeCoATrainer):
+    """The control: TeCoA's loss on the clean images, everything else alike."""
+
+    method: ClassVar[str] = "clean fine-tuning"
+
+    def attack(self, objective: Objective, batch: Batch) -> Tensor:
+        """No attack at all."""
+        return batch.images
+
+    def training_record(self) -> dict[str, Any]:
+        """How this model was trained, for results and card."""
+        return super().training_record() | {"eps": 0.0, "attack_steps": 0}
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One row of a table: a trainer and what is set on it; no trainer is the original model."""
+
+    label: str
+    trainer: type[AdversarialTrainer] | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    "undefended": Method("undefended", None),
+    "control": Method("control, no attack", CleanTrainer),
+    "sim-clip": Method("Sim-CLIP", SimCLIPTrainer, {"form": "frozen"}),
+    "sim-clip-anchored": Method("Sim-CLIP, anchored", SimCLIPTrainer, {"form": "anchored"}),
+    "sim-clip-paper": Method("Sim-CLIP, paper's form", SimCLIPTrainer, {"form": "paper"}),
+    "fare": Method("FARE", FARETrainer),
+    "tecoa": Method("TeCoA", TeCoATrainer),
+    "pmg-aft": Method("PMG-AFT", PMGAFTTrainer),
+    "pmg-aft-code": Method("PMG-AFT, official code", PMGAFTTrainer, {"profile": "code"}),
+    "tima": Method("TIMA", TIMATrainer),
+    "tima-v1": Method("TIMA, 2024 form", TIMATrainer, {"variant": "v1"}),
+}
+
+
+def tima_with(*settings: tuple[str, dict[str, Any]]) -> dict[str, Method]:
+    """TIMA at its defaults and with single changes."""
+    rows = {"tima": METHODS["tima"]}
+    return rows | {label: Method(label, TIMATrainer, options) for label, options in settings}
+
+
+ABLATION = tima_with(
+    ("no MHE", {"mhe_weight": 0.0}),
+    ("no distillation", {"iakd_weight": 0.0}),
+    ("text tower frozen", {"text_params": "none"}),
+    ("text projection only", {"text_params": "projection"}),
+    ("no margin", {"margin": 0.0}),
+    ("constant margin", {"margin_mode": "constant"}),
+    ("similarity margin", {"margin_mode": "similarity"}),
+    ("margin from original texts", {"margin_text": "original"}),
+    ("gate per sample", {"gate": "sample"}),
+    ("no gate", {"gate": "none"}),
+    ("no gate, constant margin", {"gate": "none", "margin_mode": "constant"}),
+    ("with TAKD", {"takd_weight": 1.0}),
+    ("with TAKD on clean images", {"takd_weight": 1.0, "takd_student": "clean"}),
+)
+SWEEP = tima_with(
+    *((f"MHE weight {value:g}", {"mhe_weight": value}) for value in (0.1, 10.0)),
+    *((f"distillation weight {value:g}", {"iakd_weight": value}) for value in (0.1, 10.0)),
+    *((f"TAKD weight {value:g}", {"takd_weight": value}) for value in (0.1, 1.0)),
+    *((f"eta {value:g}", {"eta": value}) for value in (0.5, 0.8)),
+    *((f"no gate, margin {value:g}", {"gate": "none", "margin": value}) for value in (0.05, 0.1, 0.2, 0.4)),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all methods share; together with a method's options it names the folder of a run."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    images: int
+    eval_steps: int
+    split: str
+
+    def training(self) -> dict[str, Any]:
+        """As arguments of a trainer."""
+        return {
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.steps // 10,
+            "weight_decay": 1e-4,
+            "max_grad_norm": 1.0,
+            "attack_eps": DEMO_EPS,
+            "attack_steps": 2,
+            "templates": "demo",
+            "on_collapse": "record",
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed."""
+
+    method: Method
+    seed: int
+    budget: Budget
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        """Named by a hash of every setting, so that a run is only reused for the same settings."""
+        budget = self.budget
+        shared = {"images": budget.images, "split": budget.split, "eval_steps": budget.eval_steps}
+        shared |= budget.training() if self.method.trainer else {}
+        content = json.dumps([self.method.options, shared], sort_keys=True).encode()
+        name = self.method.trainer.__name__ if self.method.trainer else "undefended"
+        return self.root / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}" / f"seed{self.seed}"
+
+
+def perform(run: Run) -> list[RobustnessResult]:
+    """Train, save and measure one run, or read back what it left."""
+    if (run.folder / RESULTS_FILE).is_file():
+        return load_results(run.folder)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    processor = AutoProcessor.from_pretrained(demo_checkpoint())
+    encoder = load_encoder(demo_checkpoint())
+    record: dict[str, Any] = {"method": "none", "seed": run.seed, "cpu_seconds": 0.0, "wall_seconds": 0.0}
+    if run.method.trainer is not None:
+        train = relabel(load_demo("train", encoder.transform), demo_groups()["seen"])
+        quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+        settings = run.budget.training() | quiet | dict(run.method.options) | {"use_cpu": True, "seed": run.seed}
+        args = run.method.trainer.args_class(output_dir=str(run.folder), **settings)
+        trainer = run.method.trainer(encoder, args, train_dataset=train, processing_class=processor)
+        trainer.remove_callback(PrinterCallback)
+        wall, cpu = time.time(), time.process_time()
+        trainer.train()
+        record = trainer.training_record()
+        record |= {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.time() - wall}
+        trainer.save_model(str(run.folder))
+        encoder = trainer.model
+    results = measure(encoder, processor.tokenizer, run)
+    for result in results:
+        result.training = record | {"source": source_hash()}
+    save_results(results, run.folder)
+    return results
+
+
+def measure(encoder: Encoder, tokenizer: Any, run: Run) -> list[RobustnessResult]:
+    """Clean and robust accuracy over all class names, for the images of each group of classes."""
+    budget = run.budget
+    how = RobustnessProtocol(get_protocol("apgd-ce", steps=budget.eval_steps), EPS, batch_size=64)
+    bank = make_text_bank(encoder, tokenizer, CLASS_NAMES, get_templates("demo"))
+    results = []
+    for group, names in demo_groups().items():
+        part = only_classes(load_demo(budget.split, encoder.transform), names)
+        part = seeded_subset(part, budget.images, seed=0)
+        name = "after" if run.method.trainer else "before"
+        found = evaluate_zero_shot(
+            encoder, bank, part, how, model_name=name, samples_dir=run.folder / group, progress=False
+        )
+        for result in found:
+            result.group, result.samples = group, f"{group}/{result.samples}"
+        results += found
+    return results
+
+
+def source_hash() -> str:
+    """First 16 hex digits of the SHA-256 of the package's source."""
+    root = Path(hf_robust_vision.__file__).parent
+    text = b"".join(file.read_bytes() for file in sorted(root.rglob("*.py")))
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def perform_all(runs: Sequence[Run], jobs: int) -> dict[Run, list[RobustnessResult]]:
+    """All runs, `jobs` at a time, one thread each.
+
+    Raises:
+        RuntimeError: If a run failed; the others are finished first.
+    """
+    done: dict[Run, list[RobustnessResult]] = {}
+    failed = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(perform, run): run for run in runs}
+        for count, future in enumerate(as_completed(futures), 1):
+            run = futures[future]
+            line = f"[{count}/{len(runs)}] {run.method.label}, seed {run.seed}: "
+            if error := future.exception():
+                failed.append(f"{run.method.label}, seed {run.seed}: {error}")
+                print(f"{line}failed: {error}", file=sys.stderr, flush=True)
+                continue
+            done[run] = future.result()
+            at = {row.group: row for row in done[run] if row.eps == DEMO_EPS}
+            numbers = [
+                f"{group} {100 * r.clean_accuracy:.1f} / {100 * r.robust_accuracy:.1f}" for group, r in at.items()
+            ]
+            seconds = at["seen"].training["cpu_seconds"] if at["seen"].training else 0
+            print(f"{line}{', '.join(numbers)} % clean / robust, {seconds:.0f} CPU s", flush=True)
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return done
+
+
+def summary(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str, Method]) -> list[dict[str, Any]]:
+    """One row per method and group: accuracies of each seed."""
+    rows = []
+    for name, method in methods.items():
+        mine = sorted((run for run in done if run.method is method), key=lambda run: run.seed)
+        for group in demo_groups():
+            per_seed = [[result for result in done[run] if result.group == group] for run in mine]
+            first = per_seed[0][0]
+            rows.append(
+                {
+                    "method": name,
+                    "label": method.label,
+                    "options": dict(method.options),
+                    "group": group,
+                    "num_samples": first.num_samples,
+                    "clean_accuracy": [results[0].clean_accuracy for results in per_seed],
+                    "robust_accuracy": {
+                        pretty_eps(column[0]): [result.robust_accuracy for result in column]
+                        for column in zip(*per_seed, strict=True)
+                    },
+                    "cpu_seconds": [results[0].training["cpu_seconds"] for results in per_seed if results[0].training],
+                    "model_sha256": [results[0].model_sha256 for results in per_seed],
+                    "source": sorted({results[0].training["source"] for results in per_seed if results[0].training}),
+                }
+            )
+    return rows
+
+
+def hits(run: Run, result: RobustnessResult) -> list[float]:
+    """1 for every sample that no attack fooled, in the order of the samples."""
+    lines = (run.folder / str(result.samples)).read_text().splitlines()
+    return [float(json.loads(line)["fooled_by"] is None) for line in lines]
+
+
+def pairs(done: Mapping[Run, Sequence[RobustnessResult]], one: Method, other: Method) -> list[dict[str, Any]]:
+    """The paired comparison of two methods at every radius and group."""
+    rows = []
+    first = {run.seed: run for run in done if run.method is one}
+    second = {run.seed: run for run in done if run.method is other}
+    for place, result in enumerate(done[next(iter(first.values()))]):
+        both = [[hits(runs[seed], done[runs[seed]][place]) for seed in sorted(first)] for runs in (first, second)]
+        mean, low, high = paired_interval(torch.tensor(both[0], dtype=torch.double) - torch.tensor(both[1]))
+        row = {"one": one.label, "other": other.label, "group": result.group, "eps": pretty_eps(result)}
+        rows.append(row | {"difference": mean, "low": low, "high": high})
+    return rows
+
+
+def report(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str, Method], mode: str) -> dict[str, Any]:
+    """Everything that the page says about one command."""
+    some = next(iter(done))
+    result = done[some][0]
+    content = {
+        "command": shlex.join(["python", "recipes/compare.py", *sys.argv[1:]]),
+        "mode": mode,
+        "split": some.budget.split,
+        "budget": asdict(some.budget) | {"training": some.budget.training()},
+        "seeds": sorted({run.seed for run in done if run.method.trainer}),
+        "protocol": result.attacks[0] | {"eps": [pretty_eps(r) for r in done[some] if r.group == "seen"]},
+        "unseen": demo_groups()["unseen"],
+        "hashes": {"start": weights_sha256(load_encoder(demo_checkpoint())), "prompts": result.template_hash},
+        "versions": versions(),
+        "rows": summary(done, methods),
+    }
+    if mode == "compare" and "tima" in methods:
+        rivals = [methods[name] for name in RIVALS if name in methods]
+        content["paired"] = [row for rival in rivals for row in pairs(done, methods["tima"], rival)]
+    return content
+
+
+def words(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Read "a,b,c"."""
+    return lambda text: [convert(word) for word in text.split(",") if word]
+
+
+def main() -> None:
+    """Perform what is missing, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--ablation", action="store_true", help="change one part of TIMA at a time")
+    mode.add_argument("--sweep", action="store_true", help="change one weight of TIMA at a time")
+    parser.add_argument("--methods", type=words(str), help=f"some of {', '.join(METHODS)}, separated by commas")
+    parser.add_argument("--seeds", type=words(int), default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100, help="updates of every method")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--images", type=int, default=256, help="at most so many images of each group")
+    parser.add_argument("--eval_steps", type=int, default=20, help="steps of the measuring attack")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="one folder a run")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where results.md is written")
+    args = parser.parse_args()
+    name, rows = ("ablation", ABLATION) if args.ablation else ("sweep", SWEEP) if args.sweep else ("compare", METHODS)
+    if stray := [word for word in args.methods or () if word not in rows]:
+        parser.error(f"no method {stray[0]!r}; there are {', '.join(map(repr, rows))}.")
+    rows = {word: rows[word] for word in args.methods or rows}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    budget = Budget(
+        args.steps,
+        args.batch_size,
+        args.learning_rate,
+        args.images,
+        args.eval_steps,
+        split="test" if name == "compare" else "validation",
+    )
+    start = time.time()
+    runs = [
+        Run(method, seed, budget, args.output_dir)
+        for seed in args.seeds
+        for method in rows.values()
+        if method.trainer or seed == args.seeds[0]
+    ]
+    done = perform_all(runs, args.jobs)
+    write_page(report(done, rows, name), args.docs)
+    print(f"wrote {args.docs / 'results.md'} after {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hf_robust_vision.evaluation.comparison import paired_interval, section, spread, table, write_page
+
+
+def content(paired=()):
+    def row(method, group, values):
+        return {
+            "method": method,
+            "label": method.upper(),
+            "group": group,
+            "num_samples": 10,
+            "clean_accuracy": values,
+            "robust_accuracy": {"8/255": [value / 2 for value in values]},
+            "cpu_seconds": [60.0] * len(values),
+            "source": ["abc"],
+        }
+
+    return {
+        "command": "python recipes/compare.py",
+        "mode": "compare",
+        "split": "test",
+        "budget": {"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "training": {"attack_steps": 2}},
+        "seeds": [0, 1],
+        "protocol": {"name": "apgd-ce", "steps": 20, "restarts": 1},
+        "unseen": ["red circle"],
+        "hashes": {"start": "0" * 64, "prompts": "1" * 16},
+        "versions": {"torch": "2"},
+        "rows": [row(method, group, [0.5, 0.7]) for group in ("seen", "unseen") for method in ("tima", "tecoa")],
+        "paired": list(paired),
+    }
+
+
+def test_no_difference_has_no_interval():
+    assert paired_interval(torch.zeros(3, 50, dtype=torch.double)) == (0, 0, 0)
+
+
+def test_interval_of_independent_images_is_that_of_their_mean():
+    generator = torch.Generator().manual_seed(0)
+    differences = torch.randn(1, 400, generator=generator, dtype=torch.double)
+    mean, low, high = paired_interval(differences)
+    half = 1.96 * differences.std().item() / 20
+    assert mean == pytest.approx(differences.mean().item())
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_images_are_shared_by_the_seeds():
+    """Three copies of one run are no more images: the interval may not shrink with them."""
+    one = torch.randn(1, 200, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    (_, low, high), (_, low3, high3) = paired_interval(one), paired_interval(one.expand(3, -1))
+    assert high3 - low3 == pytest.approx(high - low, rel=0.1)
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    differences = torch.tensor([[0.5] * 100, [0.0] * 100, [-0.5] * 100], dtype=torch.double)
+    _, low, high = paired_interval(differences)
+    assert low < -0.3
+    assert high > 0.3
+
+
+def test_table_has_mean_and_deviation():
+    assert spread([0.5, 0.7]) == "60.0 ± 14.1"
+    assert spread([0.5]) == "50.0"
+    assert "| TIMA | 60.0 ± 14.1 | 30.0 ± 7.1 | 60 |" in table(content(), "unseen")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.01, 0.1, "TIMA leads"), (-0.1, -0.01, "TECOA leads"), (-0.1, 0.1, "not distinguished")],
+)
+def test_a_lead_is_claimed_only_where_the_interval_excludes_zero(low, high, verdict):
+    pair = {"one": "TIMA", "other": "TECOA", "group": "seen", "eps": "8/255", "difference": (low + high) / 2}
+    assert verdict in section(content([pair | {"low": low, "high": high}]))
+
+
+def test_page_holds_the_sections_of_every_command(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_page(content(), tmp_path)
+    write_page(content() | {"mode": "sweep", "command": "python recipes/compare.py --sweep"}, tmp_path)
+    page = (tmp_path / "results.md").read_text()
+    assert page.index("## Methods side by side") < page.index("## TIMA's weights")
+    assert (tmp_path / "results" / "compare.png").stat().st_size > 0
+    assert json.loads((tmp_path / "results" / "sweep.json").read_text())["mode"] == "sweep"
