@@ -7,7 +7,13 @@ import sys
 from collections.abc import Sequence
 
 
-METHODS = {"sim-clip": ("hf_robust_vision.trainers.sim_clip", "SimCLIPTrainer")}
+METHODS = {
+    "sim-clip": ("hf_robust_vision.trainers.sim_clip", "SimCLIPTrainer"),
+    "tima": ("hf_robust_vision.trainers.tima", "TIMATrainer"),
+    "fare": ("hf_robust_vision.trainers.fare", "FARETrainer"),
+    "tecoa": ("hf_robust_vision.trainers.tecoa", "TeCoATrainer"),
+    "pmg-aft": ("hf_robust_vision.trainers.pmg_aft", "PMGAFTTrainer"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

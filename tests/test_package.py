@@ -84,7 +84,9 @@ def test_import_is_lazy_and_fast():
         f"print(spent, [name for name in {HEAVY!r} if name in sys.modules])"
     )
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     spent, loaded = out.split(maxsplit=1)
     assert loaded.strip() == "[]"
     assert float(spent) < 0.3
