@@ -164,7 +164,7 @@ class Run:
         shared = {"images": budget.images, "split": budget.split, "eval_steps": budget.eval_steps}
         if self.method.trainer:  # a default that changes makes another run, too
             defaults = {item.name: item.default for item in fields(self.method.trainer.args_class)}
-            shared |= {name: value for name, value in defaults.items() if isinstance(value, str | float | None)}
+            shared |= {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
             shared |= budget.training() | dict(self.method.options)
         content = json.dumps(shared, sort_keys=True).encode()
         name = self.method.trainer.__name__ if self.method.trainer else "undefended"
