@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -116,7 +116,7 @@ SWEEP = tima_with(
     *((f"MHE weight {value:g}", {"mhe_weight": value}) for value in (0.1, 10.0)),
     *((f"distillation weight {value:g}", {"iakd_weight": value}) for value in (0.1, 10.0)),
     *((f"TAKD weight {value:g}", {"takd_weight": value}) for value in (0.1, 1.0)),
-    *((f"eta {value:g}", {"eta": value}) for value in (0.5, 0.8)),
+    *((f"eta {value:g}", {"eta": value}) for value in (0.3, 0.5)),
     *((f"no gate, margin {value:g}", {"gate": "none", "margin": value}) for value in (0.05, 0.1, 0.2, 0.4)),
 )
 
@@ -162,8 +162,11 @@ class Run:
         """Named by a hash of every setting, so that a run is only reused for the same settings."""
         budget = self.budget
         shared = {"images": budget.images, "split": budget.split, "eval_steps": budget.eval_steps}
-        shared |= budget.training() if self.method.trainer else {}
-        content = json.dumps([self.method.options, shared], sort_keys=True).encode()
+        if self.method.trainer:  # a default that changes makes another run, too
+            defaults = {item.name: item.default for item in fields(self.method.trainer.args_class)}
+            shared |= {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
+            shared |= budget.training() | dict(self.method.options)
+        content = json.dumps(shared, sort_keys=True).encode()
         name = self.method.trainer.__name__ if self.method.trainer else "undefended"
         return self.root / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}" / f"seed{self.seed}"
 
