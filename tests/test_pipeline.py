@@ -29,9 +29,10 @@ from tests.conftest import NAMES
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sim_clip.py"
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("sim_clip*.yaml"))
-SHORT = """--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 6 --attack_steps 2 --test_steps 3
+SHORT_TEXT = """--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 6 --attack_steps 2 --test_steps 3
 --validation_split validation --test_eps 1/255 2/255 --attack_eps 1/255 --report_to none --use_cpu true
---templates demo --eval_attack_steps 2 --logging_steps 1 --save_strategy no --disable_tqdm true""".split()
+--templates demo --eval_attack_steps 2 --logging_steps 1 --save_strategy no --disable_tqdm true"""
+SHORT = SHORT_TEXT.split()
 
 
 def words(model, data, output, *more):
@@ -50,7 +51,16 @@ def finished(clip_folder, image_folder, tmp_path_factory):
     """One run through `accelerate launch`: its folder and what it printed."""
     output = tmp_path_factory.mktemp("run") / "out"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
     done = subprocess.run(
         [*launch, str(RECIPE), *words(clip_folder, image_folder, output)],
         capture_output=True, text=True, env=environment, cwd=output.parent, timeout=300, check=False,
@@ -63,7 +73,9 @@ def test_files(finished):
     output, _ = finished
     names = {path.name for path in output.iterdir()}
     assert {"robustness.json", "robustness.png", "README.md", "config.json", "model.safetensors"} <= names
-    assert len([name for name in names if re.fullmatch(r"samples-.*\.jsonl", name)]) == 4  # before and after, two radii
+    assert (
+        len([name for name in names if re.fullmatch(r"samples-.*\.jsonl", name)]) == 4
+    )  # before and after, two radii
     assert not [name for name in names if ".rank" in name or name.startswith(".")]
     assert {"tokenizer.json"} <= names
 
@@ -101,11 +113,16 @@ def test_card_numbers_are_those_of_the_results(finished):
     output, _ = finished
     card = ModelCard.load(output / "README.md")
     after = [result for result in load_results(output) if result.model == "after"]
-    wanted = [("accuracy", after[0].clean_accuracy), *(("robust_accuracy", result.robust_accuracy) for result in after)]
+    wanted = [
+        ("accuracy", after[0].clean_accuracy),
+        *(("robust_accuracy", result.robust_accuracy) for result in after),
+    ]
     assert [(row.metric_type, row.metric_value) for row in card.data.eval_results] == wanted
     text = (output / "README.md").read_text()
     for result in load_results(output):
-        row = next(line for line in text.splitlines() if line.startswith(f"| {result.model} ") and _radius(result) in line)
+        row = next(
+            line for line in text.splitlines() if line.startswith(f"| {result.model} ") and _radius(result) in line
+        )
         numbers = [float(number) for number in re.findall(r"([\d.]+) %", row)]
         assert numbers == [round(100 * result.clean_accuracy, 1), round(100 * result.robust_accuracy, 1)]
     assert str(output.parent) not in text, "a path of this machine means nothing to a reader"
@@ -193,7 +210,9 @@ class TestBadInput:
         refused(r"lacks 1 weights.*logit_scale", model=model)
 
     def test_other_model_type(self, refused, tmp_path):
-        BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path / "m")
+        BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
+            tmp_path / "m"
+        )
         refused("'bert' model", model=tmp_path / "m")
 
     def test_adapter(self, refused, tmp_path):
@@ -206,6 +225,13 @@ class TestBadInput:
 
     def test_no_such_dataset(self, refused, tmp_path):
         refused("nothing-here", data=tmp_path / "nothing-here")
+
+    def test_overwrite_deletes_nothing_before_all_else_is_right(self, refused, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model.safetensors").write_text("precious")
+        refused("nothing-here", "--overwrite", "true", model=tmp_path / "nothing-here")
+        refused("nothing-here", "--overwrite", "true", data=tmp_path / "nothing-here")
+        assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
 
     def test_folder_that_holds_a_run(self, refused, tmp_path):
         (tmp_path / "out").mkdir()
@@ -236,7 +262,9 @@ def test_measure_false_only_trains(monkeypatch, clip_folder, image_folder, tmp_p
 class TestConfigs:
     @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
     def test_names_and_values_are_read(self, config):
-        options, args = pipeline.parse(SimCLIPTrainer, ["--config", str(config), "--bf16", "false", "--use_cpu", "true"])
+        options, args = pipeline.parse(
+            SimCLIPTrainer, ["--config", str(config), "--bf16", "false", "--use_cpu", "true"]
+        )
         for key, value in yaml.safe_load(config.read_text()).items():
             holder = options if hasattr(options, key) else args
             got = getattr(holder, key)
@@ -252,8 +280,12 @@ class TestConfigs:
     def test_published_setting_on_a_stand_in(self, monkeypatch, clip_folder, image_folder, tmp_path):
         """Every path of the published file, with model and data swapped for tiny ones."""
         config = ROOT / "recipes" / "configs" / "sim_clip_vitl14_imagenet_eps4.yaml"
-        small = "--max_steps 2 --per_device_train_batch_size 4 --warmup_steps 1 --dataloader_num_workers 0 --use_cpu true"
-        small += " --eval_steps 1 --save_steps 1 --validation_size 3 --test_steps 2 --max_test_samples 5 --logging_steps 1"
+        small = (
+            "--max_steps 2 --per_device_train_batch_size 4 --warmup_steps 1 --dataloader_num_workers 0 --use_cpu true"
+        )
+        small += (
+            " --eval_steps 1 --save_steps 1 --validation_size 3 --test_steps 2 --max_test_samples 5 --logging_steps 1"
+        )
         named = words(clip_folder, image_folder, tmp_path / "out")[:6]
         run_recipe(monkeypatch, ["--config", str(config), *named, *small.split(), "--disable_tqdm", "true"])
         results = load_results(tmp_path / "out")
