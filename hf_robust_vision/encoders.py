@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .pixels import PixelTransform, check_images
+from .pixels import PixelTransform
 
 
 FEATURES = ("pooled", "patch_tokens", "both")
@@ -405,11 +405,6 @@ def image_embedder(encoder: Encoder) -> Callable[[Tensor], Tensor]:
     return lambda images: encoder.encode_images(images).image_embeds
 
 
-def encode_checked(encoder: Encoder, images: Tensor, token_layer: int | None = None) -> EncoderOutput:
-    """`encode_images` for a caller's own images: refuses what is not in [0, 1]."""
-    return encoder.encode_images(check_images(images), token_layer)
-
-
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all weights, in the order of their names."""
     digest = hashlib.sha256()
@@ -420,5 +415,4 @@ def weights_sha256(model: nn.Module) -> str:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of the bytes of a tensor."""
-    plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -94,6 +94,8 @@ class PipelineArguments:
     def __post_init__(self) -> None:
         self.test_eps = [Radius(eps) for eps in self.test_eps]
         get_protocol(self.test_protocol)
+        if self.test_restarts < 1:
+            raise ValueError(f"test_restarts must be at least 1, got {self.test_restarts}.")
 
 
 def parse(
@@ -153,7 +155,12 @@ def run(
     resume = _check_output(output, options, args)
     set_seed(args.seed)
     name = options.model_name_or_path or str(demo_checkpoint())
-    encoder = load_encoder(name, revision=options.model_revision)
+    try:
+        encoder = load_encoder(name, revision=options.model_revision)
+    except OSError as error:
+        raise ValueError(
+            f"{name} is neither a model folder nor a model of the Hub that can be read: {error}"
+        ) from error
     if options.measure and not isinstance(encoder, CLIPEncoder):
         raise ValueError(
             f"{name} has no text tower to measure with; name the whole CLIPModel, or type --measure false."
@@ -171,6 +178,9 @@ def run(
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,
     )
+    if options.overwrite and not args.resume_from_checkpoint and rank_and_world()[0] == 0:
+        shutil.rmtree(output, ignore_errors=True)  # only now: bad input must not cost the earlier run
+    barrier()
     trainer = trainer_class(
         model=encoder, args=args, train_dataset=train, eval_dataset=validation, processing_class=processor
     )
@@ -201,6 +211,12 @@ def load_splits(
         train: LabelledImages | StreamedImages = load_demo("train", transform)
         validation, test = load_demo("validation", transform), load_demo("test", transform)
     else:
+        named = [options.train_split, options.test_split, options.validation_split]
+        if len(set(named)) < len(named):
+            raise ValueError(
+                f"train_split, test_split and validation_split must differ, got {named}; a number measured on a "
+                "training image says nothing."
+            )
         train = _load(options, options.train_split, transform, streaming=options.streaming)
         test = cast(LabelledImages, _load(options, options.test_split, transform))
         if options.validation_split is not None:
@@ -247,6 +263,8 @@ def _typed(parser: HfArgumentParser, key: str, value: Any) -> Any:
     if action.type is None or value is None:
         return value
     convert = action.type
+    if action.nargs == "+" and not isinstance(value, list):
+        value = [value]
     return [convert(item) for item in value] if isinstance(value, list) else convert(value)
 
 
@@ -261,15 +279,11 @@ def _check_output(output: Path, options: PipelineArguments, args: AdversarialTra
                 f"{output if wanted.lower() == 'true' else wanted} holds no complete checkpoint to resume."
             )
         return found
-    if output.exists() and any(output.iterdir()):
-        if not options.overwrite:
-            raise ValueError(
-                f"{output} already holds a run; pass --resume_from_checkpoint true to go on, --overwrite true to "
-                "delete it, or another --output_dir."
-            )
-        if rank_and_world()[0] == 0:
-            shutil.rmtree(output)
-    barrier()
+    if output.exists() and any(output.iterdir()) and not options.overwrite:
+        raise ValueError(
+            f"{output} already holds a run; pass --resume_from_checkpoint true to go on, --overwrite true to "
+            "delete it, or another --output_dir."
+        )
     return None
 
 

@@ -27,10 +27,14 @@ def blocks(language: str) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_block_runs(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """In their order and one namespace, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+    namespace = {"__name__": "__main__"}
+    for kind, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if kind == "python":
+            exec(compile(code, str(page), "exec"), namespace)
 
 
 def trainer_of(recipe: str) -> type:

@@ -17,7 +17,6 @@ from hf_robust_vision.encoders import (
     Reference,
     as_encoder,
     attack_mode,
-    encode_checked,
     freeze_unread,
     load_encoder,
     load_tokenizer,
@@ -176,10 +175,6 @@ class TestRefusals:
     def test_no_such_folder(self, tmp_path):
         with pytest.raises((ValueError, OSError), match="nothing-here"):
             load_encoder(tmp_path / "nothing-here")
-
-    def test_normalised_images(self, encoder):
-        with pytest.raises(ValueError, match="do_normalize=False"):
-            encode_checked(encoder, encoder.transform.normalize(IMAGES))
 
 
 def test_attack_mode_restores_nested_flags(encoder):

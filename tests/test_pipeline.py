@@ -29,6 +29,7 @@ from tests.conftest import NAMES
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sim_clip.py"
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("sim_clip*.yaml"))
+<<<<<<< HEAD
 SHORT = [
     "--max_steps",
     "2",
@@ -62,6 +63,12 @@ SHORT = [
     "--disable_tqdm",
     "true",
 ]
+=======
+SHORT_TEXT = """--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 6 --attack_steps 2 --test_steps 3
+--validation_split validation --test_eps 1/255 2/255 --attack_eps 1/255 --report_to none --use_cpu true
+--templates demo --eval_attack_steps 2 --logging_steps 1 --save_strategy no --disable_tqdm true"""
+SHORT = SHORT_TEXT.split()
+>>>>>>> df3c0cf3afa0e9541f21b9f3d590f7733cce0235
 
 
 def words(model, data, output, *more):
@@ -254,6 +261,13 @@ class TestBadInput:
 
     def test_no_such_dataset(self, refused, tmp_path):
         refused("nothing-here", data=tmp_path / "nothing-here")
+
+    def test_overwrite_deletes_nothing_before_all_else_is_right(self, refused, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model.safetensors").write_text("precious")
+        refused("nothing-here", "--overwrite", "true", model=tmp_path / "nothing-here")
+        refused("nothing-here", "--overwrite", "true", data=tmp_path / "nothing-here")
+        assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
 
     def test_folder_that_holds_a_run(self, refused, tmp_path):
         (tmp_path / "out").mkdir()

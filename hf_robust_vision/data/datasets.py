@@ -229,9 +229,14 @@ def load_labelled_images(
     elif path.is_dir():
         rows = _load_folder(path, split)
     else:
-        rows = datasets.load_dataset(
-            str(name_or_path), config_name, split=split, streaming=streaming, revision=revision
-        )
+        try:
+            rows = datasets.load_dataset(
+                str(name_or_path), config_name, split=split, streaming=streaming, revision=revision
+            )
+        except OSError as error:
+            raise ValueError(
+                f"{name_or_path} is neither a folder nor a dataset of the Hub that can be read: {error}"
+            ) from error
     columns = rows.column_names or []
     if columns:
         _need_columns(columns, image_column, label_column)

@@ -343,7 +343,7 @@ def _answers(task: AnswerTask, tokenizer: Any, images: Tensor) -> list[str]:
 
 
 def _describe(attack: Attack, ball: Ball, how: VLMProtocol) -> dict[str, Any]:
-    size = min(2.5 / attack.steps, 1.25) * ball.eps
+    size = min(2.5 / max(attack.steps, 1), 1.25) * ball.eps
     return {
         "name": attack.name,
         "objective": attack.objective,

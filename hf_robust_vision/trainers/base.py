@@ -19,6 +19,7 @@ from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import (
+    DEFAULT_TOKEN_LAYER,
     CLIPEncoder,
     Encoder,
     EncoderOutput,
@@ -106,7 +107,7 @@ class AdversarialTrainer(Trainer):
         freeze_unread(
             encoder,
             feature=getattr(args, "feature", "pooled"),
-            token_layer=self.token_layer or -2,
+            token_layer=DEFAULT_TOKEN_LAYER if self.token_layer is None else self.token_layer,
             text=self.trains_text,
         )
         self.reference = reference or Reference(encoder, self.token_layer)
@@ -295,6 +296,7 @@ class AdversarialTrainer(Trainer):
             if found is None:
                 raise ValueError(f"{place} holds no complete checkpoint; start without resume_from_checkpoint.")
             resume_from_checkpoint = found
+        self._seen, self._seen_at = 0, time.time()  # not since the construction: a measurement may lie between
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

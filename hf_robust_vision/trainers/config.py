@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_robust_vision.attacks import PROTOCOLS, Ball, make_ball
+from hf_robust_vision.data.templates import get_templates
 
 
 class Radius(float):
@@ -85,6 +86,7 @@ class AdversarialTrainingArguments(TrainingArguments):
             raise ValueError(f"attack_step_size must be above 0, got {self.attack_step_size:g}.")
         if self.eval_protocol not in PROTOCOLS:
             raise ValueError(f"unknown eval_protocol {self.eval_protocol!r}; choose one of {list(PROTOCOLS)}.")
+        get_templates(self.templates)
         one_of("on_collapse", self.on_collapse, ("stop", "record"))
         if self.parallel_mode.value == "not_distributed" and self.n_gpu > 1:
             raise ValueError(

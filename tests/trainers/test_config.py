@@ -52,6 +52,7 @@ def test_fractions_from_yaml(tmp_path):
         ({"attack_step_size": 0}, "attack_step_size must be above 0"),
         ({"eval_protocol": "strong"}, r"unknown eval_protocol 'strong'.*quick"),
         ({"on_collapse": "ignore"}, "'stop', 'record'"),
+        ({"templates": "nope"}, "neither a file nor one of the templates"),
         ({"form": "siamese"}, "'anchored'.*'paper'"),
         ({"feature": "cls"}, "'pooled', 'patch_tokens', 'both'"),
         ({"attack_distance": "l2"}, "'cosine', 'squared_l2'"),

@@ -101,6 +101,22 @@ def test_loss_of_each_form_by_hand(form, clip_folder, tmp_path):
     torch.testing.assert_close(table.grad[0], torch.tensor(clean_gradient))
 
 
+def test_token_layer_zero_is_not_the_default(clip_folder, tmp_path):
+    """Layer 0 is the patch embedding: no transformer layer is read, so none may be trained."""
+    trainer = make_trainer(clip_folder, tmp_path, feature="patch_tokens", token_layer=0)
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert not any(".layers." in name for name in trainable)
+    trainer.train()
+
+
+def test_speed_is_that_of_the_training(clip_folder, tmp_path, monkeypatch):
+    """A measurement between construction and training does not count."""
+    trainer = make_trainer(clip_folder, tmp_path)
+    trainer._seen_at -= 1000
+    trainer.train()
+    assert trainer.state.log_history[0]["samples_per_second"] > 1
+
+
 def test_noise_follows_sample_and_step(clip_folder, tmp_path):
     trainer = make_trainer(clip_folder, tmp_path, seed=5)
     trainer.state.global_step = 9
