@@ -29,46 +29,10 @@ from tests.conftest import NAMES
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sim_clip.py"
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("sim_clip*.yaml"))
-<<<<<<< HEAD
-SHORT = [
-    "--max_steps",
-    "2",
-    "--per_device_train_batch_size",
-    "4",
-    "--per_device_eval_batch_size",
-    "6",
-    "--attack_steps",
-    "2",
-    "--test_steps",
-    "3",
-    "--validation_split",
-    "validation",
-    "--test_eps",
-    "1/255",
-    "2/255",
-    "--attack_eps",
-    "1/255",
-    "--report_to",
-    "none",
-    "--use_cpu",
-    "true",
-    "--templates",
-    "demo",
-    "--eval_attack_steps",
-    "2",
-    "--logging_steps",
-    "1",
-    "--save_strategy",
-    "no",
-    "--disable_tqdm",
-    "true",
-]
-=======
 SHORT_TEXT = """--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 6 --attack_steps 2 --test_steps 3
 --validation_split validation --test_eps 1/255 2/255 --attack_eps 1/255 --report_to none --use_cpu true
 --templates demo --eval_attack_steps 2 --logging_steps 1 --save_strategy no --disable_tqdm true"""
 SHORT = SHORT_TEXT.split()
->>>>>>> df3c0cf3afa0e9541f21b9f3d590f7733cce0235
 
 
 def words(model, data, output, *more):
