@@ -104,6 +104,22 @@ def test_early_drop_computes_less(attack):
 
 
 @pytest.mark.parametrize("attack", [pgd, apgd])
+def test_a_fooling_image_counts_more_than_a_higher_loss(attack):
+    """The objective is a ridge that the first step jumps over; what fools lies on the far, lower side."""
+    label = torch.tensor([0])
+
+    def height(images):
+        return (images - 0.5).flatten(1).sum(1) - 0.01
+
+    ridge = EmbeddingDistance(height, torch.zeros(1), lambda features, target: -(features - target).abs())
+    fooled = Misclassified(lambda images: torch.stack([-height(images), height(images)], 1), label)
+    image = torch.full((1, 3, 4, 4), 0.5)
+    found = attack(ridge, image, LinfBall(0.1), steps=3, fooled=fooled)
+    assert fooled(found).all()
+    assert ridge(found) < ridge(image)
+
+
+@pytest.mark.parametrize("attack", [pgd, apgd])
 def test_restarts_only_help(attack):
     classify, noise = classifier(sharp=10), StartNoise(0, range(16))
     objective, ball = CrossEntropy(classify, LABELS), LinfBall(0.02)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_robust_vision.attacks import get_protocol
+from hf_robust_vision.attacks import Outcome, get_protocol
 from hf_robust_vision.encoders import weights_sha256
 from hf_robust_vision.evaluation import zero_shot
 from hf_robust_vision.evaluation.results import SampleRecord, summarize
@@ -48,6 +48,22 @@ def test_curve_falls(measure, tmp_path):
     assert all(less <= more for less, more in zip(fallen, fallen[1:]))
 
 
+def test_a_fallen_sample_stays_fallen(measure, monkeypatch, tmp_path):
+    """The smaller ball lies inside the larger: what fell is not attacked again, however lucky it would be."""
+    attacked = []
+
+    def only_first(protocol, classify, images, labels, ball, noise):
+        attacked.append(len(images))
+        names = ["apgd-ce" if row == 0 else None for row in range(len(images))]
+        return Outcome(images, names if ball.eps == EPS[0] else [None] * len(images))
+
+    monkeypatch.setattr(zero_shot, "run_protocol", only_first)
+    results = measure(replace(HOW, batch_size=24), samples_dir=tmp_path)
+    right = round(results[0].clean_accuracy * 24)
+    assert attacked == [right, right - 1, right - 1]
+    assert [round(result.robust_accuracy * 24) for result in results] == [right - 1] * 3
+
+
 def test_accuracies_are_sums_over_the_samples_file(measure, labelled_by_model, tmp_path):
     for result in measure(samples_dir=tmp_path):
         rows = lines(tmp_path, result)
@@ -85,7 +101,7 @@ def test_result_carries_its_protocol(measure, bank, encoder):
     assert (result.dataset, result.split, result.group) == ("tiny", "test", "all")
     assert result.model_sha256 == weights_sha256(encoder)
     assert result.class_names == list(NAMES)
-    assert result.logit_scale == pytest.approx(float(encoder.logit_scale.exp()))
+    assert result.logit_scale == pytest.approx(encoder.logit_scale.exp().item())
     attack = result.attacks[0]
     assert (attack["steps"], attack["restarts"], attack["seed"], attack["dtype"]) == (5, 3, 7, "float32")
     assert attack["resolution"] == 32

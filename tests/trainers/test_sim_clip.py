@@ -63,6 +63,27 @@ def test_attack_goes_up_and_stays_inside(norm, distance, clip_folder, tmp_path):
     assert all(gain > 0 for gain in gains)
 
 
+def test_attack_runs_in_eval_mode_without_parameter_gradients_and_the_loss_does_not(
+    clip_folder, tmp_path, monkeypatch
+):
+    trainer = make_trainer(clip_folder, tmp_path)
+    seen = []
+
+    def watch(name):
+        original = getattr(SimCLIPTrainer, name)
+
+        def watched(self, encoder, *rest):
+            seen.append((name, encoder.training, any(p.requires_grad for p in encoder.parameters())))
+            return original(self, encoder, *rest)
+
+        monkeypatch.setattr(SimCLIPTrainer, name, watched)
+
+    watch("attack_objective")
+    watch("robust_loss")
+    trainer.train()
+    assert seen == [("attack_objective", False, False), ("robust_loss", True, True)] * 3
+
+
 @pytest.mark.parametrize("form", ["anchored", "frozen", "paper"])
 def test_objective_aims_away_from_the_embedding_that_the_form_names(form, clip_folder, tmp_path):
     """`paper` runs against the tuned model's own clean embedding, the others against the original's."""
