@@ -36,7 +36,7 @@ _HOME = {
     "load_encoder": "encoders",
     "load_labelled_images": "data.datasets",
     "load_results": "evaluation.results",
-    "make_text_bank": "encoders",
+    "make_text_bank": "text_bank",
     "pgd": "attacks",
     "swap_vision_encoder": "vlm.swap",
 }
@@ -87,9 +87,10 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .attacks import L2Ball, LinfBall, StartNoise, apgd, fgsm, get_protocol, pgd
     from .data.datasets import LabelledImages, load_labelled_images
-    from .encoders import as_encoder, load_encoder, make_text_bank
+    from .encoders import as_encoder, load_encoder
     from .evaluation.results import RobustnessResult, load_results
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+    from .text_bank import make_text_bank
     from .trainers.base import AdversarialTrainer
     from .trainers.config import AdversarialTrainingArguments
     from .trainers.fare import FAREArguments, FARETrainer

@@ -22,8 +22,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.demo import CLASS_NAMES, load_demo
 from hf_robust_vision.data.templates import TEMPLATES
-from hf_robust_vision.encoders import CLIPEncoder, as_encoder, make_text_bank, tokenize
+from hf_robust_vision.encoders import CLIPEncoder, as_encoder
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.text_bank import make_text_bank, tokenize
 
 
 SIZE = 64

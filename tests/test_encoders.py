@@ -20,11 +20,11 @@ from hf_robust_vision.encoders import (
     freeze_unread,
     load_encoder,
     load_tokenizer,
-    make_text_bank,
     tensor_sha256,
     token_layer_of,
     weights_sha256,
 )
+from hf_robust_vision.text_bank import make_text_bank
 from tests.conftest import NAMES, build_clip
 
 

@@ -14,8 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from hf_robust_vision.encoders import check_class_names
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.text_bank import check_class_names
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}

@@ -17,8 +17,9 @@ from torch import Tensor
 from hf_robust_vision.attacks import Ball, Protocol, StartNoise, make_ball, run_protocol
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.encoders import Encoder, TextBank, attack_mode, image_embedder, tensor_sha256, weights_sha256
+from hf_robust_vision.encoders import Encoder, attack_mode, image_embedder, tensor_sha256, weights_sha256
 from hf_robust_vision.pixels import check_images
+from hf_robust_vision.text_bank import TextBank
 
 from .results import RobustnessResult, SampleRecord, summarize, versions
 from .samples import Records, SampleStore, measure_all

@@ -24,15 +24,14 @@ from hf_robust_vision.encoders import (
     Encoder,
     EncoderOutput,
     Reference,
-    TextBank,
     as_encoder,
     attack_mode,
     freeze_unread,
     load_encoder,
-    make_text_bank,
 )
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform, check_images
+from hf_robust_vision.text_bank import TextBank, make_text_bank
 
 from .checkpoints import complete_checkpoint, mark_complete
 from .collapse import Spread, check_collapse

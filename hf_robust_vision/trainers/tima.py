@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hf_robust_vision.attacks import CrossEntropy, Objective
 from hf_robust_vision.data.templates import get_templates
-from hf_robust_vision.encoders import Encoder, class_embeddings, class_prompts, tokenize
+from hf_robust_vision.encoders import Encoder
+from hf_robust_vision.text_bank import class_embeddings, class_prompts, tokenize
 
 from .base import Batch
 from .classes import ClassTrainer, divergence

@@ -9,7 +9,8 @@ from hf_robust_vision.attacks import LinfBall, StartNoise, get_protocol, run_pro
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_checkpoint, load_demo
 from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import TEMPLATES
-from hf_robust_vision.encoders import attack_mode, load_encoder, load_tokenizer, make_text_bank
+from hf_robust_vision.encoders import attack_mode, load_encoder, load_tokenizer
+from hf_robust_vision.text_bank import make_text_bank
 
 
 autopgd = pytest.importorskip("pyautoattack.autopgd_base")
