@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["harden"]:
             return _harden(words[1:])
         return _other(words)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -242,16 +242,26 @@ def freeze_unread(encoder: Encoder, *, feature: str = "pooled", token_layer: int
         feature: "pooled", "patch_tokens" or "both".
         token_layer: Which entry of `hidden_states` the tokens are; for "patch_tokens" later layers are frozen.
         text: Train the text tower and its projection as well.
+
+    Raises:
+        ValueError: If the tower has no such layer.
     """
+    layers: Any = encoder.vision_model.encoder.layers
+    if feature != "pooled" and not -len(layers) - 1 <= token_layer <= len(layers):
+        raise ValueError(
+            f"token_layer={token_layer} is not there: a tower of {len(layers)} layers has hidden states 0 to "
+            f"{len(layers)}, or {-len(layers) - 1} to -1 from the end."
+        )
     encoder.requires_grad_(False)
     encoder.vision_model.requires_grad_(True)
     encoder.visual_projection.requires_grad_(True)
     if feature == "patch_tokens":
-        layers: Any = encoder.vision_model.encoder.layers
         read = token_layer if token_layer >= 0 else len(layers) + 1 + token_layer
         layers[read:].requires_grad_(False)
         encoder.vision_model.post_layernorm.requires_grad_(False)
         encoder.visual_projection.requires_grad_(False)
+        if read == 0:  # before any attention the class token has not met the patches
+            encoder.vision_model.embeddings.class_embedding.requires_grad_(False)
     if text:
         encoder.text_model.requires_grad_(True)
         encoder.text_projection.requires_grad_(True)

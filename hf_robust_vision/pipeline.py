@@ -30,12 +30,16 @@ from hf_robust_vision.hub.card import pretty_eps, write_card
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.trainers.base import AdversarialTrainer
 from hf_robust_vision.trainers.checkpoints import complete_checkpoint
+from hf_robust_vision.trainers.collapse import CollapseError
 from hf_robust_vision.trainers.config import AdversarialTrainingArguments, Radius
 
 
 # Above this many images a full decode before training would take longer than it saves: they are then decoded, and
 # a broken one is named, as they come.
 SCAN_LIMIT = 50_000
+
+# What a user can mend: shown as one line, not as a traceback.
+USER_ERRORS = (ValueError, ModuleNotFoundError, CollapseError)
 
 
 @dataclass

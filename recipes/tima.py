@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hf_robust_vision.pipeline import parse, run
+from hf_robust_vision.pipeline import USER_ERRORS, parse, run
 from hf_robust_vision.trainers.tima import TIMATrainer
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     try:
         options, args = parse(TIMATrainer, demo_config=Path(__file__).parent / "configs" / "tima_demo.yaml")
         run(TIMATrainer, options, args)
-    except (ValueError, ModuleNotFoundError) as error:
+    except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
 

@@ -282,3 +282,10 @@ def test_weight_hash_sees_one_bit(encoder):
     assert weights_sha256(encoder) != before
     assert tensor_sha256(torch.zeros(2)) != tensor_sha256(torch.zeros(2, dtype=torch.int32).float() + 1e-45)
     assert tensor_sha256(torch.zeros(2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("layer", [-4, 3])
+def test_a_layer_that_is_not_there_is_refused(encoder, layer):
+    """The tiny tower has 2 layers, so 3 hidden states."""
+    with pytest.raises(ValueError, match=f"token_layer={layer} is not there"):
+        freeze_unread(encoder, feature="patch_tokens", token_layer=layer)

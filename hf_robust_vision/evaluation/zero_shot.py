@@ -102,6 +102,10 @@ def evaluate_zero_shot(
     how = replace(how, protocol=protocol, eps=tuple(sorted(how.eps)))
     identity = asdict(how) | {"weights": sha256, "data": dataset.name, "split": dataset.split, "dtype": str(dtype)}
     identity |= {"text": bank.template_hash, "scale": bank.logit_scale, "embeddings": tensor_sha256(bank.embeddings)}
+    identity |= {
+        "samples": list(zip(dataset.ids, dataset.labels())),
+        "rows": getattr(dataset.rows, "_fingerprint", ""),
+    }
     del identity["batch_size"]
     store = SampleStore(samples_dir, f"{Path(model_name).name}-{protocol.name}-{how.norm}", how.eps, identity)
     classify = bank.classify(image_embedder(encoder))
