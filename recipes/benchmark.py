@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -306,7 +307,7 @@ def main() -> None:
         measure_memory(args.memory_of, args.batch_size, args.steps)
         return
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    page = ["# Benchmark", "", "Written by `python recipes/benchmark.py --output docs/benchmark.md`.", ""]
+    page = ["# Benchmark", "", f"Written by `{shlex.join(['python', *sys.argv])}`.", ""]
     page += [f"{machine}; bf16 capability: {torch.backends.cpu.get_cpu_capability()}.", ""]
     page += [f"## A training step: ViT-B/32, 224 px, batch {args.batch_size}, PGD-{args.steps}", ""]
     page += speed_table(args.batch_size, args.steps, args.rounds)
