@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["harden"]:
             return _harden(words[1:])
         return _other(words)
-    except (ValueError, RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -33,11 +33,14 @@ def _harden(words: list[str]) -> int:
         raise ValueError(f"usage: hf-robust-vision harden {{{','.join(METHODS)}}} [arguments of the recipe]")
     from importlib import import_module
 
-    from hf_robust_vision.pipeline import parse, run
+    from hf_robust_vision.pipeline import USER_ERRORS, parse, run
 
     module, name = METHODS[words[0]]
     trainer_class = getattr(import_module(module), name)
-    run(trainer_class, *parse(trainer_class, words[1:]))
+    try:
+        run(trainer_class, *parse(trainer_class, words[1:]))
+    except USER_ERRORS as error:
+        raise ValueError(str(error)) from error
     return 0
 
 
