@@ -221,7 +221,7 @@ def load_splits(
                 f"train_split, test_split and validation_split must differ, got {named}; a number measured on a "
                 "training image says nothing."
             )
-        train = _load(options, options.train_split, transform, streaming=options.streaming)
+        train = _load(options, options.train_split, transform, streaming=options.streaming, seed=seed)
         test = cast(LabelledImages, _load(options, options.test_split, transform))
         if options.validation_split is not None:
             validation = cast(LabelledImages, _load(options, options.validation_split, transform))
@@ -283,7 +283,9 @@ def _check_output(output: Path, options: PipelineArguments, args: AdversarialTra
                 f"{output if wanted.lower() == 'true' else wanted} holds no complete checkpoint to resume."
             )
         return found
-    if output.exists() and any(output.iterdir()) and not options.overwrite:
+    if options.overwrite:
+        _check_overwrite(output, options)
+    elif output.exists() and any(output.iterdir()):
         raise ValueError(
             f"{output} already holds a run; pass --resume_from_checkpoint true to go on, --overwrite true to "
             "delete it, or another --output_dir."
@@ -291,8 +293,18 @@ def _check_output(output: Path, options: PipelineArguments, args: AdversarialTra
     return None
 
 
+def _check_overwrite(output: Path, options: PipelineArguments) -> None:
+    """Refuse to delete what is no run, or what this run reads."""
+    signs = ("robustness.json", "checkpoint-*", "samples-*.jsonl*", "training_args.bin")
+    if output.exists() and any(output.iterdir()) and not any(list(output.glob(sign)) for sign in signs):
+        raise ValueError(f"--overwrite true deletes an earlier run, but {output} does not look like one; delete it.")
+    for name in (options.model_name_or_path, options.dataset_name, "."):
+        if name is not None and Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"--overwrite true would delete {name}, which lies in {output}; choose another folder.")
+
+
 def _load(
-    options: PipelineArguments, split: str, transform: PixelTransform, streaming: bool = False
+    options: PipelineArguments, split: str, transform: PixelTransform, streaming: bool = False, seed: int | None = None
 ) -> LabelledImages | StreamedImages:
     assert options.dataset_name is not None
     names = read_class_names(options.class_names) if options.class_names else None
@@ -306,6 +318,7 @@ def _load(
         class_names=names,
         streaming=streaming,
         skip_corrupt=options.skip_corrupt,
+        shuffle_seed=seed if streaming else None,
     )
 
 

@@ -229,6 +229,7 @@ class TestBadInput:
     def test_overwrite_deletes_nothing_before_all_else_is_right(self, refused, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "model.safetensors").write_text("precious")
+        (tmp_path / "out" / "robustness.json").write_text("{}")  # what tells a run
         refused("nothing-here", "--overwrite", "true", model=tmp_path / "nothing-here")
         refused("nothing-here", "--overwrite", "true", data=tmp_path / "nothing-here")
         assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
@@ -247,6 +248,7 @@ def test_overwrite_and_skip_corrupt(monkeypatch, clip_folder, image_folder, tmp_
     output = tmp_path / "out"
     output.mkdir()
     (output / "old.txt").write_text("old")
+    (output / "training_args.bin").write_text("what tells a run")
     run_recipe(monkeypatch, words(clip_folder, data, output, "--overwrite", "true", "--skip_corrupt", "true"))
     assert "skipped 1 corrupt images of test" in capsys.readouterr().err
     assert not (output / "old.txt").exists()
@@ -328,3 +330,18 @@ def test_demo_meets_its_targets(tmp_path):
     assert after.robust_accuracy >= before.robust_accuracy + 0.35
     assert after.clean_accuracy >= before.clean_accuracy - 0.05
     assert before.model_sha256 == weights_sha256(CLIPModel.from_pretrained(demo_checkpoint()))
+
+
+def test_overwrite_deletes_nothing_but_runs(clip_folder, image_folder, tmp_path):
+    """A mistyped output folder must not cost data."""
+    (tmp_path / "thesis.txt").write_text("years of work")
+    options, args = pipeline.parse(SimCLIPTrainer, words(clip_folder, image_folder, tmp_path, "--overwrite", "true"))
+    with pytest.raises(ValueError, match="does not look like one"):
+        pipeline.run(SimCLIPTrainer, options, args)
+    (tmp_path / "robustness.json").write_text("{}")
+    inside = tmp_path / "model"
+    shutil.copytree(clip_folder, inside)
+    options, args = pipeline.parse(SimCLIPTrainer, words(inside, image_folder, tmp_path, "--overwrite", "true"))
+    with pytest.raises(ValueError, match="would delete"):
+        pipeline.run(SimCLIPTrainer, options, args)
+    assert (tmp_path / "thesis.txt").is_file()

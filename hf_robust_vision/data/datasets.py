@@ -181,7 +181,7 @@ class StreamedImages(IterableDataset):
             yield _item(image, row[self.label_column], sample, self.transform, self.class_names)
 
     def set_epoch(self, epoch: int) -> None:
-        """Reshuffle the stream, as `Trainer` asks at each epoch."""
+        """Reshuffle a stream that shuffles, as `Trainer` asks at each epoch."""
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(epoch)
 
@@ -197,6 +197,7 @@ def load_labelled_images(
     class_names: Sequence[str] | None = None,
     streaming: bool = False,
     skip_corrupt: bool = False,
+    shuffle_seed: int | None = None,
     revision: str | None = None,
 ) -> LabelledImages | StreamedImages:
     """Load a local image folder, a saved `datasets` folder, or a dataset of the Hub.
@@ -212,6 +213,7 @@ def load_labelled_images(
         class_names: Names in the order of the labels; by default those of the dataset's label feature.
         streaming: Read a Hub dataset row by row without downloading it.
         skip_corrupt: Leave unreadable images out of a stream.
+        shuffle_seed: Shuffle a stream through a buffer of 10,000 rows, anew at each epoch; None keeps its order.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -256,6 +258,7 @@ def load_labelled_images(
     shared: dict[str, Any] = {"name": str(path.name if path.is_dir() else name_or_path), "split": split}
     columns_used: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     if isinstance(rows, datasets.IterableDataset):
+        rows = rows if shuffle_seed is None else rows.shuffle(seed=shuffle_seed, buffer_size=10_000)
         return StreamedImages(rows, names, transform, **shared, **columns_used, skip_corrupt=skip_corrupt)
     loaded_images = LabelledImages(rows, names, transform, **shared, **columns_used)
     loaded_images.check_labels()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_robust_vision import __version__
 from hf_robust_vision.attacks import Ball, Protocol, StartNoise, make_ball, run_protocol
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import LabelledImages
@@ -106,6 +107,8 @@ def evaluate_zero_shot(
         "samples": list(zip(dataset.ids, dataset.labels())),
         "rows": getattr(dataset.rows, "_fingerprint", ""),
     }
+    identity |= {"pixels": asdict(encoder.transform), "fit": asdict(dataset.transform), "version": __version__}
+    identity |= {"config": {name: encoder.config.to_dict().get(name) for name in ("vision_config", "hidden_act")}}
     del identity["batch_size"]
     store = SampleStore(samples_dir, f"{Path(model_name).name}-{protocol.name}-{how.norm}", how.eps, identity)
     classify = bank.classify(image_embedder(encoder))
@@ -118,6 +121,8 @@ def evaluate_zero_shot(
     with attack_mode(encoder):
         label = f"{model_name}: {protocol.name}"
         records = measure_all(store, dataset.ids, measure, batch_size=how.batch_size, label=label, progress=progress)
+    fitted = dataset.transform.crop or dataset.transform.resize
+    resolution = fitted if isinstance(fitted, int) else max(fitted)
     shared: dict[str, Any] = {
         "task": "zero_shot",
         "model": model_name,
@@ -138,7 +143,7 @@ def evaluate_zero_shot(
         RobustnessResult(
             **shared,
             eps=eps,
-            attacks=_describe(how, eps, resolution=max(dataset.transform.crop or (0,)), dtype=dtype),
+            attacks=_describe(how, eps, resolution=resolution, dtype=dtype),
             samples=store.names[place] if samples_dir is not None else None,
             **summarize([records[sample][place] for sample in dataset.ids]),
         )

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd
 from hf_robust_vision.data.collator import collate_images
@@ -33,7 +34,7 @@ from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_z
 from hf_robust_vision.pixels import PixelTransform, check_images
 from hf_robust_vision.text_bank import TextBank, make_text_bank
 
-from .checkpoints import complete_checkpoint, mark_complete
+from .checkpoints import complete_checkpoint, mark_complete, rotate, unmark
 from .collapse import Spread, check_collapse
 from .config import AdversarialTrainingArguments
 
@@ -120,6 +121,7 @@ class AdversarialTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says to newer versions
         self._refuse_wrappers()
         self._measured: dict[str, list[Tensor]] = {}
         self._last_images: Tensor | None = None
@@ -295,25 +297,44 @@ class AdversarialTrainer(Trainer):
             if found is None:
                 raise ValueError(f"{place} holds no complete checkpoint; start without resume_from_checkpoint.")
             resume_from_checkpoint = found
+            if (state := TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))) and self._is_over(
+                state
+            ):
+                return self._take_up(found, state)
         self._seen, self._seen_at = 0, time.time()  # not since the construction: a measurement may lie between
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _is_over(self, state: TrainerState) -> bool:
+        wanted = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        return state.global_step >= wanted > 0
+
+    def _take_up(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """Load a run that had ended: `Trainer` would take one more step before it looks at `max_steps`."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, float("nan"), {})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._last_images is not None:
             with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(model)):
                 embeds = encoder.encode_images(self._last_images).image_embeds
                 self._check_collapse(Spread.of(embeds, self.reference(self._last_images).image_embeds))
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            unmark(folder)  # an earlier run may have left it, and this one may be killed half-way
+        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:  # an old checkpoint may only go once the new one is complete
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
-        run_dir = self._get_output_dir(trial=trial)
         if self.args.should_save:
-            mark_complete(Path(run_dir) / f"checkpoint-{self.state.global_step}")
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+            mark_complete(folder)
+            rotate(run_dir, limit, best=self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave the card alone: the one with measured numbers is written by `hub.card`, not from training logs."""
@@ -334,15 +355,15 @@ class AdversarialTrainer(Trainer):
             "max_grad_norm": args.max_grad_norm,
             "seed": args.seed,
             "world_size": args.world_size,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            "precision": "bf16" if args.bf16 else "float32",
         }
 
     def _refuse_wrappers(self) -> None:
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
-            raise ValueError("FSDP1 shards what the attack must read; set fsdp_version: 2 in the accelerate config.")
+            raise ValueError("FSDP1 shards what the attack must read; use distributed_type: MULTI_GPU (DDP).")
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError("DeepSpeed ZeRO-3 shards what the attack must read; set zero_stage: 2.")
+            raise ValueError("DeepSpeed ZeRO-3 shards what the attack must read; use DDP.")
 
 
 def _transform(processing_class: Any) -> PixelTransform | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 
@@ -15,6 +16,29 @@ def mark_complete(checkpoint: str | Path) -> None:
     (Path(checkpoint) / _MARKER).touch()
 
 
+def unmark(checkpoint: str | Path) -> None:
+    """Say that a checkpoint is about to be written again."""
+    (Path(checkpoint) / _MARKER).unlink(missing_ok=True)
+
+
+def rotate(run: str | Path, limit: int | None, *, best: str | None) -> None:
+    """Delete the oldest complete checkpoints beyond `limit`, never the best and never the latest.
+
+    Args:
+        run: Folder of the run.
+        limit: How many to keep; None keeps all.
+        best: The best checkpoint so far.
+    """
+    if limit is None or limit <= 0:
+        return
+    kept = {Path(best).name} if best is not None else set()
+    complete = [path for path in _numbered(run) if (path / _MARKER).is_file()]
+    kept.add(complete[-1].name)
+    spare = [path for path in complete if path.name not in kept]
+    for path in spare[: max(len(complete) - limit, 0)]:
+        shutil.rmtree(path)
+
+
 def complete_checkpoint(place: str | Path) -> str | None:
     """The checkpoint itself if it is complete, or the last complete one of a run's folder; None if there is none.
 
@@ -23,6 +47,10 @@ def complete_checkpoint(place: str | Path) -> str | None:
     place = Path(place)
     if (place / _MARKER).is_file():
         return str(place)
-    numbered = [(int(match[1]), path) for path in place.glob("checkpoint-*") if (match := _NUMBER.search(path.name))]
-    complete = [(number, path) for number, path in numbered if (path / _MARKER).is_file()]
-    return str(max(complete)[1]) if complete else None
+    complete = [path for path in _numbered(place) if (path / _MARKER).is_file()]
+    return str(complete[-1]) if complete else None
+
+
+def _numbered(run: str | Path) -> list[Path]:
+    found = [(int(match[1]), path) for path in Path(run).glob("checkpoint-*") if (match := _NUMBER.search(path.name))]
+    return [path for _, path in sorted(found)]

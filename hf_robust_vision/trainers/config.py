@@ -80,6 +80,8 @@ class AdversarialTrainingArguments(TrainingArguments):
             setattr(self, name, Radius(value) if value is not None else None)
         for name in ("attack_eps", "eval_eps"):
             _check_radius(name, self.attack_norm, getattr(self, name))
+        if self.fp16:
+            raise ValueError("fp16=true lets the attack's gradients underflow to zero unseen; type --bf16 true.")
         if self.attack_steps < 1:
             raise ValueError(f"attack_steps must be at least 1, got {self.attack_steps}.")
         if self.attack_step_size is not None and self.attack_step_size <= 0:

@@ -48,6 +48,7 @@ def test_fractions_from_yaml(tmp_path):
         ({"attack_eps": -0.1}, "at least 0"),
         ({"attack_eps": "nan"}, "finite"),
         ({"attack_norm": "l1"}, r"unknown norm 'l1'.*'linf', 'l2'"),
+        ({"fp16": True}, "--bf16 true"),
         ({"attack_steps": 0}, "attack_steps must be at least 1"),
         ({"attack_step_size": 0}, "attack_step_size must be above 0"),
         ({"eval_protocol": "strong"}, r"unknown eval_protocol 'strong'.*quick"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_robust_vision.trainers.checkpoints import complete_checkpoint, mark_complete
+from hf_robust_vision.trainers.checkpoints import complete_checkpoint, mark_complete, rotate
 from tests.trainers.helpers import largest_gap, make_trainer, weights
 
 
@@ -68,6 +68,37 @@ def test_resume_within_an_epoch_and_a_limit(clip_folder, tmp_path):
     again = make_trainer(clip_folder, tmp_path / "b", **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))
     assert largest_gap(weights(again), weights(whole)) == 0
+
+
+def test_resuming_a_finished_run_takes_no_step(clip_folder, tmp_path):
+    """Killed in the measurement after training; Trainer by itself would take a seventh step within the epoch."""
+    settings = RUN | {"lr_scheduler_type": "constant", "max_steps": 7, "save_steps": 7}
+    whole = make_trainer(clip_folder, tmp_path, **settings)
+    whole.train()
+    again = make_trainer(clip_folder, tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 7
+    assert largest_gap(weights(again), weights(whole)) == 0
+
+
+def test_a_checkpoint_that_is_written_again_is_not_complete_meanwhile(clip_folder, tmp_path, monkeypatch):
+    trainer = make_trainer(clip_folder, tmp_path, **RUN)
+    trainer.train()
+    monkeypatch.setattr(trainer, "save_model", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer._save_checkpoint(trainer.model, None)
+    assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_rotation_keeps_the_latest_and_the_best(tmp_path):
+    for number in (2, 4, 6, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        mark_complete(tmp_path / f"checkpoint-{number}")
+    (tmp_path / "checkpoint-8").mkdir()  # half-written: not counted, not touched
+    rotate(tmp_path, 2, best=str(tmp_path / "checkpoint-2"))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-8", "checkpoint-10"}
+    rotate(tmp_path, None, best=None)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_which_checkpoint_is_complete(tmp_path):
