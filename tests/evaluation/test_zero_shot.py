@@ -215,3 +215,12 @@ def test_bf16_weights_are_measured_in_bf16(measure, encoder):
     (result,) = measure(replace(HOW, eps=(EPS[1],)))
     assert result.attacks[0]["dtype"] == "bfloat16"
     assert 0 <= result.robust_accuracy < result.clean_accuracy
+
+
+def test_records_of_other_pixels_are_not_reused(measure, encoder, monkeypatch, tmp_path):
+    """A corrected mean is another classifier under the same weights: its flags must be measured anew."""
+    (old,) = measure(replace(HOW, eps=(EPS[0],)), samples_dir=tmp_path)
+    monkeypatch.setattr(encoder, "transform", replace(encoder.transform, mean=(0.0, 0.0, 0.0)))
+    (new,) = measure(replace(HOW, eps=(EPS[0],)), samples_dir=tmp_path)
+    assert old.model_sha256 == new.model_sha256
+    assert old.samples != new.samples
