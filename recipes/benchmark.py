@@ -308,7 +308,7 @@ def main() -> None:
         return
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     page = ["# Benchmark", "", f"Written by `{shlex.join(['python', *sys.argv])}`.", ""]
-    page += [f"{machine}; bf16 capability: {torch.backends.cpu.get_cpu_capability()}.", ""]
+    page += [f"{machine}; CPU capability: {torch.backends.cpu.get_cpu_capability()}.", ""]
     page += [f"## A training step: ViT-B/32, 224 px, batch {args.batch_size}, PGD-{args.steps}", ""]
     page += speed_table(args.batch_size, args.steps, args.rounds)
     if args.robustness_seconds:
