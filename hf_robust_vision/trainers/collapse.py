@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# Share of the original's spread (one minus mean pairwise cosine) below which embeddings count as collapsed. Healthy
-# hardened towers were measured at 0.8 and more of it, collapsed ones at 0.08 and less.
+# Share of the original's spread (one minus mean pairwise cosine) below which embeddings count as collapsed. On the
+# demo `frozen` and `anchored` kept all of it; `paper` fell to 0.06 within 30 updates.
 COLLAPSED_SHARE = 0.1
 
 
