@@ -51,6 +51,7 @@ from hf_robust_vision.trainers.tima import TIMATrainer
 
 
 EPS = tuple(step / 255 for step in (1, 2, 4, 8, 16))
+CHOICE_EPS = (DEMO_EPS, 2 * DEMO_EPS)  # what a choice on validation looks at: the training radius and an unseen one
 RIVALS = ("tecoa", "pmg-aft")
 
 
@@ -131,6 +132,7 @@ class Budget:
     learning_rate: float
     images: int
     eval_steps: int
+    eps: tuple[float, ...]
     split: str
 
     def training(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class Run:
     def folder(self) -> Path:
         """Named by a hash of every setting, so that a run is only reused for the same settings."""
         budget = self.budget
-        shared = {"images": budget.images, "split": budget.split, "eval_steps": budget.eval_steps}
+        shared = {"images": budget.images, "split": budget.split, "eval_steps": budget.eval_steps, "eps": budget.eps}
         if self.method.trainer:  # a default that changes makes another run, too
             defaults = {item.name: item.default for item in fields(self.method.trainer.args_class)}
             shared |= {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
@@ -204,7 +206,7 @@ def perform(run: Run) -> list[RobustnessResult]:
 def measure(encoder: Encoder, tokenizer: Any, run: Run) -> list[RobustnessResult]:
     """Clean and robust accuracy over all class names, for the images of each group of classes."""
     budget = run.budget
-    how = RobustnessProtocol(get_protocol("apgd-ce", steps=budget.eval_steps), EPS, batch_size=64)
+    how = RobustnessProtocol(get_protocol("apgd-ce", steps=budget.eval_steps), budget.eps, batch_size=64)
     bank = make_text_bank(encoder, tokenizer, CLASS_NAMES, get_templates("demo"))
     results = []
     for group, names in demo_groups().items():
@@ -359,6 +361,7 @@ def main() -> None:
         args.learning_rate,
         args.images,
         args.eval_steps,
+        eps=EPS if name == "compare" else CHOICE_EPS,
         split="test" if name == "compare" else "validation",
     )
     start = time.time()
