@@ -94,8 +94,8 @@ METHODS = {
 
 
 def tima_with(*settings: tuple[str, dict[str, Any]]) -> dict[str, Method]:
-    """TIMA at its defaults and with single changes."""
-    rows = {"tima": METHODS["tima"]}
+    """TIMA at its defaults and with single changes, beside its rivals."""
+    rows = {name: METHODS[name] for name in (*RIVALS, "tima")}
     return rows | {label: Method(label, TIMATrainer, options) for label, options in settings}
 
 
