@@ -110,7 +110,7 @@ ABLATION = tima_with(
     ("margin from original texts", {"margin_text": "original"}),
     ("gate per sample", {"gate": "sample"}),
     ("no gate", {"gate": "none"}),
-    ("no gate, constant margin", {"gate": "none", "margin_mode": "constant"}),
+    ("constant margin without gate", {"gate": "none", "margin_mode": "constant"}),
     ("with TAKD", {"takd_weight": 1.0}),
     ("with TAKD on clean images", {"takd_weight": 1.0, "takd_student": "clean"}),
 )
@@ -119,7 +119,7 @@ SWEEP = tima_with(
     *((f"distillation weight {value:g}", {"iakd_weight": value}) for value in (0.1, 10.0)),
     *((f"TAKD weight {value:g}", {"takd_weight": value}) for value in (0.1, 1.0)),
     *((f"eta {value:g}", {"eta": value}) for value in (0.3, 0.5)),
-    *((f"no gate, margin {value:g}", {"gate": "none", "margin": value}) for value in (0.05, 0.1, 0.2, 0.4)),
+    *((f"margin {value:g} without gate", {"gate": "none", "margin": value}) for value in (0.05, 0.1, 0.2, 0.4)),
 )
 
 
