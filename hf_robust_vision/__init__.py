@@ -31,6 +31,7 @@ _HOME = {
     "apgd": "attacks",
     "as_encoder": "encoders",
     "evaluate_zero_shot": "evaluation.zero_shot",
+    "fab": "attacks",
     "fgsm": "attacks",
     "get_protocol": "attacks",
     "load_encoder": "encoders",
@@ -38,6 +39,7 @@ _HOME = {
     "load_results": "evaluation.results",
     "make_text_bank": "text_bank",
     "pgd": "attacks",
+    "square": "attacks",
     "swap_vision_encoder": "vlm.swap",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "apgd",
     "as_encoder",
     "evaluate_zero_shot",
+    "fab",
     "fgsm",
     "get_protocol",
     "load_encoder",
@@ -70,6 +73,7 @@ __all__ = [
     "load_results",
     "make_text_bank",
     "pgd",
+    "square",
     "swap_vision_encoder",
 ]
 
@@ -85,7 +89,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .attacks import L2Ball, LinfBall, StartNoise, apgd, fgsm, get_protocol, pgd
+    from .attacks import L2Ball, LinfBall, StartNoise, apgd, fab, fgsm, get_protocol, pgd, square
     from .data.datasets import LabelledImages, load_labelled_images
     from .encoders import as_encoder, load_encoder
     from .evaluation.results import RobustnessResult, load_results
