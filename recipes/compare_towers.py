@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--methods", type=words(str), default=["sim-clip"], help=f"some of {', '.join(METHODS)}")
     parser.add_argument("--features", type=words(str), default=["pooled", "both"], help=f"of {', '.join(FEATURES)}")
     parser.add_argument("--seeds", type=words(int), default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150, help="updates of every tower")
+    parser.add_argument("--steps", type=int, default=140, help="updates of every tower")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rates", type=words(float), default=[1e-3, 2e-3], help="to choose from")
     parser.add_argument("--questions", type=int, default=250, help="colour and shape questions, on test")
