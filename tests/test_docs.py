@@ -67,6 +67,14 @@ def test_recipe_commands_parse(code, tmp_path, monkeypatch):
         pipeline.parse(trainer_of(recipe), [*words, "--output_dir", str(tmp_path)], demo)
 
 
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_console_commands_have_their_flags(code):
+    for line in code.replace("\\\n", " ").splitlines():
+        if line.startswith(("hf-robust-vision convert", "hf-robust-vision export")):
+            for word in shlex.split(line):
+                assert not word.startswith("--") or f'"{word}"' in (ROOT / "hf_robust_vision" / "cli.py").read_text()
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_set_what_trainer_would_choose(config):
     """A published setting that leaves `max_grad_norm` to Trainer is not the published setting."""
