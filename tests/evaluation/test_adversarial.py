@@ -162,6 +162,6 @@ def test_native_resolution(measure, labelled_by_model, encoder, bank, tmp_path):
     with torch.no_grad():
         by_hand = encoder(encoder.transform.fit(torch.stack([item["images"] for item in dataset]))).image_embeds
     hits = bank.logits(by_hand).argmax(1) == torch.tensor(dataset.labels())
-    assert result.clean_accuracy == hits.float().mean().item()
+    assert result.clean_accuracy == hits.double().mean().item()
     assert result.robust_accuracy < result.clean_accuracy
     assert remeasure(encoder, bank, result, tmp_path).changed == []
