@@ -22,6 +22,7 @@ TASKS = {
     "caption": "captioning",
     "corruption": "corruptions",
 }
+_IMPLIED = ("algorithm", "step_size")  # said by the name, or changing with each radius
 _GOOD, _BAD = {"pass", "passed", "ok", "honest", "true"}, {"fail", "failed", "flagged", "masked", "warning", "false"}
 
 
@@ -58,7 +59,7 @@ class Section:
     result: RobustnessResult  # any of them: what they share
     radii: list[tuple[float, str]]
     models: list[ModelRow]
-    attacks: list[dict[str, Any]]
+    attacks: list[dict[str, str]]
     notes: list[str]
     curve: str
     curve_file: str
@@ -94,6 +95,7 @@ def write_report(
         "title": title,
         "sections": sections,
         "models": list({source.label: source.colour for source in sources}.items()),
+        "datasets": list(dict.fromkeys(section.title for section in sections)),
         "means": _means(sections),
         "versions": sorted(versions),
         "tasks": TASKS,
@@ -246,21 +248,23 @@ def _model(sources: Sequence[Source]) -> ModelRow:
     )
 
 
-def _attacks(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Every attack once for each way it was run, with the radii and models of that way."""
-    ways: dict[str, dict[str, Any]] = {}
-    models = dict.fromkeys(source.label for source in sources)
+def _attacks(sources: Sequence[Source]) -> list[dict[str, str]]:
+    """Rows of the table of attacks: each once for each way it was run, with the radii and the models of that way."""
+    ways: dict[str, tuple[dict[str, Any], dict[float, str], dict[str, None]]] = {}
     for source in sources:
         for attack in source.result.attacks:
-            settings = {key: value for key, value in attack.items() if key != "step_size" and value is not None}
-            way = ways.setdefault(str(settings), settings | {"radii": {}, "models": {}})
-            way["radii"][source.result.eps] = pretty_eps(source.result)
-            way["models"][source.label] = None
+            settings = {key: value for key, value in attack.items() if key not in _IMPLIED and value is not None}
+            _, radii, models = ways.setdefault(str(settings), (settings, {}, {}))
+            radii[source.result.eps] = pretty_eps(source.result)
+            models[source.label] = None
+    columns = list(dict.fromkeys(key for settings, _, _ in ways.values() for key in settings))
+    everybody = {source.label for source in sources}
     rows = []
-    for way in ways.values():
-        radii = [text for _, text in sorted(way.pop("radii").items())]
-        by = list(way.pop("models"))
-        rows.append(way | {"radii": radii, "models": [] if by == list(models) else by})
+    for settings, radii, models in ways.values():
+        row = {_words(key): _text(settings.get(key, "")) for key in columns} | {
+            "radii": ", ".join(text for _, text in sorted(radii.items()))
+        }
+        rows.append(row | {"models": "all" if set(models) == everybody else ", ".join(models)})
     return rows
 
 
