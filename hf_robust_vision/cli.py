@@ -47,7 +47,8 @@ def _harden(words: list[str]) -> int:
     return 0
 
 
-def _other(words: list[str]) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The words of every command but `harden`, whose words are those of a recipe."""
     parser = argparse.ArgumentParser(prog="hf-robust-vision", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("harden", help="fine-tune a CLIP against adversarial images, measured before and after")
@@ -62,7 +63,11 @@ def _other(words: list[str]) -> int:
     export.add_argument("--to", choices=("open_clip", "v4"), required=True)
     export.add_argument("--output", required=True, help=".pt file (open_clip) or folder (v4)")
     _evaluation_commands(commands)
-    args = parser.parse_args(words)
+    return parser
+
+
+def _other(words: list[str]) -> int:
+    args = make_parser().parse_args(words)
     if "run" in args:
         status: int = args.run(args)
         return status
