@@ -23,10 +23,10 @@ from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_of
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.evaluation.report import plot_curve
-from hf_robust_vision.evaluation.results import RobustnessResult, save_results
+from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results
 from hf_robust_vision.evaluation.samples import barrier, rank_and_world
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
-from hf_robust_vision.hub.card import pretty_eps, write_card
+from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.trainers.base import AdversarialTrainer
 from hf_robust_vision.trainers.checkpoints import complete_checkpoint

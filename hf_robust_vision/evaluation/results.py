@@ -82,6 +82,7 @@ class RobustnessResult:
     sanity: dict[str, Any] | None = None
     left_out: list[str] = field(default_factory=list)
     samples: str | None = None
+    images: str | None = None
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -98,8 +99,12 @@ class RobustnessResult:
 
 def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
     """Accuracies and their 95 % Wilson intervals, as sums over sample records."""
-    count = len(records)
-    clean, robust = sum(r.clean_hit for r in records), sum(r.robust_hit for r in records)
+    return summarize_hits([record.clean_hit for record in records], [record.robust_hit for record in records])
+
+
+def summarize_hits(clean_hits: Sequence[bool], robust_hits: Sequence[bool]) -> dict[str, Any]:
+    """The same from one flag a sample: right on the clean image, right under every attack."""
+    count, clean, robust = len(clean_hits), sum(clean_hits), sum(robust_hits)
     return {
         "num_samples": count,
         "clean_accuracy": clean / count if count else math.nan,
@@ -153,6 +158,17 @@ def save_results(results: Iterable[RobustnessResult], folder: str | Path) -> Pat
     return path
 
 
+def add_results(results: Sequence[RobustnessResult], folder: str | Path) -> Path:
+    """Write results into a folder's `robustness.json` beside those that it holds.
+
+    A result of the same weights, data, protocol name and radius takes the place of the older one.
+    """
+    path = Path(folder) / RESULTS_FILE
+    kept = load_results(path) if path.is_file() else []
+    new = {_what(result) for result in results}
+    return save_results([*(result for result in kept if _what(result) not in new), *results], folder)
+
+
 def load_results(path: str | Path) -> list[RobustnessResult]:
     """Read a `robustness.json`, or the one in a folder.
 
@@ -164,6 +180,21 @@ def load_results(path: str | Path) -> list[RobustnessResult]:
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {content.get('schema')!r}, this version reads {SCHEMA}.")
     return [RobustnessResult.from_dict(values) for values in content["results"]]
+
+
+def load_samples(path: str | Path) -> list[SampleRecord]:
+    """Read a samples file."""
+    return [SampleRecord(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def pretty_eps(result: RobustnessResult) -> str:
+    """A Linf radius in 255ths, an L2 radius as it is."""
+    return f"{result.eps * 255:g}/255" if result.norm == "linf" else f"{result.eps:g}"
+
+
+def _what(result: RobustnessResult) -> tuple[Any, ...]:
+    data = (result.task, result.metric, result.dataset, result.split, result.group)
+    return *data, result.model, result.model_sha256, result.protocol, result.norm, result.eps
 
 
 def write_atomically(path: str | Path, text: str) -> None:
