@@ -36,8 +36,10 @@ _HOME = {
     "load_encoder": "encoders",
     "load_labelled_images": "data.datasets",
     "load_results": "evaluation.results",
+    "load_robust_encoder": "hub.load",
     "make_text_bank": "text_bank",
     "pgd": "attacks",
+    "push_robust_encoder": "hub.push",
     "swap_vision_encoder": "vlm.swap",
 }
 
@@ -68,8 +70,10 @@ __all__ = [
     "load_encoder",
     "load_labelled_images",
     "load_results",
+    "load_robust_encoder",
     "make_text_bank",
     "pgd",
+    "push_robust_encoder",
     "swap_vision_encoder",
 ]
 
@@ -90,6 +94,8 @@ if TYPE_CHECKING:
     from .encoders import as_encoder, load_encoder
     from .evaluation.results import RobustnessResult, load_results
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+    from .hub.load import load_robust_encoder
+    from .hub.push import push_robust_encoder
     from .text_bank import make_text_bank
     from .trainers.base import AdversarialTrainer
     from .trainers.config import AdversarialTrainingArguments

@@ -1,10 +1,11 @@
-"""`hf-robust-vision`: harden, convert and export from the command line."""
+"""`hf-robust-vision`: harden, convert, export and publish from the command line."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 METHODS = {
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["harden"]:
             return _harden(words[1:])
         return _other(words)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -58,7 +59,10 @@ def _other(words: list[str]) -> int:
     export.add_argument("model", help="folder or Hub id of a CLIPModel")
     export.add_argument("--to", choices=("open_clip", "v4"), required=True)
     export.add_argument("--output", required=True, help=".pt file (open_clip) or folder (v4)")
+    _add_push(commands)
     args = parser.parse_args(words)
+    if args.command == "push":
+        return _push(args)
     from hf_robust_vision.vlm.convert import convert_checkpoint, export_open_clip, export_v4
 
     if args.command == "convert":
@@ -66,6 +70,31 @@ def _other(words: list[str]) -> int:
         print(convert_checkpoint(args.checkpoint, args.base, args.output, **settings))
     elif args.command == "export":
         print((export_open_clip if args.to == "open_clip" else export_v4)(args.model, args.output))
+    return 0
+
+
+def _add_push(commands: Any) -> None:
+    push = commands.add_parser("push", help="publish a measured model folder on the Hub, with its card and numbers")
+    push.add_argument("folder", help="what a recipe wrote")
+    push.add_argument("repo_id", help="owner/name; the token is that of `hf auth login` or HF_TOKEN")
+    push.add_argument("--what", choices=("model", "tower", "adapter"), help="default: what the folder holds")
+    push.add_argument("--private", action="store_const", const=True, help="create a private repository")
+    push.add_argument("--revision", help="branch")
+    push.add_argument("--commit_message")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request")
+    push.add_argument("--base_model", help="Hub id of the original")
+    push.add_argument("--license", help="for the card, e.g. apache-2.0")
+    push.add_argument("--dry_run", action="store_true", help="check everything, upload nothing")
+    push.add_argument("--verify", action="store_true", help="download it again, compare every byte, measure again")
+    push.add_argument("--verify_samples", type=int, default=32, help="how many samples to measure again")
+    push.add_argument("--dataset", help="folder or name of the data measured on; default: the recorded name")
+
+
+def _push(args: argparse.Namespace) -> int:
+    from hf_robust_vision.hub.push import push_robust_encoder
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("command", "folder", "repo_id")}
+    print(push_robust_encoder(args.folder, args.repo_id, **settings))
     return 0
 
 

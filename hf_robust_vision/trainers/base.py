@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -37,6 +37,7 @@ from hf_robust_vision.text_bank import TextBank, make_text_bank
 from .checkpoints import complete_checkpoint, mark_complete, rotate, unmark
 from .collapse import Spread, check_collapse
 from .config import AdversarialTrainingArguments
+from .publishing import PublishWhenMeasured
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Batch:
     original: EncoderOutput
 
 
-class AdversarialTrainer(Trainer):
+class AdversarialTrainer(PublishWhenMeasured):
     """`Trainer` for adversarial fine-tuning of CLIP; a method is a subclass with two functions.
 
     A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
@@ -335,9 +336,6 @@ class AdversarialTrainer(Trainer):
         if self.args.should_save:
             mark_complete(folder)
             rotate(run_dir, limit, best=self.state.best_model_checkpoint)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the card alone: the one with measured numbers is written by `hub.card`, not from training logs."""
 
     def training_record(self) -> dict[str, Any]:
         """How this model was trained, for results and card."""

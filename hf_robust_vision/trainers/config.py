@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -34,8 +35,9 @@ class AdversarialTrainingArguments(TrainingArguments):
     """`TrainingArguments` and the attacks of adversarial fine-tuning.
 
     Only the added fields are listed. Defaults that differ from `TrainingArguments`: `learning_rate` 1e-5,
-    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, and
-    `remove_unused_columns` is always False, since images, labels and ids all reach the loss.
+    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, `run_name` is that of
+    `output_dir`, and `remove_unused_columns` is always False, since images, labels and ids all reach the loss.
+    `push_to_hub` pushes once, when the run has been measured.
 
     Args:
         attack_norm: "linf" or "l2".
@@ -73,6 +75,8 @@ class AdversarialTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.remove_unused_columns = False
+        # Without a name, trackio would open a second run for what is logged after training.
+        self.run_name = getattr(self, "run_name", None) or Path(self.output_dir).absolute().name
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it at every epoch
         for name in ("attack_eps", "attack_step_size", "eval_eps"):
