@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,7 +199,9 @@ def _verify(
     with TemporaryDirectory() as place:
         names = [*release.files, CARD]
         try:
-            snapshot_download(repo, revision=info.oid, token=token, local_dir=place, allow_patterns=names)
+            # Forced: the client would copy a file of that hash from its cache, and prove nothing.
+            wanted: dict[str, Any] = {"revision": info.oid, "allow_patterns": names, "force_download": True}
+            snapshot_download(repo, token=token, local_dir=place, **wanted)
             changed = [name for name in names if _sha256(Path(place) / name) != release.sha256(name, repo)]
             if changed:
                 raise ValueError(f"these files came back with other bytes: {changed}")
@@ -229,12 +232,12 @@ def _reason(error: Exception) -> str:
         return f"{type(error).__name__}: {said.rstrip('.')}."
     server = " ".join((cause.server_message or said).split()).rstrip(".")
     status = cause.response.status_code
+    if status in (402, 413, 507) or re.search("quota|storage|limit reached", server, re.IGNORECASE):
+        return f"there is no room ({status}: {server}); free some, or push the adapter alone."
     if status == 401:
         return f"the Hub does not know the token (401: {server}); type `hf auth login`."
     if status == 403:
         return f"the token may not write there (403: {server}); use one with write access to that owner."
-    if status in (402, 413, 507):
-        return f"the repository or account is out of room ({status}: {server}); free some, or push the adapter alone."
     if status == 429:
         return f"the Hub asks to slow down (429: {server}); wait some minutes."
     return f"the Hub answered {status}: {server}."
