@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
@@ -136,7 +137,8 @@ def _check_results(folder: Path) -> list[RobustnessResult]:
     if not after:
         raise ValueError(f"{folder / RESULTS_FILE} holds no result of the hardened model, only of the original.")
     for result in results:
-        if not all(math.isfinite(value) for value in (result.clean_accuracy, result.robust_accuracy)):
+        numbers = (result.clean_accuracy, result.robust_accuracy)
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
             raise ValueError(f"{folder / RESULTS_FILE} holds accuracies that are no numbers ({result.model}).")
         if result.samples is None:
             continue
@@ -155,7 +157,7 @@ def _check_card(folder: Path, results: Sequence[RobustnessResult]) -> ModelCard:
     try:
         card = ModelCard.load(path)
         told = {_row(row) for row in card.data.eval_results or []}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"the metadata of {path} can not be read ({error}); {advice}.") from error
     missing = [row for row in eval_results(results) if _row(row) not in told]
     if missing:
@@ -174,6 +176,8 @@ def _row(row: Any) -> tuple[Any, ...]:
 def _check_model(folder: Path, results: Sequence[RobustnessResult]) -> CLIPEncoder:
     if not (folder / "model.safetensors").is_file() and not list(folder.glob("model-*-of-*.safetensors")):
         raise ValueError(f"{folder} has no model.safetensors; write it with save_pretrained.")
+    if not _matching(folder, ("tokenizer.json", "vocab.json")):  # transformers would make one up
+        raise ValueError(f"{folder} has no tokenizer.json; save the model's CLIPProcessor there.")
     try:
         encoder = load_encoder(folder, dtype="auto")
         load_tokenizer(folder)
