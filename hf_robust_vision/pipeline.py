@@ -23,7 +23,7 @@ from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_of
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.evaluation.report import plot_curve
-from hf_robust_vision.evaluation.results import RobustnessResult, save_results
+from hf_robust_vision.evaluation.results import RobustnessResult, save_results, tracked_metrics
 from hf_robust_vision.evaluation.samples import barrier, rank_and_world
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.hub.card import pretty_eps, write_card
@@ -159,10 +159,6 @@ def run(
         torch.set_num_threads(options.cpu_threads or max(usable_cores() // args.world_size, 1))
     output = Path(args.output_dir)
     resume = _check_output(output, options, args)
-    if args.push_to_hub:
-        check_push(args)
-        if not options.measure:
-            raise ValueError("--push_to_hub true publishes measured models only; leave --measure false out.")
     set_seed(args.seed)
     name = options.model_name_or_path or str(demo_checkpoint())
     try:
@@ -202,6 +198,8 @@ def run(
     for result in after:
         result.training = trainer.training_record()
     results = before + after
+    if results:
+        trainer.log(tracked_metrics(results))
     if results and args.should_save:
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
@@ -289,7 +287,11 @@ def _typed(parser: HfArgumentParser, key: str, value: Any) -> Any:
 
 
 def _check_output(output: Path, options: PipelineArguments, args: AdversarialTrainingArguments) -> str | None:
-    """Refuse a folder that holds a run; say which checkpoint to go on from."""
+    """Refuse a folder that holds a run, or a push that could not be made; say which checkpoint to go on from."""
+    if args.push_to_hub:
+        check_push(args)
+        if not options.measure:
+            raise ValueError("--push_to_hub true publishes measured models only; leave --measure false out.")
     if args.resume_from_checkpoint:
         wanted = str(args.resume_from_checkpoint)
         found = complete_checkpoint(output if wanted.lower() == "true" else wanted)

@@ -252,7 +252,9 @@ class AdversarialTrainer(PublishWhenMeasured):
         """Clean and robust accuracy over the whole validation split, shared out over the processes.
 
         Returns:
-            `<prefix>_clean_accuracy`, `<prefix>_robust_accuracy`, `<prefix>_runtime`, fractions and seconds.
+            `<prefix>_clean_accuracy`, `<prefix>_robust_accuracy`, `<prefix>_runtime`, fractions and seconds. With
+            several `eval_eps` the robust accuracy is that of the first, and each has its own, such as
+            `<prefix>_robust_accuracy_4_255`.
 
         Raises:
             ValueError: If there is no validation split.
@@ -261,12 +263,12 @@ class AdversarialTrainer(PublishWhenMeasured):
         if dataset is None:
             raise ValueError("evaluate() needs eval_dataset=LabelledImages, here or in the constructor.")
         protocol = get_protocol(self.args.eval_protocol, steps=self.args.eval_attack_steps)
-        eps = float(self.args.eval_eps if self.args.eval_eps is not None else self.args.attack_eps)
+        radii = tuple(float(eps) for eps in self.args.eval_eps or [self.args.attack_eps])
         how = RobustnessProtocol(
-            protocol, (eps,), self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
+            protocol, radii, self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
         )
         encoder = self.accelerator.unwrap_model(self.model)
-        (result,) = evaluate_zero_shot(
+        results = evaluate_zero_shot(
             encoder,
             self.text_bank(dataset),
             dataset,
@@ -275,11 +277,11 @@ class AdversarialTrainer(PublishWhenMeasured):
             device=self.args.device,
             progress=not self.args.disable_tqdm,
         )
-        metrics = {
-            f"{metric_key_prefix}_clean_accuracy": result.clean_accuracy,
-            f"{metric_key_prefix}_robust_accuracy": result.robust_accuracy,
-            f"{metric_key_prefix}_runtime": round(result.seconds, 2),
-        }
+        named = {"clean_accuracy": results[0].clean_accuracy}
+        named["robust_accuracy"] = next(result.robust_accuracy for result in results if result.eps == radii[0])
+        named |= {result.robust_name: result.robust_accuracy for result in results if len(results) > 1}
+        named["runtime"] = round(results[0].seconds, 2)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
