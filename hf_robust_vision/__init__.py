@@ -43,8 +43,10 @@ _HOME = {
     "load_encoder": "encoders",
     "load_labelled_images": "data.datasets",
     "load_results": "evaluation.results",
+    "load_robust_encoder": "hub.load",
     "make_text_bank": "text_bank",
     "pgd": "attacks",
+    "push_robust_encoder": "hub.push",
     "remeasure": "evaluation.adversarial",
     "square": "attacks",
     "swap_vision_encoder": "vlm.swap",
@@ -85,8 +87,10 @@ __all__ = [
     "load_encoder",
     "load_labelled_images",
     "load_results",
+    "load_robust_encoder",
     "make_text_bank",
     "pgd",
+    "push_robust_encoder",
     "remeasure",
     "square",
     "swap_vision_encoder",
@@ -115,6 +119,8 @@ if TYPE_CHECKING:
     from .evaluation.results import RobustnessResult, load_results
     from .evaluation.retrieval import RetrievalProtocol, evaluate_retrieval
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+    from .hub.load import load_robust_encoder
+    from .hub.push import push_robust_encoder
     from .text_bank import make_text_bank
     from .trainers.base import AdversarialTrainer
     from .trainers.config import AdversarialTrainingArguments

@@ -38,9 +38,15 @@ from hf_robust_vision.data.splits import only_classes, relabel, seeded_subset
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import Encoder, load_encoder, weights_sha256
 from hf_robust_vision.evaluation.comparison import paired_interval, write_page
-from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results, save_results, versions
+from hf_robust_vision.evaluation.results import (
+    RESULTS_FILE,
+    RobustnessResult,
+    load_results,
+    pretty_eps,
+    save_results,
+    versions,
+)
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
-from hf_robust_vision.hub.card import pretty_eps
 from hf_robust_vision.text_bank import make_text_bank
 from hf_robust_vision.trainers.base import AdversarialTrainer, Batch
 from hf_robust_vision.trainers.fare import FARETrainer

@@ -43,6 +43,7 @@ from hf_robust_vision.evaluation.results import (
     RESULTS_FILE,
     RobustnessResult,
     load_results,
+    pretty_eps,
     save_results,
     versions,
     write_atomically,
@@ -50,7 +51,6 @@ from hf_robust_vision.evaluation.results import (
 from hf_robust_vision.evaluation.towers import write_towers
 from hf_robust_vision.evaluation.vlm import VLMProtocol, evaluate_vqa
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
-from hf_robust_vision.hub.card import pretty_eps
 from hf_robust_vision.text_bank import make_text_bank
 from hf_robust_vision.trainers.fare import FARETrainer
 from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer

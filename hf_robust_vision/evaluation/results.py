@@ -86,6 +86,11 @@ class RobustnessResult:
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def robust_name(self) -> str:
+        """What trackers call the robust accuracy at this radius: "robust_accuracy_4_255", or "robust_accuracy_l2_0.5"."""
+        return f"robust_accuracy_{f'{self.eps * 255:g}_255' if self.norm == 'linf' else f'{self.norm}_{self.eps:g}'}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `robustness.json` holds them."""
         return asdict(self)
@@ -195,6 +200,19 @@ def pretty_eps(result: RobustnessResult) -> str:
 def _what(result: RobustnessResult) -> tuple[Any, ...]:
     data = (result.task, result.metric, result.dataset, result.split, result.group)
     return *data, result.model, result.model_sha256, result.protocol, result.norm, result.eps
+
+
+def tracked_metrics(results: Iterable[RobustnessResult]) -> dict[str, float]:
+    """The numbers of a run's end for tensorboard and the like: `test_clean_accuracy`, `test_robust_accuracy_4_255`, ...
+
+    Those of the original start with `test_before_`.
+    """
+    metrics = {}
+    for result in results:
+        prefix = "test_before_" if result.model == "before" else "test_"
+        metrics[f"{prefix}clean_accuracy"] = result.clean_accuracy
+        metrics[prefix + result.robust_name] = result.robust_accuracy
+    return metrics
 
 
 def write_atomically(path: str | Path, text: str) -> None:
