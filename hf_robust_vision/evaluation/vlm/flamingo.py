@@ -74,7 +74,7 @@ class FlamingoInputs(VLMInputs):
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
         """See `VLMInputs.logits`."""
-        with gradient_through_encoder(self.vlm):
+        with gradient_through_encoder(self.vlm), _media_forgotten(self.vlm.lang_encoder):
             output = self.vlm(vision_x=self._vision(images), lang_x=input_ids, attention_mask=attention_mask)
         logits: Tensor = output.logits[:, -keep:]
         return logits
@@ -83,7 +83,7 @@ class FlamingoInputs(VLMInputs):
         """See `VLMInputs.generate`."""
         model: Any = self.vlm
         greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
-        with _optional_mask(model.lang_encoder):
+        with _optional_mask(model.lang_encoder), _media_forgotten(model.lang_encoder):
             output: Tensor = model.generate(
                 vision_x=self._vision(images), lang_x=input_ids, attention_mask=attention_mask, **greedy
             )
@@ -107,6 +107,17 @@ def gradient_through_encoder(model: nn.Module) -> Iterator[None]:
 
     with _replaced(encoder, follow):
         yield
+
+
+@contextmanager
+def _media_forgotten(language_model: Any) -> Iterator[None]:
+    """OpenFlamingo clears what its layers were conditioned on at the end; after an error somebody else has to."""
+    try:
+        yield
+    except BaseException:
+        language_model.clear_conditioned_layers()
+        language_model._use_cached_vision_x = False
+        raise
 
 
 @contextmanager
