@@ -168,7 +168,7 @@ def test_unknown_kinds_of_processors_are_refused_by_name(llava, next_vlm):
 
     processor = make_processor("llava")
     processor.__class__ = MoreOutputs
-    with pytest.raises(ValueError, match=r"MoreOutputs also gives \['pixel_attention_mask'\]"):
+    with pytest.raises(ValueError, match=r"MoreOutputs gives \['pixel_attention_mask'\]"):
         vlm_inputs(llava, processor)
 
 

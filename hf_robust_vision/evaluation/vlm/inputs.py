@@ -82,7 +82,7 @@ class SingleImageInputs(VLMInputs):
     """
 
     def __init__(self, vlm: nn.Module, processor: Any):
-        for part in ("image_processor", "tokenizer"):
+        for part in ("image_processor", "tokenizer", "image_token"):
             if not hasattr(processor, part):
                 raise TypeError(
                     f"wanted the processor of a vision-language model or a VLMInputs, got {type(processor).__name__} "
@@ -134,13 +134,14 @@ class SingleImageInputs(VLMInputs):
         picture, images = ramps(*self._checked_size())
         encoded = self.stock(picture, self.processor.image_token)
         name = type(self.processor).__name__
-        if strange := sorted(set(encoded) - KNOWN_OUTPUTS):
-            raise ValueError(
-                f"{name} also gives {strange}, which this evaluator does not follow; it knows processors of the "
-                "LLaVA family. For another model write a VLMInputs and pass it in place of the processor."
-            )
         stock = encoded.get("pixel_values", encoded.get("pixel_values_images"))
-        assert stock is not None
+        strange = sorted(set(encoded) - KNOWN_OUTPUTS)
+        if stock is None or strange:
+            raise ValueError(
+                f"{name} gives {strange or 'no pixel_values'}, which this evaluator does not follow; it knows "
+                "processors of the LLaVA family. For another model write a VLMInputs and pass it in place of the "
+                "processor."
+            )
         compare(self.pixels(self._checked_fit(images))["pixel_values"], stock, self.transform, name)
 
     def _checked_size(self) -> tuple[int, int]:
