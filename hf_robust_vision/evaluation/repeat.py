@@ -87,6 +87,11 @@ def _runs(results: Sequence[RobustnessResult]) -> Iterator[list[RobustnessResult
         yield sorted(run, key=lambda result: result.eps)
 
 
+def _settings(result: RobustnessResult) -> list[dict[str, Any]]:
+    """The attacks without what they found."""
+    return [{name: value for name, value in row.items() if name != "robust_accuracy"} for row in result.attacks]
+
+
 def _repeat(
     encoder: CLIPEncoder,
     tokenizer: Any,
