@@ -121,7 +121,7 @@ def _repeat(
         again = evaluate_zero_shot(encoder, bank, images, how, model_name="again", samples_dir=place, progress=False)
         repeated = [_read(Path(place) / str(result.samples)) for result in again]
     for old, new in zip(run, again, strict=True):
-        if old.attacks != new.attacks:
+        if _settings(old) != _settings(new):
             raise ValueError(
                 f"the protocol {old.protocol!r} was recorded as {old.attacks}; this version and model run {new.attacks}."
             )
