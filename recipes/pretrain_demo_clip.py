@@ -21,7 +21,7 @@ def main() -> None:
     args = training_parser(__doc__, output_dir="outputs/demo-clip", epochs=20).parse_args()
     set_seed(args.seed)
     tokenizer = build_tokenizer(TEMPLATES["demo"], CLASS_NAMES)
-    encoder = as_encoder(build_model(tokenizer, width=128, mlp=256, layers=4))
+    encoder = as_encoder(build_model(tokenizer, patch=8, width=128, layers=4))
     splits = {split: load_demo(split, TRANSFORM) for split in ("train", "validation", "test")}
     pretrain(encoder, tokenizer, splits, TEMPLATES["demo"], args, flip=True)
 

@@ -39,14 +39,15 @@ def text_cosines(encoder: CLIPEncoder, tokenizer: object, names: tuple[str, ...]
 
 def main() -> None:
     """Train, print accuracies and text distances, save a stock folder."""
-    parser = training_parser(__doc__, output_dir="outputs/emoji-clip", epochs=60)
+    parser = training_parser(__doc__, output_dir="outputs/emoji-clip", epochs=100)
+    parser.set_defaults(learning_rate=2e-3)
     parser.add_argument("--data", type=Path, default=Path("outputs/emoji"), help="folder of prepare_emoji.py")
     args = parser.parse_args()
     set_seed(args.seed)
     splits = {split: load_labelled_images(args.data, split, TRANSFORM) for split in ("train", "validation", "test")}
     names = splits["train"].class_names
     tokenizer = build_tokenizer(PROMPTS, names)
-    encoder = as_encoder(build_model(tokenizer, width=96, mlp=192, layers=3))
+    encoder = as_encoder(build_model(tokenizer, patch=16, width=128, layers=3))
     pretrain(encoder, tokenizer, splits, PROMPTS, args, flip=False)
     for kind, value in text_cosines(encoder, tokenizer, names).items():
         print(f"mean cosine of two class texts, {kind}: {value:.2f}")

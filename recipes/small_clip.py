@@ -56,9 +56,9 @@ def build_tokenizer(templates: Sequence[str], class_names: Sequence[str]) -> Pre
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, *, width: int, mlp: int, layers: int) -> CLIPModel:
-    """A CLIP of 64 px and patch 8 with 4 heads; text width 64, 2 layers."""
-    vision = {"image_size": SIZE, "patch_size": 8, "hidden_size": width, "intermediate_size": mlp}
+def build_model(tokenizer: PreTrainedTokenizerFast, *, patch: int, width: int, layers: int) -> CLIPModel:
+    """A CLIP of 64 px with 4 heads and an MLP of twice its width; text width 64, 2 layers."""
+    vision = {"image_size": SIZE, "patch_size": patch, "hidden_size": width, "intermediate_size": 2 * width}
     vision |= {"num_hidden_layers": layers, "num_attention_heads": 4}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "hidden_size": 64, "intermediate_size": 256}
     text |= {"num_hidden_layers": 2, "num_attention_heads": 4}
