@@ -72,9 +72,10 @@ def fetch(style: str, folder: Path) -> Path:
         SystemExit: If npm is missing or fails.
     """
     package = f"emoji-datasource-{style}@{VERSION}"
-    if shutil.which("npm") is None:
+    npm = shutil.which("npm")
+    if npm is None:
         raise SystemExit(f"npm is not installed; run `npm pack {package}` elsewhere and pass --{style} FILE.")
-    done = subprocess.run(["npm", "pack", package], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run([npm, "pack", package], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"npm pack {package} failed:\n{done.stderr}")
     return folder / f"emoji-datasource-{style}-{VERSION}.tgz"
@@ -97,16 +98,21 @@ def read_package(style: str, path: Path) -> dict[str, bytes]:
         files = {name: (root / name).read_bytes() for name in names if wanted.fullmatch(name)}
     else:
         content = path.read_bytes()
-        found = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
-        if found != INTEGRITY[style]:
-            raise ValueError(f"{path} is not emoji-datasource-{style} {VERSION}: {found}, wanted {INTEGRITY[style]}.")
+        digest = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
+        if digest != INTEGRITY[style]:
+            raise ValueError(f"{path} is not emoji-datasource-{style} {VERSION}: {digest}, wanted {INTEGRITY[style]}.")
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             members = {member.name.removeprefix("package/"): member for member in tar if member.isfile()}
-            files = {n: tar.extractfile(m).read() for n, m in members.items() if wanted.fullmatch(n)}  # type: ignore[union-attr]
-    about = json.loads(files.get("package.json", b"{}"))
-    found, wanted_package = f"{about.get('name')} {about.get('version')}", f"emoji-datasource-{style} {VERSION}"
-    if found != wanted_package:
-        raise ValueError(f"{path} holds {found}, wanted {wanted_package}.")
+            files = {
+                name: tar.extractfile(member).read() for name, member in members.items() if wanted.fullmatch(name)
+            }
+    if missing := {"package.json", "emoji.json", "LICENSE"} - files.keys():
+        raise ValueError(f"{path} has no {', '.join(sorted(missing))}; wanted emoji-datasource-{style} {VERSION}.")
+    about = json.loads(files["package.json"])
+    if (about["name"], about["version"]) != (f"emoji-datasource-{style}", VERSION):
+        raise ValueError(
+            f"{path} holds {about['name']} {about['version']}, wanted emoji-datasource-{style} {VERSION}."
+        )
     return files
 
 

@@ -181,7 +181,7 @@ def test_a_tarball_is_read_if_it_is_the_one_that_was_pinned(prepare, packages, m
     assert found == prepare.module.read_package("google", packages["google"])
 
 
-@pytest.mark.parametrize("fault", ["image", "version", "name", "full"])
+@pytest.mark.parametrize("fault", ["image", "version", "folder", "name", "full"])
 def test_what_is_wrong_is_said_and_nothing_is_written(fault, prepare, packages, tmp_path, capsys):
     package = packages["twitter"] / "package"
     if fault == "image":
@@ -190,6 +190,9 @@ def test_what_is_wrong_is_said_and_nothing_is_written(fault, prepare, packages, 
     elif fault == "version":
         (package / "package.json").write_text(json.dumps({"name": "emoji-datasource-twitter", "version": "15.1.2"}))
         message = "holds emoji-datasource-twitter 15.1.2, wanted emoji-datasource-twitter 16.0.0"
+    elif fault == "folder":
+        packages["twitter"] = packages["twitter"].parent / "google" / "package" / "img"
+        message = "img has no LICENSE, emoji.json, package.json; wanted emoji-datasource-twitter 16.0.0"
     elif fault == "name":
         file = packages["google"] / "package" / "emoji.json"
         file.write_text(file.read_text().replace("LEFT-FACING FIST", "EAR"))
