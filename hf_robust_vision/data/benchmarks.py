@@ -84,7 +84,7 @@ def emoji_benchmark(data: Path, model: Path) -> Benchmark:
     names = cast(LabelledImages, load("test", PixelTransform(64, (64, 64)))).class_names
     return Benchmark(
         name="emoji",
-        about="emoji in two drawing styles, with skin tones that no training has seen of them",
+        about="[emoji in two drawing styles](emoji.md), in skin tones that no training saw of them",
         checkpoint=model,
         class_names=tuple(names),
         unseen=tuple(read_class_names(data / "unseen.txt")),
