@@ -2,7 +2,7 @@
 
     python recipes/pretrain_emoji_clip.py --data outputs/emoji --output_dir outputs/emoji-clip
 
-A genuine `CLIPModel` of 0.4 M parameters that knows every name of the folder that `prepare_emoji.py` wrote, from its
+A genuine `CLIPModel` of 0.6 M parameters that knows every name of the folder that `prepare_emoji.py` wrote, from its
 train images alone. Images are shifted, never mirrored: a leftwards hand is no rightwards hand. Seeded. At the end it
 prints how close class texts lie: what the names share should show in it.
 """
