@@ -21,7 +21,11 @@ TITLES = {
     "compare": "Methods side by side",
     "ablation": "What TIMA's parts do",
     "sweep": "TIMA's weights",
+    "emoji": "Emoji: many names, near and far",
+    "emoji-ablation": "Emoji: what TIMA's parts do",
+    "emoji-sweep": "Emoji: TIMA's weights",
 }
+PLOTTED = ("compare", "emoji")
 
 
 def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
@@ -68,9 +72,9 @@ def section(content: Mapping[str, Any]) -> str:
 
 `{content["command"]}`
 
-- Data: the demo, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
+- Data: {content.get("about", "the demo")}, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
 - Fine-tuning: {budget["steps"]} updates of {budget["batch_size"]} images, AdamW at {budget["learning_rate"]:g}, attack
-  of {budget["training"]["attack_steps"]} steps at 8/255, seeds {", ".join(map(str, content["seeds"]))}.
+  of {budget["training"]["attack_steps"]} steps at {255 * budget["training"].get("attack_eps", 8 / 255):g}/255, seeds {", ".join(map(str, content["seeds"]))}.
 - Measured by {protocol["name"]} with {protocol["steps"]} steps and {protocol["restarts"]} restart, over all class names.
 - CPU s: processor seconds of the fine-tuning, on one thread.
 - Made with {made_with}.
@@ -126,14 +130,14 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
 
 
 def write_page(content: Mapping[str, Any], docs: Path) -> None:
-    """Keep one command's numbers, and write the page anew from those of all three."""
+    """Keep one command's numbers, and write the page anew from those of all commands."""
     folder = docs / "results"
     write_atomically(folder / f"{content['mode']}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    if content["mode"] == "compare":
-        plot(content, folder / "compare.png")
+    if content["mode"] in PLOTTED:
+        plot(content, folder / f"{content['mode']}.png")
     page = "# Results\n\nWritten by `recipes/compare.py`; do not edit. The numbers lie in `docs/results/*.json`.\n"
     for mode in TITLES:
         if (file := folder / f"{mode}.json").is_file():
             page += f"\n{section(json.loads(file.read_text()))}"
-            page += "\n![Robust accuracy over eps](results/compare.png)\n" if mode == "compare" else ""
+            page += f"\n![Robust accuracy over eps](results/{mode}.png)\n" if mode in PLOTTED else ""
     write_atomically(docs / "results.md", page)
