@@ -33,7 +33,6 @@ from torch import Tensor
 from transformers import AutoProcessor, PrinterCallback
 from transformers.utils import logging
 
-import hf_robust_vision
 from hf_robust_vision.attacks import Objective, get_protocol
 from hf_robust_vision.data.benchmarks import Benchmark, demo_benchmark, emoji_benchmark
 from hf_robust_vision.data.splits import only_classes, relabel, seeded_subset
@@ -46,6 +45,7 @@ from hf_robust_vision.evaluation.results import (
     load_results,
     pretty_eps,
     save_results,
+    source_hash,
     versions,
 )
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
@@ -234,13 +234,6 @@ def measure(encoder: Encoder, tokenizer: Any, run: Run) -> list[RobustnessResult
             result.group, result.samples = group, f"{group}/{result.samples}"
         results += found
     return results
-
-
-def source_hash() -> str:
-    """First 16 hex digits of the SHA-256 of the package's source."""
-    root = Path(hf_robust_vision.__file__).parent
-    text = b"".join(file.read_bytes() for file in sorted(root.rglob("*.py")))
-    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def perform_all(runs: Sequence[Run], jobs: int) -> dict[Run, list[RobustnessResult]]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import source_hash, words
+from compare import words
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 from transformers.utils import logging
@@ -45,6 +45,7 @@ from hf_robust_vision.evaluation.results import (
     load_results,
     pretty_eps,
     save_results,
+    source_hash,
     versions,
     write_atomically,
 )

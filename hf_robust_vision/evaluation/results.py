@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -260,3 +261,10 @@ def versions() -> dict[str, str]:
     """What the numbers were made with."""
     packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     return {"python": platform.python_version(), "hf-robust-vision": __version__} | packages
+
+
+def source_hash() -> str:
+    """First 16 hex digits of the SHA-256 of the package's source."""
+    root = Path(__file__).parents[1]
+    text = b"".join(file.read_bytes() for file in sorted(root.rglob("*.py")))
+    return hashlib.sha256(text).hexdigest()[:16]
