@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hf_robust_vision.evaluation.comparison import paired_interval, section, spread, table, write_page
+from hf_robust_vision.evaluation.comparison import paired_interval, section, short_table, spread, table, write_page
 
 
 def content(paired=()):
@@ -106,3 +106,9 @@ def test_page_holds_the_sections_of_every_command(tmp_path):
     assert page.index("## Methods side by side") < page.index("## TIMA's weights")
     assert (tmp_path / "results" / "compare.png").stat().st_size > 0
     assert json.loads((tmp_path / "results" / "sweep.json").read_text())["mode"] == "sweep"
+
+
+def test_short_table_has_both_groups_in_one_row():
+    lines = short_table(content(), ("tecoa",), ("8/255",)).splitlines()
+    assert lines[0] == "| method | seen, clean | seen, 8/255 | unseen, clean | unseen, 8/255 |"
+    assert lines[2:] == ["| TECOA | 60.0 ± 14.1 | 30.0 ± 7.1 | 60.0 ± 14.1 | 30.0 ± 7.1 |"]
