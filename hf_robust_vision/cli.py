@@ -211,6 +211,7 @@ def _add_push(commands: Any) -> None:
     push.add_argument("--verify", action="store_true", help="download it again, compare every byte, measure again")
     push.add_argument("--verify_samples", type=int, default=32, help="how many samples to measure again")
     push.add_argument("--dataset", help="folder or name of the data measured on; default: the recorded name")
+    push.add_argument("--device", help="where to measure again, e.g. cuda; default: cpu")
 
 
 def _push(args: argparse.Namespace) -> int:

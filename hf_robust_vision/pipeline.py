@@ -214,7 +214,7 @@ def run(
 def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
     """Publish what was written, and measure some samples of the download again."""
     try:
-        print(trainer.push_to_hub(verify=True, dataset=test))
+        print(trainer.push_to_hub(verify=True, dataset=test, device=trainer.args.device))
     except VerificationError as error:  # it is published; what to make of it is for the reader to say
         print(f"warning: {error}", file=sys.stderr)
 

@@ -93,3 +93,14 @@ def test_demo_config_is_read_only_for_the_demo(tmp_path):
     assert with_demo.attack_eps == 8 / 255
     assert without.learning_rate == 1e-5
     assert without.attack_eps == 4 / 255
+
+
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_commands_name_flags_that_exist(code):
+    source = (ROOT / "hf_robust_vision" / "cli.py").read_text()
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["hf-robust-vision"] and words[1] != "harden":
+            stray = [word for word in words[1:] if word.startswith("--") and f'"{word}"' not in source]
+            assert f'"{words[1]}"' in source
+            assert not stray

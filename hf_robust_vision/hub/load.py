@@ -42,14 +42,24 @@ class RobustEncoder:
         """How it was trained: method, attack, steps and the like; empty where that was not recorded."""
         return next((result.training for result in self.results if result.training), {})
 
-    def repeat(self, dataset: Any = None, *, max_samples: int | None = None, batch_size: int = 64) -> Repeat:
+    def repeat(
+        self, dataset: Any = None, *, max_samples: int | None = None, batch_size: int = 64, device: Any = None
+    ) -> Repeat:
         """Measure the model again on its recorded samples; see `repeat_zero_shot`.
+
+        Args:
+            dataset: What was measured on, where the record does not tell.
+            max_samples: Measure so many; by default all.
+            batch_size: Images attacked at once.
+            device: Move the encoder there; by default it stays where it is.
 
         Raises:
             ValueError: If it has no text tower, or the data is not what was measured on.
         """
         if not isinstance(self.encoder, CLIPEncoder):
             raise ValueError("a vision tower alone can not be measured zero-shot; load the whole model.")
+        if device is not None:
+            self.encoder.to(device)
         data: dict[str, Any] = {"dataset": dataset, "max_samples": max_samples, "batch_size": batch_size}
         return repeat_zero_shot(self.encoder, self.tokenizer, self.results, self.folder, **data)
 

@@ -81,6 +81,7 @@ def push_robust_encoder(
     verify: bool = False,
     verify_samples: int | None = 32,
     dataset: Any = None,
+    device: Any = None,
 ) -> PushReport:
     """Upload a folder that a recipe wrote: weights, processor, card, curve, `robustness.json` and its samples.
 
@@ -103,6 +104,7 @@ def push_robust_encoder(
         verify: Download what was pushed, compare every byte, load it, and measure it again.
         verify_samples: How many of the recorded samples to measure again; None for all.
         dataset: Data for that; see `repeat_zero_shot`.
+        device: Where to do it; by default on the CPU.
 
     Raises:
         ValueError: If the folder is not complete or not measured, or the repository's id or the token is missing.
@@ -131,7 +133,8 @@ def push_robust_encoder(
             f"was, and a commit arrives whole or not at all. To repeat it: {again}"
         ) from error
     url = info.pr_url or info.commit_url
-    repeat = _verify(release, repo, info, token, dataset, verify_samples) if verify else None
+    measuring = {"dataset": dataset, "max_samples": verify_samples, "device": device}
+    repeat = _verify(release, repo, info, token, measuring) if verify else None
     return PushReport(repo, release.kind, names, info.oid, url, repeat)
 
 
@@ -192,7 +195,7 @@ def _operations(release: Release, repo: str, present: Sequence[str]) -> list[Any
 
 
 def _verify(
-    release: Release, repo: str, info: CommitInfo, token: str | None, dataset: Any, samples: int | None
+    release: Release, repo: str, info: CommitInfo, token: str | None, measuring: dict[str, Any]
 ) -> Repeat | None:
     """Download the commit, compare every byte, load it, and measure it again where it has a text tower."""
     told = f"{repo} was pushed ({info.pr_url or info.commit_url}), but "
@@ -207,7 +210,7 @@ def _verify(
                 raise ValueError(f"these files came back with other bytes: {changed}")
             loaded = load_robust_encoder(place)
             # The tower's bytes were cut from the measured model; without its text half it can not be measured.
-            repeat = None if release.kind == "tower" else loaded.repeat(dataset, max_samples=samples)
+            repeat = None if release.kind == "tower" else loaded.repeat(**measuring)
         except Exception as error:  # as above, and whatever loading and measuring raise
             raise VerificationError(f"{told}could not be verified: {_reason(error)}") from error
     if repeat is not None and repeat.differing:

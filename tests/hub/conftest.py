@@ -110,4 +110,4 @@ def client(_server, tmp_path_factory):
             patch.setenv(name, value)
         pool.submit(int).result()  # the process starts now, with these settings
         patch.undo()
-        yield lambda function, *args, **more: pool.submit(function, *args, **more).result(timeout=200)
+        yield lambda function, *args, **more: pool.submit(function, *args, **more).result(timeout=600)
