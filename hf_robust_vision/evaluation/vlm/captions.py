@@ -160,7 +160,7 @@ def evaluate_captions(
         ModuleNotFoundError: If the default metric's library is not installed.
 
     Reference:
-        Schlarmann and Hein 2023, https://huggingface.co/papers/2308.10741.
+        Schlarmann et al. 2024, https://huggingface.co/papers/2402.12336, section 4.1.
 
     Deviation: one precision and one kind of start for all attacks, where the reference goes from half to single
         precision, and from the clean image; its CIDEr needs corpus statistics and Java.

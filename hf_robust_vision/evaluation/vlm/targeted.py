@@ -144,6 +144,7 @@ def check_target(tokenizer: Any, prompt: str, target: str, max_new_tokens: int) 
 
 
 def _rates(records: Sequence[SampleRecord]) -> dict[str, Any]:
-    shares = summarize(records)
-    rates = {"clean": 1 - shares["clean_accuracy"], "attacked": 1 - shares["robust_accuracy"]}
-    return {"attack_success": rates, **shares}
+    count = max(len(records), 1)
+    said = {"clean": sum(not record.clean_hit for record in records) / count}
+    said["attacked"] = sum(not record.robust_hit for record in records) / count
+    return {"attack_success": said, **summarize(records)}
