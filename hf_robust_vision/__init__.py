@@ -37,14 +37,18 @@ _HOME = {
     "as_encoder": "encoders",
     "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_zero_shot": "evaluation.zero_shot",
+    "fab": "attacks",
     "fgsm": "attacks",
     "get_protocol": "attacks",
     "load_encoder": "encoders",
     "load_labelled_images": "data.datasets",
     "load_results": "evaluation.results",
+    "load_robust_encoder": "hub.load",
     "make_text_bank": "text_bank",
     "pgd": "attacks",
+    "push_robust_encoder": "hub.push",
     "remeasure": "evaluation.adversarial",
+    "square": "attacks",
     "swap_vision_encoder": "vlm.swap",
     "write_report": "evaluation.page",
 }
@@ -77,14 +81,18 @@ __all__ = [
     "as_encoder",
     "evaluate_retrieval",
     "evaluate_zero_shot",
+    "fab",
     "fgsm",
     "get_protocol",
     "load_encoder",
     "load_labelled_images",
     "load_results",
+    "load_robust_encoder",
     "make_text_bank",
     "pgd",
+    "push_robust_encoder",
     "remeasure",
+    "square",
     "swap_vision_encoder",
     "write_report",
 ]
@@ -101,7 +109,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .attacks import L2Ball, LinfBall, StartNoise, apgd, fgsm, get_protocol, pgd
+    from .attacks import L2Ball, LinfBall, StartNoise, apgd, fab, fgsm, get_protocol, pgd, square
     from .data.captions import CaptionedImages
     from .data.datasets import LabelledImages, load_labelled_images
     from .encoders import as_encoder, load_encoder
@@ -111,6 +119,8 @@ if TYPE_CHECKING:
     from .evaluation.results import RobustnessResult, load_results
     from .evaluation.retrieval import RetrievalProtocol, evaluate_retrieval
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+    from .hub.load import load_robust_encoder
+    from .hub.push import push_robust_encoder
     from .text_bank import make_text_bank
     from .trainers.base import AdversarialTrainer
     from .trainers.config import AdversarialTrainingArguments

@@ -1,4 +1,4 @@
-"""`hf-robust-vision`: measure, report, harden, convert and export from the command line."""
+"""`hf-robust-vision`: measure, report, harden, convert, export and publish from the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["harden"]:
             return _harden(words[1:])
         return _other(words)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -63,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", choices=("open_clip", "v4"), required=True)
     export.add_argument("--output", required=True, help=".pt file (open_clip) or folder (v4)")
     _evaluation_commands(commands)
+    _add_push(commands)
     return parser
 
 
@@ -192,6 +193,34 @@ def _remeasure(args: argparse.Namespace) -> int:
             f"flags changed: {again.changed or 'none'}, outside the ball: {again.outside or 'none'}"
         )
     return 0 if agree else 1
+
+
+def _add_push(commands: Any) -> None:
+    push = commands.add_parser("push", help="publish a measured model folder on the Hub, with its card and numbers")
+    push.set_defaults(run=_push)
+    push.add_argument("folder", help="what a recipe wrote")
+    push.add_argument("repo_id", help="owner/name; the token is that of `hf auth login` or HF_TOKEN")
+    push.add_argument("--what", choices=("model", "tower", "adapter"), help="default: what the folder holds")
+    push.add_argument("--private", action="store_const", const=True, help="create a private repository")
+    push.add_argument("--revision", help="branch")
+    push.add_argument("--commit_message")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request")
+    push.add_argument("--base_model", help="Hub id of the original")
+    push.add_argument("--license", help="for the card, e.g. apache-2.0")
+    push.add_argument("--dry_run", action="store_true", help="check everything, upload nothing")
+    push.add_argument("--verify", action="store_true", help="download it again, compare every byte, measure again")
+    push.add_argument("--verify_samples", type=int, default=32, help="how many samples to measure again")
+    push.add_argument("--dataset", help="folder or name of the data measured on; default: the recorded name")
+
+
+def _push(args: argparse.Namespace) -> int:
+    from hf_robust_vision.hub.push import push_robust_encoder
+
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("command", "run", "folder", "repo_id")
+    }
+    print(push_robust_encoder(args.folder, args.repo_id, **settings))
+    return 0
 
 
 if __name__ == "__main__":

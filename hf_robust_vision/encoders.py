@@ -148,14 +148,14 @@ def as_encoder(model: PreTrainedModel, transform: PixelTransform | None = None) 
 
 
 def load_encoder(
-    name_or_path: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any
+    name_or_path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str = torch.float32, **kwargs: Any
 ) -> Encoder:
     """Load a CLIP folder or Hub id as an encoder, and refuse anything that would be partly random.
 
     Args:
         name_or_path: Folder or Hub id of a `CLIPModel` or a `CLIPVisionModelWithProjection`.
         revision: Branch, tag or commit on the Hub.
-        dtype: Of the weights; float32 are the master weights that fine-tuning needs.
+        dtype: Of the weights; float32 are the master weights that fine-tuning needs, "auto" is as they were saved.
         kwargs: Passed on to `from_pretrained`.
 
     Raises:
@@ -194,6 +194,16 @@ def load_encoder(
     if model.transform.crop not in (None, (size, size)):
         raise ValueError(f"{name}: the image processor crops to {model.transform.crop}, the tower takes {size} px.")
     return model
+
+
+def vision_half(encoder: Encoder) -> CLIPVisionModelWithProjection:
+    """The tower of an encoder and its projection as a stock model that shares their weights."""
+    config = copy.deepcopy(_vision_config(encoder))
+    config.projection_dim = encoder.visual_projection.out_features  # a CLIPModel keeps its own beside the tower's
+    with torch.device("meta"):
+        tower = CLIPVisionModelWithProjection(config)
+    tower.vision_model, tower.visual_projection = encoder.vision_model, encoder.visual_projection
+    return tower.eval()
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any:

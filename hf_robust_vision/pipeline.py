@@ -23,15 +23,17 @@ from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_of
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.evaluation.report import plot_curve
-from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results
+from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
 from hf_robust_vision.evaluation.samples import barrier, rank_and_world
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
+from hf_robust_vision.hub.push import PushError, VerificationError
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.trainers.base import AdversarialTrainer
 from hf_robust_vision.trainers.checkpoints import complete_checkpoint
 from hf_robust_vision.trainers.collapse import CollapseError
 from hf_robust_vision.trainers.config import AdversarialTrainingArguments, Radius
+from hf_robust_vision.trainers.publishing import check_push
 
 
 # Above this many images a full decode before training would take longer than it saves: they are then decoded, and
@@ -39,7 +41,7 @@ from hf_robust_vision.trainers.config import AdversarialTrainingArguments, Radiu
 SCAN_LIMIT = 50_000
 
 # What a user can mend: shown as one line, not as a traceback.
-USER_ERRORS = (ValueError, ModuleNotFoundError, CollapseError)
+USER_ERRORS = (ValueError, ModuleNotFoundError, CollapseError, PushError)
 
 
 @dataclass
@@ -61,9 +63,10 @@ class PipelineArguments:
         streaming: Stream the training split of a Hub dataset; needs `validation_split`.
         skip_corrupt: Count and leave out images that can not be decoded.
         test_protocol: Attacks of the reported numbers.
-        test_steps: Steps of those attacks; by default the protocol's.
+        test_steps: Gradient steps of those attacks; by default the protocol's.
+        test_queries: Looks at the model of a black-box attack among them; by default the protocol's.
         test_eps: Radii of those attacks.
-        test_restarts: Restarts at `attack_eps`; one at the other radii.
+        test_restarts: Restarts of each attack at `attack_eps`; by default, and at the other radii, the protocol's.
         max_test_samples: Seeded subset of the test split; all of it by default.
         overwrite: Delete what an earlier run left in `output_dir`.
         measure: Measure before and after; with false the recipe only trains.
@@ -85,11 +88,12 @@ class PipelineArguments:
     skip_corrupt: bool = field(default=False, metadata={"help": "Count and leave out broken images."})
     test_protocol: str = field(default="apgd-ce", metadata={"help": "Attacks of the reported numbers."})
     test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks."})
+    test_queries: int | None = field(default=None, metadata={"help": "Queries of its black-box attack."})
     test_eps: list[Radius] = field(
         default_factory=lambda: [Radius("2/255"), Radius("4/255"), Radius("8/255")],
         metadata={"help": "Radii of the reported numbers."},
     )
-    test_restarts: int = field(default=1, metadata={"help": "Restarts at attack_eps; 1 at other radii."})
+    test_restarts: int | None = field(default=None, metadata={"help": "Restarts at attack_eps."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
@@ -98,7 +102,7 @@ class PipelineArguments:
     def __post_init__(self) -> None:
         self.test_eps = [Radius(eps) for eps in self.test_eps]
         get_protocol(self.test_protocol)
-        if self.test_restarts < 1:
+        if self.test_restarts is not None and self.test_restarts < 1:
             raise ValueError(f"test_restarts must be at least 1, got {self.test_restarts}.")
 
 
@@ -175,10 +179,10 @@ def run(
     )
     train, validation, test = load_splits(options, args.seed, encoder.transform)
     how = RobustnessProtocol(
-        get_protocol(options.test_protocol, steps=options.test_steps),
+        get_protocol(options.test_protocol, steps=options.test_steps, queries=options.test_queries),
         tuple(float(eps) for eps in options.test_eps),
         args.attack_norm,
-        restarts=((float(args.attack_eps), options.test_restarts),),
+        restarts=() if options.test_restarts is None else ((float(args.attack_eps), options.test_restarts),),
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,
     )
@@ -196,11 +200,23 @@ def run(
     for result in after:
         result.training = trainer.training_record()
     results = before + after
+    if results:
+        trainer.log(tracked_metrics(results))
     if results and args.should_save:
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
     barrier()
+    if args.push_to_hub and args.should_save:
+        _push(trainer, test)
     return results
+
+
+def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
+    """Publish what was written, and measure some samples of the download again."""
+    try:
+        print(trainer.push_to_hub(verify=True, dataset=test))
+    except VerificationError as error:  # it is published; what to make of it is for the reader to say
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def load_splits(
@@ -273,7 +289,11 @@ def _typed(parser: HfArgumentParser, key: str, value: Any) -> Any:
 
 
 def _check_output(output: Path, options: PipelineArguments, args: AdversarialTrainingArguments) -> str | None:
-    """Refuse a folder that holds a run; say which checkpoint to go on from."""
+    """Refuse a folder that holds a run, or a push that could not be made; say which checkpoint to go on from."""
+    if args.push_to_hub:
+        check_push(args)
+        if not options.measure:
+            raise ValueError("--push_to_hub true publishes measured models only; leave --measure false out.")
     if args.resume_from_checkpoint:
         wanted = str(args.resume_from_checkpoint)
         found = complete_checkpoint(output if wanted.lower() == "true" else wanted)
@@ -353,12 +373,15 @@ def _write(
     # A path of this machine means nothing to the reader of a card; a Hub id does.
     name = options.model_name_or_path or "demo-clip"
     base = Path(name).name if Path(name).exists() else name
+    data = options.dataset_name
     write_card(
         output,
         results,
         model_name=f"{base.split('/')[-1]}-{trainer.method.lower()}",
         base_model=base,
-        dataset=results[0].dataset,
+        dataset=data if data is not None and not Path(data).exists() else None,
         tags=trainer.tag_names,
         picture=picture,
+        license="apache-2.0" if options.model_name_or_path is None else None,
+        paper=trainer.paper,
     )

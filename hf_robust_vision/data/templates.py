@@ -11,6 +11,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of a {}.",),
     "tecoa": ("This is a photo of a {}.",),
     "demo": ("a photo of a {}", "an image of a {}", "a picture of a {}", "there is a {}", "a {}", "this is a {}"),
+    "emoji": ("an emoji of a {}", "a drawing of a {}"),
 }
 
 

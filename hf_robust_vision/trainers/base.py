@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -37,6 +37,7 @@ from hf_robust_vision.text_bank import TextBank, make_text_bank
 from .checkpoints import complete_checkpoint, mark_complete, rotate, unmark
 from .collapse import Spread, check_collapse
 from .config import AdversarialTrainingArguments
+from .publishing import PublishWhenMeasured
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Batch:
     original: EncoderOutput
 
 
-class AdversarialTrainer(Trainer):
+class AdversarialTrainer(PublishWhenMeasured):
     """`Trainer` for adversarial fine-tuning of CLIP; a method is a subclass with two functions.
 
     A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
@@ -251,7 +252,9 @@ class AdversarialTrainer(Trainer):
         """Clean and robust accuracy over the whole validation split, shared out over the processes.
 
         Returns:
-            `<prefix>_clean_accuracy`, `<prefix>_robust_accuracy`, `<prefix>_runtime`, fractions and seconds.
+            `<prefix>_clean_accuracy`, `<prefix>_robust_accuracy`, `<prefix>_runtime`, fractions and seconds. With
+            several `eval_eps` the robust accuracy is that of the first, and each has its own, such as
+            `<prefix>_robust_accuracy_4_255`.
 
         Raises:
             ValueError: If there is no validation split.
@@ -260,12 +263,12 @@ class AdversarialTrainer(Trainer):
         if dataset is None:
             raise ValueError("evaluate() needs eval_dataset=LabelledImages, here or in the constructor.")
         protocol = get_protocol(self.args.eval_protocol, steps=self.args.eval_attack_steps)
-        eps = float(self.args.eval_eps if self.args.eval_eps is not None else self.args.attack_eps)
+        radii = tuple(float(eps) for eps in self.args.eval_eps or [self.args.attack_eps])
         how = RobustnessProtocol(
-            protocol, (eps,), self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
+            protocol, radii, self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
         )
         encoder = self.accelerator.unwrap_model(self.model)
-        (result,) = evaluate_zero_shot(
+        results = evaluate_zero_shot(
             encoder,
             self.text_bank(dataset),
             dataset,
@@ -274,11 +277,11 @@ class AdversarialTrainer(Trainer):
             device=self.args.device,
             progress=not self.args.disable_tqdm,
         )
-        metrics = {
-            f"{metric_key_prefix}_clean_accuracy": result.clean_accuracy,
-            f"{metric_key_prefix}_robust_accuracy": result.robust_accuracy,
-            f"{metric_key_prefix}_runtime": round(result.seconds, 2),
-        }
+        named = {"clean_accuracy": results[0].clean_accuracy}
+        named["robust_accuracy"] = next(result.robust_accuracy for result in results if result.eps == radii[0])
+        named |= {result.robust_name: result.robust_accuracy for result in results if len(results) > 1}
+        named["runtime"] = round(results[0].seconds, 2)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -335,9 +338,6 @@ class AdversarialTrainer(Trainer):
         if self.args.should_save:
             mark_complete(folder)
             rotate(run_dir, limit, best=self.state.best_model_checkpoint)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the card alone: the one with measured numbers is written by `hub.card`, not from training logs."""
 
     def training_record(self) -> dict[str, Any]:
         """How this model was trained, for results and card."""

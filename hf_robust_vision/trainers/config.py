@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -34,8 +35,9 @@ class AdversarialTrainingArguments(TrainingArguments):
     """`TrainingArguments` and the attacks of adversarial fine-tuning.
 
     Only the added fields are listed. Defaults that differ from `TrainingArguments`: `learning_rate` 1e-5,
-    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, and
-    `remove_unused_columns` is always False, since images, labels and ids all reach the loss.
+    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, `run_name` is that of
+    `output_dir`, and `remove_unused_columns` is always False, since images, labels and ids all reach the loss.
+    `push_to_hub` pushes once, when the run has been measured.
 
     Args:
         attack_norm: "linf" or "l2".
@@ -45,7 +47,8 @@ class AdversarialTrainingArguments(TrainingArguments):
         attack_random_start: Start inside the ball rather than at the image.
         eval_protocol: Named protocol of the attack in `evaluate()`.
         eval_attack_steps: Steps of that attack; by default the protocol's.
-        eval_eps: Radius of that attack; by default `attack_eps`.
+        eval_eps: Radius of that attack, or several; by default `attack_eps`. The first one is that of
+            `eval_robust_accuracy`, which a best checkpoint is chosen by.
         templates: Prompt templates of the zero-shot classifier, by name or text file.
         on_collapse: "stop" ends the run when the embeddings collapse to a point; "record" only logs it.
 
@@ -66,20 +69,24 @@ class AdversarialTrainingArguments(TrainingArguments):
     attack_random_start: bool = field(default=True, metadata={"help": "Start at a random point of the ball."})
     eval_protocol: str = field(default="quick", metadata={"help": f"Attack of evaluate(): {', '.join(PROTOCOLS)}."})
     eval_attack_steps: int | None = field(default=None, metadata={"help": "Steps of the attack of evaluate()."})
-    eval_eps: Radius | None = field(default=None, metadata={"help": "Radius in evaluate(); default attack_eps."})
+    eval_eps: list[Radius] | None = field(
+        default=None, metadata={"help": "Radii in evaluate(), that of choices first; default attack_eps."}
+    )
     templates: str = field(default="photo", metadata={"help": "Prompt templates: a name or a text file."})
     on_collapse: str = field(default="stop", metadata={"help": "stop or record, when the embeddings collapse."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.remove_unused_columns = False
+        # Without a name, trackio would open a second run for what is logged after training.
+        self.run_name = getattr(self, "run_name", None) or Path(self.output_dir).absolute().name
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it at every epoch
-        for name in ("attack_eps", "attack_step_size", "eval_eps"):
+        for name in ("attack_eps", "attack_step_size"):
             value = getattr(self, name)
             setattr(self, name, Radius(value) if value is not None else None)
-        for name in ("attack_eps", "eval_eps"):
-            _check_radius(name, self.attack_norm, getattr(self, name))
+        _check_radius("attack_eps", self.attack_norm, self.attack_eps)
+        self.eval_eps = _radii(self.eval_eps, self.attack_norm)
         if self.fp16:
             raise ValueError("fp16=true lets the attack's gradients underflow to zero unseen; type --bf16 true.")
         if self.attack_steps < 1:
@@ -105,6 +112,16 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a text that is not among the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def _radii(values: Any, norm: str) -> list[Radius] | None:
+    """One radius or several as a list; None for none."""
+    listed = (
+        None if values is None else [Radius(v) for v in (values if isinstance(values, list | tuple) else [values])]
+    )
+    for radius in listed or []:
+        _check_radius("eval_eps", norm, radius)
+    return listed or None
 
 
 def _check_radius(name: str, norm: str, eps: float | None) -> None:

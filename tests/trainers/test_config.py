@@ -27,7 +27,7 @@ def test_no_radius(text):
 def test_fractions_from_the_command_line():
     words = "--output_dir x --attack_eps 4/255 --attack_step_size 1/255 --eval_eps 2/255 --use_cpu true"
     (args,) = HfArgumentParser(SimCLIPArguments).parse_args_into_dataclasses(words.split())
-    assert (args.attack_eps, args.attack_step_size, args.eval_eps) == (4 / 255, 1 / 255, 2 / 255)
+    assert (args.attack_eps, args.attack_step_size, args.eval_eps) == (4 / 255, 1 / 255, [2 / 255])
     assert args.attack_ball() == LinfBall(4 / 255)
 
 
