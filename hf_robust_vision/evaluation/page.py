@@ -46,7 +46,7 @@ class ModelRow:
     clean: Point
     robust: dict[float, Point]
     seconds: float
-    training: Mapping[str, Any] | None
+    training: list[tuple[str, str]]
     checks: list[Check]
 
 
@@ -95,7 +95,7 @@ def write_report(
         "title": title,
         "sections": sections,
         "models": list({source.label: source.colour for source in sources}.items()),
-        "datasets": list(dict.fromkeys(section.title for section in sections)),
+        "datasets": list(dict.fromkeys(f"{source.result.dataset} ({source.result.split})" for source in sources)),
         "means": _means(sections),
         "versions": sorted(versions),
         "tasks": TASKS,
@@ -205,7 +205,8 @@ def _grouped(sources: Sequence[Source]) -> list[list[Source]]:
 def _section(sources: Sequence[Source], place: int, examples: int) -> Section:
     result = sources[0].result
     group = "" if result.group == "all" else f", {result.group}"
-    title = f"{result.dataset} ({result.split}{group})"
+    measured = "" if result.metric == "accuracy" else f", {_words(result.metric)}"
+    title = f"{result.dataset} ({result.split}{group}){measured}"
     models = [_model([s for s in sources if s.label == label]) for label in dict.fromkeys(s.label for s in sources)]
     radii = sorted({(source.result.eps, pretty_eps(source.result)) for source in sources})
     return Section(
@@ -243,7 +244,11 @@ def _model(sources: Sequence[Source]) -> ModelRow:
             for source in sources
         },
         seconds=max(source.result.seconds for source in sources),
-        training=next((source.result.training for source in sources if source.result.training), None),
+        training=[
+            (_words(key), _text(value))
+            for key, value in next((s.result.training for s in sources if s.result.training), {}).items()
+            if value is not None
+        ],
         checks=checks,
     )
 
@@ -294,11 +299,16 @@ def _curve(models: Sequence[ModelRow], result: RobustnessResult, alone: bool = F
 
 
 def _means(sections: Sequence[Section]) -> dict[str, Any] | None:
-    """Plain means over datasets, for the models and radii that all of them share; None for a single dataset."""
-    alike = {(section.result.task, section.result.metric, section.result.norm) for section in sections}
+    """Plain means over datasets, for the models and radii that all of them share; None where there is no such mean."""
+    first = sections[0].result
+    alike = all(
+        (row.task, row.metric, row.norm, row.protocol) == (first.task, first.metric, first.norm, first.protocol)
+        for row in (section.result for section in sections)
+    )
+    distinct = len({section.title for section in sections}) == len(sections)
     labels = [m.label for m in sections[0].models if all(m.label in {o.label for o in s.models} for s in sections)]
     radii = [radius for radius in sections[0].radii if all(radius in section.radii for section in sections)]
-    if len(sections) < 2 or len(alike) > 1 or not labels or not radii:
+    if len(sections) < 2 or not (alike and distinct and labels and radii):
         return None
     rows = []
     for label in labels:

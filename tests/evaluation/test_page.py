@@ -36,7 +36,10 @@ def interval(value):
 @pytest.fixture
 def files(tmp_path):
     before = measured("before", (0.4, 0.2))
-    save_results(before + measured("after", (0.625, 0.511), training={"method": "Sim-CLIP"}), tmp_path / "one")
+    save_results(
+        before + measured("after", (0.625, 0.511), training={"method": "Sim-CLIP", "eps": 4 / 255, "step": None}),
+        tmp_path / "one",
+    )
     save_results(before + measured("tuned", (0.733, 0.522)), tmp_path / "two")
     return [tmp_path / "one" / "robustness.json", tmp_path / "two"]
 
@@ -77,6 +80,8 @@ def test_numbers_of_table_and_markdown(files, tmp_path):
     ]  # fmt: skip
     assert [cell.strip() for cell in protocol[1]] == ["apgd-ce", "5", "1", "2/255, 4/255", "all"]
     text = page.read_text()
+    assert "- Sim-CLIP: method: Sim-CLIP; eps: 0.01569\n" in text
+    assert "method: Sim-CLIP; eps: 0.01569" in html.read_text()
     row = "| Sim-CLIP | 75.0 % (30.1 to 95.1) | 62.5 % (52.5 to 72.5) | 51.1 % (41.1 to 61.1) |"
     assert row in text.splitlines()
     assert "| apgd-ce | 5 | 1 | 2/255, 4/255 | all |" in text.splitlines()
@@ -139,7 +144,9 @@ def test_other_data_or_attacks_stand_apart_and_are_averaged(tmp_path):
     assert "| undefended | 75.0 % | 50.0 % | 30.0 % |" in page.read_text().splitlines()
     longer = [{"name": "apgd-ce", "steps": 50, "restarts": 1}]
     save_results(measured("before", (0.4, 0.2)) + measured("after", (0.6, 0.4), attacks=longer), tmp_path / "b")
-    assert len(write_report([tmp_path / "b"], tmp_path)) == 4  # two tables: 5 and 50 steps are not compared
+    html, page, *curves = write_report([tmp_path / "b"], tmp_path)
+    assert len(curves) == 2  # two tables: 5 and 50 steps are not compared
+    assert "Mean over" not in html.read_text() + page.read_text()
 
 
 def test_unequal_restarts_and_left_out_attacks_are_said(tmp_path):

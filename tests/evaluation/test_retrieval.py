@@ -202,7 +202,7 @@ def test_result_says_what_was_attacked(measure, encoder, tmp_path):
     assert (last.attacks[0]["steps"], last.attacks[0]["resolution"], last.attacks[0]["dtype"]) == (5, SIZE, "float32")
     save_results(results, tmp_path)
     page = write_report([tmp_path], tmp_path / "report")[1].read_text()
-    assert "Retrieval, text to image recall@2" in page
+    assert "## tiny-captions (test), text to image recall@2" in page
     assert json.loads((tmp_path / "robustness.json").read_text())["results"][0]["task"] == "retrieval"
 
 
