@@ -94,6 +94,12 @@ class AttackedBench:
         return self._flags[ball.eps, steps]
 
 
+def classifier(encoder: Encoder, bank: TextBank) -> Callable[[Tensor], Tensor]:
+    """Images in [0, 1] of any size to logits; they are fitted to the tower inside."""
+    embed = image_embedder(encoder)
+    return bank.classify(lambda images: embed(encoder.transform.fit(images)))
+
+
 def pick_bench(
     encoder: Encoder,
     bank: TextBank,
@@ -103,7 +109,7 @@ def pick_bench(
     device: torch.device,
 ) -> Bench:
     """The first rightly classified images in a seeded order."""
-    classify = bank.classify(image_embedder(encoder))
+    classify = classifier(encoder, bank)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(how.seed)).tolist()
     images, labels, ids = [], [], []
     for start in range(0, len(order), how.batch_size):

@@ -29,11 +29,11 @@ from hf_robust_vision.attacks import (
 )
 from hf_robust_vision.attacks.pgd import value_and_gradient
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.encoders import Encoder, attack_mode, image_embedder
+from hf_robust_vision.encoders import Encoder, attack_mode
 from hf_robust_vision.text_bank import TextBank
 
-from .bench import AttackedBench, Bench, pick_bench
-from .zero_shot import RobustnessProtocol, need_same_classes
+from .bench import AttackedBench, Bench, classifier, pick_bench
+from .zero_shot import RobustnessProtocol
 
 
 # The thresholds were written down before any model, masked or honest, was looked at.
@@ -94,7 +94,7 @@ def check_sanity(
         ValueError: If the classes of dataset and bank differ, the protocol has no gradient attack or no radius above
             0, or the model is right about no image.
     """
-    need_same_classes(bank, dataset)
+    bank.need_classes(dataset.class_names)
     protocol, _ = how.protocol.for_classes(len(bank.class_names))
     white = replace(protocol, attacks=tuple(a for a in protocol.attacks if a.algorithm != "square"))
     if not white.attacks or max(how.eps) == 0:
@@ -291,7 +291,7 @@ def _transfer(attacked: AttackedBench, surrogate: Encoder | None, bank: TextBank
             name, f"{why} Pass surrogate=, such as the undefended model.", None, "only_by_transfer", most=TOLERANCE
         )
     bench, ball = attacked.bench, attacked.ball
-    classify = bank.classify(image_embedder(surrogate))
+    classify = classifier(surrogate, bank)
 
     def carry(images: Tensor, labels: Tensor, noise: StartNoise) -> Tensor:
         # To the highest loss, not to the first image that fools: what barely fools one model fools no other.

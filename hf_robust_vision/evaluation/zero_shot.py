@@ -90,7 +90,11 @@ def evaluate_zero_shot(
     Raises:
         ValueError: If the class names of the dataset and of the bank differ.
     """
-    need_same_classes(bank, dataset)
+    if tuple(dataset.class_names) != bank.class_names:
+        raise ValueError(
+            f"the dataset has classes {list(dataset.class_names)[:3]}..., the text bank {list(bank.class_names)[:3]}"
+            "...; build the bank from dataset.class_names."
+        )
     start = time.time()
     sha256 = model_sha256 or weights_sha256(encoder)
     dtype = encoder.visual_projection.weight.dtype
@@ -145,15 +149,6 @@ def evaluate_zero_shot(
         )
         for place, eps in enumerate(how.eps)
     ]
-
-
-def need_same_classes(bank: TextBank, dataset: LabelledImages) -> None:
-    """Refuse a classifier for other classes than the labels are of."""
-    if tuple(dataset.class_names) != bank.class_names:
-        raise ValueError(
-            f"the dataset has classes {list(dataset.class_names)[:3]}..., the text bank {list(bank.class_names)[:3]}"
-            "...; build the bank from dataset.class_names."
-        )
 
 
 def _measure(
