@@ -61,9 +61,10 @@ class PipelineArguments:
         streaming: Stream the training split of a Hub dataset; needs `validation_split`.
         skip_corrupt: Count and leave out images that can not be decoded.
         test_protocol: Attacks of the reported numbers.
-        test_steps: Steps of those attacks; by default the protocol's.
+        test_steps: Gradient steps of those attacks; by default the protocol's.
+        test_queries: Looks at the model of a black-box attack among them; by default the protocol's.
         test_eps: Radii of those attacks.
-        test_restarts: Restarts at `attack_eps`; one at the other radii.
+        test_restarts: Restarts of each attack at `attack_eps`; by default, and at the other radii, the protocol's.
         max_test_samples: Seeded subset of the test split; all of it by default.
         overwrite: Delete what an earlier run left in `output_dir`.
         measure: Measure before and after; with false the recipe only trains.
@@ -85,11 +86,12 @@ class PipelineArguments:
     skip_corrupt: bool = field(default=False, metadata={"help": "Count and leave out broken images."})
     test_protocol: str = field(default="apgd-ce", metadata={"help": "Attacks of the reported numbers."})
     test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks."})
+    test_queries: int | None = field(default=None, metadata={"help": "Queries of its black-box attack."})
     test_eps: list[Radius] = field(
         default_factory=lambda: [Radius("2/255"), Radius("4/255"), Radius("8/255")],
         metadata={"help": "Radii of the reported numbers."},
     )
-    test_restarts: int = field(default=1, metadata={"help": "Restarts at attack_eps; 1 at other radii."})
+    test_restarts: int | None = field(default=None, metadata={"help": "Restarts at attack_eps."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
@@ -98,7 +100,7 @@ class PipelineArguments:
     def __post_init__(self) -> None:
         self.test_eps = [Radius(eps) for eps in self.test_eps]
         get_protocol(self.test_protocol)
-        if self.test_restarts < 1:
+        if self.test_restarts is not None and self.test_restarts < 1:
             raise ValueError(f"test_restarts must be at least 1, got {self.test_restarts}.")
 
 
@@ -175,10 +177,10 @@ def run(
     )
     train, validation, test = load_splits(options, args.seed, encoder.transform)
     how = RobustnessProtocol(
-        get_protocol(options.test_protocol, steps=options.test_steps),
+        get_protocol(options.test_protocol, steps=options.test_steps, queries=options.test_queries),
         tuple(float(eps) for eps in options.test_eps),
         args.attack_norm,
-        restarts=((float(args.attack_eps), options.test_restarts),),
+        restarts=() if options.test_restarts is None else ((float(args.attack_eps), options.test_restarts),),
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,
     )

@@ -216,19 +216,19 @@ def _inside(down: Tensor, right: Tensor, side: int) -> Tensor:
 
 
 def _hills(side: int, like: Tensor) -> Tensor:
-    """A bright hill above a dark one, of length 1: the shape of algorithm 3, (side, side)."""
-    upper = side // 2
-    hills = torch.cat([_hill(upper, side, like), -_hill(side - upper, side, like)])
+    """A bright hill above an equally strong dark one, together of length 1, shape (side, side)."""
+    hills = torch.cat([_hill(side // 2, side, like), -_hill(side - side // 2, side, like)])
     return hills / hills.square().sum().sqrt()
 
 
 def _hill(height: int, width: int, like: Tensor) -> Tensor:
-    """Terraces: the pixels at most k from the middle are raised by 1 / (k + 1)^2, for every k that fits."""
+    """Terraces: the pixels at most k from the middle are raised by 1 / (k + 1)^2, for every k that fits; length 1."""
     levels = max(height, width) // 2 + 1
     steps = 1 / torch.arange(1, levels + 1, device=like.device, dtype=like.dtype).square()
     heights = steps.flip(0).cumsum(0).flip(0)
     rows, columns = (torch.arange(size, device=like.device) - size // 2 for size in (height, width))
-    return heights[torch.maximum(rows.abs()[:, None], columns.abs()[None, :])]
+    hill = heights[torch.maximum(rows.abs()[:, None], columns.abs()[None, :])]
+    return hill / hill.square().sum().sqrt()
 
 
 def _unit(tensor: Tensor) -> Tensor:

@@ -111,6 +111,26 @@ def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
     }
 
 
+def after_each_attack(
+    attacks: list[dict[str, Any]], records: Sequence[SampleRecord], smaller: Sequence[SampleRecord]
+) -> list[dict[str, Any]]:
+    """The attacks, each with the `robust_accuracy` that it and those before it leave.
+
+    Args:
+        attacks: As a result lists them.
+        records: Of all samples at this radius.
+        smaller: The same samples at the radius below, if what fell there is carried over: it has fallen before the
+            first attack here, whichever attack it was.
+    """
+    carried = {record.id for record in smaller if not record.robust_hit}
+    met = [record for record in records if record.fooled_by != "clean" and record.id not in carried]
+    left = len(met)
+    for attack in attacks:
+        left -= sum(record.fooled_by == attack["name"] for record in met)
+        attack["robust_accuracy"] = left / max(len(records), 1)
+    return attacks
+
+
 def wilson_interval(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson score interval of a proportion; (0, 1) of nothing.
 

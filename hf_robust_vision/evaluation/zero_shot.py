@@ -22,7 +22,7 @@ from hf_robust_vision.encoders import Encoder, attack_mode, image_embedder, tens
 from hf_robust_vision.pixels import check_images
 from hf_robust_vision.text_bank import TextBank
 
-from .results import RobustnessResult, SampleRecord, summarize, versions
+from .results import RobustnessResult, SampleRecord, after_each_attack, summarize, versions
 from .samples import Records, SampleStore, measure_all
 
 
@@ -33,7 +33,7 @@ class RobustnessProtocol:
     Args:
         protocol: The attacks.
         eps: Radii, measured in rising order: a sample that falls at a radius has fallen at every larger one, since
-            the smaller ball lies inside.
+            the smaller ball lies inside; unless the protocol says `carry=False`.
         norm: "linf" or "l2".
         restarts: Restarts at single radii that differ from the protocol's own.
         batch_size: Images attacked at once.
@@ -143,7 +143,11 @@ def evaluate_zero_shot(
         RobustnessResult(
             **shared,
             eps=eps,
-            attacks=_describe(how, eps, resolution=resolution, dtype=dtype),
+            attacks=after_each_attack(
+                _describe(how, eps, resolution=resolution, dtype=dtype),
+                [records[sample][place] for sample in dataset.ids],
+                [records[sample][place - 1] for sample in dataset.ids] if place and protocol.carry else [],
+            ),
             samples=store.names[place] if samples_dir is not None else None,
             **summarize([records[sample][place] for sample in dataset.ids]),
         )
@@ -176,7 +180,8 @@ def _measure(
             answers, names = logits.argmax(1).tolist(), outcome.fooled_by
             for row, answer, score, name in zip(alive.tolist(), answers, scores.tolist(), names):
                 latest[row] = replace(latest[row], adversarial=answer, score=round(score, 6), fooled_by=name)
-            alive = alive[torch.tensor([name is None for name in names], device=alive.device)]
+            if protocol.carry:
+                alive = alive[torch.tensor([name is None for name in names], device=alive.device)]
         for record in latest:
             records[int(record.id)].append(record)
     return records
