@@ -131,7 +131,7 @@ def after_each_attack(
     return attacks
 
 
-def wilson_interval(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(hits: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson score interval of a proportion; (0, 1) of nothing.
 
     Reference:

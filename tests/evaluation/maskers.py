@@ -27,9 +27,7 @@ class RandomResize(CLIPEncoder):
         side = int(torch.randint(full * 3 // 4, full + 1, ()))
         left, top = (int(torch.randint(full - side + 1, ())) for _ in range(2))
         small = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
-        return super().encode_images(
-            F.pad(small, (left, full - side - left, top, full - side - top)), token_layer
-        )
+        return super().encode_images(F.pad(small, (left, full - side - left, top, full - side - top)), token_layer)
 
 
 def masked(encoder: CLIPEncoder, kind: type[CLIPEncoder]) -> CLIPEncoder:
