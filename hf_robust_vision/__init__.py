@@ -30,6 +30,8 @@ _HOME = {
     "TeCoATrainer": "trainers.tecoa",
     "apgd": "attacks",
     "as_encoder": "encoders",
+    "check_sanity": "evaluation.sanity",
+    "evaluate_corruptions": "evaluation.corruptions",
     "evaluate_zero_shot": "evaluation.zero_shot",
     "fgsm": "attacks",
     "get_protocol": "attacks",
@@ -62,6 +64,8 @@ __all__ = [
     "TeCoATrainer",
     "apgd",
     "as_encoder",
+    "check_sanity",
+    "evaluate_corruptions",
     "evaluate_zero_shot",
     "fgsm",
     "get_protocol",
@@ -88,7 +92,9 @@ if TYPE_CHECKING:
     from .attacks import L2Ball, LinfBall, StartNoise, apgd, fgsm, get_protocol, pgd
     from .data.datasets import LabelledImages, load_labelled_images
     from .encoders import as_encoder, load_encoder
+    from .evaluation.corruptions import evaluate_corruptions
     from .evaluation.results import RobustnessResult, load_results
+    from .evaluation.sanity import check_sanity
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
     from .text_bank import make_text_bank
     from .trainers.base import AdversarialTrainer

@@ -9,6 +9,7 @@ one is measured wrongly until somebody finds out why.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -33,6 +34,7 @@ from hf_robust_vision.encoders import Encoder, attack_mode
 from hf_robust_vision.text_bank import TextBank
 
 from .bench import AttackedBench, Bench, classifier, pick_bench
+from .results import RobustnessResult
 from .zero_shot import RobustnessProtocol
 
 
@@ -41,9 +43,10 @@ from .zero_shot import RobustnessProtocol
 # Share of the samples by which a comparison may come out on the wrong side. Of 100 samples five turn on luck; a model
 # that masks its gradients loses tens of points.
 TOLERANCE = 0.05
-# Two passes over one image may differ by rounding: in float32 by a millionth of the logits' range, less than this; in
+# Passes over one image may differ by rounding: in float32 by a millionth of the logits' range, less than this; in
 # a lower precision by its own last digit.
 SAME_ANSWER = 1e-3
+PASSES = 10  # two draws of a random defence agree now and then
 # An ascent that keeps its best iterate fails to raise the loss only where it sees no slope; noise raises half of them.
 LOSS_RISES = 0.9
 # In many dimensions a random direction is nearly harmless at a radius where the worst one is deadly: somewhere on the
@@ -129,12 +132,45 @@ def check_sanity(
     }
 
 
+def add_sanity(
+    results: Sequence[RobustnessResult],
+    models: Mapping[str, tuple[Encoder, TextBank]],
+    dataset: LabelledImages,
+    how: RobustnessProtocol,
+) -> str:
+    """Fill `sanity` of results, each model checked with another one, if there is one, as its surrogate.
+
+    Args:
+        results: Of these models on this dataset; where a check can not run, they say why.
+        models: Encoder and classifier by the `model` of the results, on one device.
+        dataset: What was measured on.
+        how: How it was measured.
+
+    Returns:
+        A line a model for a person.
+    """
+    lines = []
+    for name, (encoder, bank) in models.items():
+        surrogate, other = next((pair for key, pair in models.items() if key != name), (None, None))
+        try:
+            sanity = check_sanity(encoder, bank, dataset, how, surrogate=surrogate, surrogate_bank=other)
+        except ValueError as error:  # the measurement stands; only nothing vouches for it
+            sanity = {"verdict": "not run", "flagged": [], "checks": [], "why": str(error)}
+        for result in results:
+            if result.model == name:
+                result.sanity = sanity
+        lines.append(f"sanity checks, {name}: {sanity.get('why') or ', '.join(sanity['flagged']) or 'all passed'}")
+    return "\n".join(lines)
+
+
 def _same_answer(bench: Bench) -> dict[str, Any]:
     def change(images: Tensor, labels: Tensor, noise: StartNoise) -> Tensor:
         with torch.no_grad():
-            one, other = bench.classify(images), bench.classify(images)
-        spread = (one.amax(1) - one.amin(1)).clamp_min(torch.finfo(one.dtype).tiny)
-        return torch.stack([(one - other).abs().amax(1) / spread, one.argmax(1) != other.argmax(1)], 1).double()
+            first, *others = (bench.classify(images) for _ in range(PASSES))
+        spread = (first.amax(1) - first.amin(1)).clamp_min(torch.finfo(first.dtype).tiny)
+        moved = torch.stack([(other - first).abs().amax(1) for other in others]).amax(0) / spread
+        turned = torch.stack([other.argmax(1) != first.argmax(1) for other in others]).any(0)
+        return torch.stack([moved, turned], 1).double()
 
     moved, turned = bench.each(change).unbind(1)
     with torch.no_grad():
