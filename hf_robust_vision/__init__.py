@@ -35,6 +35,8 @@ _HOME = {
     "TeCoATrainer": "trainers.tecoa",
     "apgd": "attacks",
     "as_encoder": "encoders",
+    "check_sanity": "evaluation.sanity",
+    "evaluate_corruptions": "evaluation.corruptions",
     "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_zero_shot": "evaluation.zero_shot",
     "fab": "attacks",
@@ -79,6 +81,8 @@ __all__ = [
     "TeCoATrainer",
     "apgd",
     "as_encoder",
+    "check_sanity",
+    "evaluate_corruptions",
     "evaluate_retrieval",
     "evaluate_zero_shot",
     "fab",
@@ -114,10 +118,12 @@ if TYPE_CHECKING:
     from .data.datasets import LabelledImages, load_labelled_images
     from .encoders import as_encoder, load_encoder
     from .evaluation.adversarial import remeasure
+    from .evaluation.corruptions import evaluate_corruptions
     from .evaluation.metrics import AttackSuccessRate, RelativeRobustness, RobustAccuracy
     from .evaluation.page import write_report
     from .evaluation.results import RobustnessResult, load_results
     from .evaluation.retrieval import RetrievalProtocol, evaluate_retrieval
+    from .evaluation.sanity import check_sanity
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
     from .hub.load import load_robust_encoder
     from .hub.push import push_robust_encoder

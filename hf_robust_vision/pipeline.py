@@ -25,6 +25,7 @@ from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_i
 from hf_robust_vision.evaluation.report import plot_curve
 from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
 from hf_robust_vision.evaluation.samples import barrier, rank_and_world
+from hf_robust_vision.evaluation.sanity import add_sanity
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.hub.push import PushError, VerificationError
@@ -68,6 +69,7 @@ class PipelineArguments:
         test_eps: Radii of those attacks.
         test_restarts: Restarts of each attack at `attack_eps`; by default, and at the other radii, the protocol's.
         max_test_samples: Seeded subset of the test split; all of it by default.
+        sanity: Check the reported numbers for gradient masking; the answers go into every result.
         overwrite: Delete what an earlier run left in `output_dir`.
         measure: Measure before and after; with false the recipe only trains.
         cpu_threads: Threads of each process on a CPU. `accelerate launch` sets one; 0 shares the cores out evenly.
@@ -95,6 +97,7 @@ class PipelineArguments:
     )
     test_restarts: int | None = field(default=None, metadata={"help": "Restarts at attack_eps."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
+    sanity: bool = field(default=False, metadata={"help": "Check the numbers for gradient masking."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
     cpu_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU; 0: all cores."})
@@ -203,6 +206,10 @@ def run(
     if results:
         trainer.log(tracked_metrics(results))
     if results and args.should_save:
+        if options.sanity:
+            models = {"before": trainer.reference.encoder, "after": hardened}
+            banked = {model: (encoder, trainer.text_bank(test, encoder)) for model, encoder in models.items()}
+            print(add_sanity(results, banked, test, how))
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
     barrier()
