@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -25,11 +26,14 @@ class SampleRecord:
 
     Args:
         id: Of the sample in its source.
-        label: True class, or the true answer of a question.
+        label: True class, the true answer of a question, the reference captions, or an attacker's target.
         clean: Output on the clean image.
         adversarial: Output on the adversarial image, None where none was made (a sample already wrong).
-        score: Highest logit minus the true class's on the adversarial image, at least 0 where the attack won.
-        fooled_by: Name of the attack that won, None for none; "clean" for a sample that was wrong before.
+        score: Highest logit minus the true class's on the adversarial image, at least 0 where the attack won; of a
+            caption its worst score in [0, 1].
+        fooled_by: Name of the attack that won, None for none; "clean" for a sample that was lost before. Of a caption
+            the attack that brought the worst score.
+        clean_score: Score of the caption of the clean image.
     """
 
     id: int | str
@@ -38,15 +42,16 @@ class SampleRecord:
     adversarial: int | str | None = None
     score: float | None = None
     fooled_by: str | None = None
+    clean_score: float | None = None
 
     @property
     def clean_hit(self) -> bool:
-        """Is the clean image classified rightly?"""
-        return self.clean == self.label
+        """Is the output on the clean image right?"""
+        return self.fooled_by != "clean"
 
     @property
     def robust_hit(self) -> bool:
-        """Is it classified rightly under every attack?"""
+        """Is it right under every attack?"""
         return self.fooled_by is None
 
 
@@ -55,7 +60,9 @@ class RobustnessResult:
     """Clean and robust accuracy of one model on one dataset under one protocol at one eps.
 
     Accuracies are fractions in [0, 1]. A Linf eps is in pixels in [0, 1], an L2 eps a Euclidean radius over the
-    [0, 1] image. The fields are those of `robustness.json`.
+    [0, 1] image. The fields are those of `robustness.json`. Two metrics are no accuracies: of captions both values are
+    mean scores, and under "targeted_success" they are the shares of images on which the attacker's target is not said;
+    `attack_success` then holds the attacker's own rates, "clean" (the control) and "attacked".
     """
 
     task: str
@@ -80,6 +87,7 @@ class RobustnessResult:
     training: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
     sanity: dict[str, Any] | None = None
+    attack_success: dict[str, float] | None = None
     left_out: list[str] = field(default_factory=list)
     samples: str | None = None
     seconds: float = 0.0
@@ -109,6 +117,30 @@ def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
             "robust_accuracy": list(wilson_interval(robust, count)),
         },
     }
+
+
+def summarize_scores(records: Sequence[SampleRecord]) -> dict[str, Any]:
+    """Mean scores on clean and on attacked images with normal 95 % intervals, over sample records.
+
+    Raises:
+        ValueError: If a record has no scores.
+    """
+    if any(record.score is None or record.clean_score is None for record in records):
+        raise ValueError("a record has no scores; summarize() counts records without them.")
+    columns = {
+        "clean_accuracy": [float(record.clean_score or 0) for record in records],
+        "robust_accuracy": [float(record.score or 0) for record in records],
+    }
+    means = {name: statistics.fmean(values) if values else math.nan for name, values in columns.items()}
+    intervals = {name: list(_mean_interval(values)) for name, values in columns.items()}
+    return {"num_samples": len(records), **means, "ci95": intervals}
+
+
+def _mean_interval(values: Sequence[float], z: float = 1.959963984540054) -> tuple[float, float]:
+    if len(values) < 2:
+        return 0.0, 1.0
+    mean, half = statistics.fmean(values), z * statistics.stdev(values) / math.sqrt(len(values))
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def wilson_interval(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
