@@ -23,10 +23,11 @@ from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_of
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.evaluation.report import plot_curve
-from hf_robust_vision.evaluation.results import RobustnessResult, save_results, tracked_metrics
+from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
 from hf_robust_vision.evaluation.samples import barrier, rank_and_world
+from hf_robust_vision.evaluation.sanity import add_sanity
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
-from hf_robust_vision.hub.card import pretty_eps, write_card
+from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.hub.push import PushError, VerificationError
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.trainers.base import AdversarialTrainer
@@ -63,10 +64,12 @@ class PipelineArguments:
         streaming: Stream the training split of a Hub dataset; needs `validation_split`.
         skip_corrupt: Count and leave out images that can not be decoded.
         test_protocol: Attacks of the reported numbers.
-        test_steps: Steps of those attacks; by default the protocol's.
+        test_steps: Gradient steps of those attacks; by default the protocol's.
+        test_queries: Looks at the model of a black-box attack among them; by default the protocol's.
         test_eps: Radii of those attacks.
-        test_restarts: Restarts at `attack_eps`; one at the other radii.
+        test_restarts: Restarts of each attack at `attack_eps`; by default, and at the other radii, the protocol's.
         max_test_samples: Seeded subset of the test split; all of it by default.
+        sanity: Check the reported numbers for gradient masking; the answers go into every result.
         overwrite: Delete what an earlier run left in `output_dir`.
         measure: Measure before and after; with false the recipe only trains.
         cpu_threads: Threads of each process on a CPU. `accelerate launch` sets one; 0 shares the cores out evenly.
@@ -87,12 +90,14 @@ class PipelineArguments:
     skip_corrupt: bool = field(default=False, metadata={"help": "Count and leave out broken images."})
     test_protocol: str = field(default="apgd-ce", metadata={"help": "Attacks of the reported numbers."})
     test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks."})
+    test_queries: int | None = field(default=None, metadata={"help": "Queries of its black-box attack."})
     test_eps: list[Radius] = field(
         default_factory=lambda: [Radius("2/255"), Radius("4/255"), Radius("8/255")],
         metadata={"help": "Radii of the reported numbers."},
     )
-    test_restarts: int = field(default=1, metadata={"help": "Restarts at attack_eps; 1 at other radii."})
+    test_restarts: int | None = field(default=None, metadata={"help": "Restarts at attack_eps."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
+    sanity: bool = field(default=False, metadata={"help": "Check the numbers for gradient masking."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
     cpu_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU; 0: all cores."})
@@ -100,7 +105,7 @@ class PipelineArguments:
     def __post_init__(self) -> None:
         self.test_eps = [Radius(eps) for eps in self.test_eps]
         get_protocol(self.test_protocol)
-        if self.test_restarts < 1:
+        if self.test_restarts is not None and self.test_restarts < 1:
             raise ValueError(f"test_restarts must be at least 1, got {self.test_restarts}.")
 
 
@@ -177,10 +182,10 @@ def run(
     )
     train, validation, test = load_splits(options, args.seed, encoder.transform)
     how = RobustnessProtocol(
-        get_protocol(options.test_protocol, steps=options.test_steps),
+        get_protocol(options.test_protocol, steps=options.test_steps, queries=options.test_queries),
         tuple(float(eps) for eps in options.test_eps),
         args.attack_norm,
-        restarts=((float(args.attack_eps), options.test_restarts),),
+        restarts=() if options.test_restarts is None else ((float(args.attack_eps), options.test_restarts),),
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,
     )
@@ -201,6 +206,10 @@ def run(
     if results:
         trainer.log(tracked_metrics(results))
     if results and args.should_save:
+        if options.sanity:
+            models = {"before": trainer.reference.encoder, "after": hardened}
+            banked = {model: (encoder, trainer.text_bank(test, encoder)) for model, encoder in models.items()}
+            print(add_sanity(results, banked, test, how))
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
     barrier()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,13 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
 @lru_cache(maxsize=64)
 def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+
+
+class Fitting(Protocol):
+    """What an image passes through before it is attacked: a `PixelTransform`, or what stands in for one."""
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] of any size to the size at which they are attacked, still in [0, 1]."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,18 @@ class TextBank:
         """Images to logits, given images to embeddings."""
         return lambda images: self.logits(encode(images))
 
+    def need_classes(self, class_names: Sequence[str]) -> None:
+        """Refuse labels of other classes than the bank's, or in another order.
+
+        Raises:
+            ValueError: If the names differ.
+        """
+        if tuple(class_names) != self.class_names:
+            raise ValueError(
+                f"the dataset has classes {list(class_names)[:3]}..., the text bank {list(self.class_names)[:3]}...; "
+                "build the bank from dataset.class_names."
+            )
+
     @property
     def template_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of templates and class names: same hash, same classifier text."""

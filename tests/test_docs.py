@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from hf_robust_vision import pipeline
+from hf_robust_vision.cli import make_parser
 from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
 
 
@@ -65,6 +66,14 @@ def test_recipe_commands_parse(code, tmp_path, monkeypatch):
             continue
         demo = ROOT / "recipes" / "configs" / f"{Path(recipe).stem}_demo.yaml"
         pipeline.parse(trainer_of(recipe), [*words, "--output_dir", str(tmp_path)], demo)
+
+
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_cli_commands_parse(code):
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["hf-robust-vision"] and words[1] != "harden":
+            make_parser().parse_args(words[1:])
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)

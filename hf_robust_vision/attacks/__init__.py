@@ -2,20 +2,24 @@
 
 from .apgd import apgd
 from .balls import Ball, L2Ball, LinfBall, make_ball
+from .fab import fab
 from .noise import StartNoise
 from .objectives import (
     DLR,
     CrossEntropy,
     EmbeddingDistance,
     Logits,
+    Margin,
     Misclassified,
     Objective,
     Success,
     TargetedDLR,
+    TargetedMargin,
     cosine_distance,
     squared_l2,
 )
 from .pgd import NonFiniteGradientWarning, fgsm, pgd
+from .square import square
 from .suite import PROTOCOLS, Attack, Outcome, Protocol, get_protocol, run_protocol
 
 
@@ -29,6 +33,7 @@ __all__ = [
     "L2Ball",
     "LinfBall",
     "Logits",
+    "Margin",
     "Misclassified",
     "NonFiniteGradientWarning",
     "Objective",
@@ -37,12 +42,15 @@ __all__ = [
     "StartNoise",
     "Success",
     "TargetedDLR",
+    "TargetedMargin",
     "apgd",
     "cosine_distance",
+    "fab",
     "fgsm",
     "get_protocol",
     "make_ball",
     "pgd",
     "run_protocol",
+    "square",
     "squared_l2",
 ]

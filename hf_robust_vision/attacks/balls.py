@@ -49,6 +49,43 @@ class Ball(ABC):
     def distance(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """Length of each perturbation in this norm, shape (batch,)."""
 
+    @abstractmethod
+    def pull(self, slope: Tensor) -> Tensor:
+        """How far each pixel of a shortest perturbation goes while none has met black or white, up to a factor.
+
+        Args:
+            slope: Absolute gradient of the linear function that the perturbation raises.
+        """
+
+    def shortest(self, images: Tensor, gradient: Tensor, rise: Tensor) -> Tensor:
+        """The shortest perturbation that raises a linear function by `rise` and leaves the images in [0, 1].
+
+        The pixels move together, each by its `pull`, until one meets black or white and stays there; the others then
+        go further. Each round fixes the pixels that would leave the range, so it ends after a few. `eps` plays no part.
+
+        Args:
+            images: In [0, 1], shape (batch, ...).
+            gradient: Of the linear function, the same shape.
+            rise: Wanted change of its value, shape (batch,); negative lowers it.
+
+        Returns:
+            The perturbation. Where no image in [0, 1] is high enough, the one to the highest corner.
+        """
+        ascent = (gradient * rise.view(-1, *[1] * (images.ndim - 1)).sign()).flatten(1)
+        room = torch.where(ascent > 0, 1 - images.flatten(1), images.flatten(1))
+        slope = ascent.abs()
+        pull = self.pull(slope)
+        free = slope > 0
+        while True:
+            still_wanted = rise.abs() - (slope * room).masked_fill(free, 0).sum(1)
+            pace = (slope * pull).masked_fill(~free, 0).sum(1)
+            way = torch.where(pace > 0, still_wanted / pace, torch.inf)[:, None] * pull
+            inside = free & (way < room)
+            if torch.equal(inside, free):
+                break
+            free = inside
+        return (torch.where(free, way, room) * ascent.sign()).view_as(images)
+
 
 @dataclass(frozen=True)
 class LinfBall(Ball):
@@ -87,6 +124,10 @@ class LinfBall(Ball):
         """Largest pixel change of each image, shape (batch,)."""
         return (adversarial - images).abs().flatten(1).amax(1)
 
+    def pull(self, slope: Tensor) -> Tensor:
+        """The same for every pixel."""
+        return torch.ones_like(slope)
+
 
 @dataclass(frozen=True)
 class L2Ball(Ball):
@@ -114,6 +155,10 @@ class L2Ball(Ball):
     def distance(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """Euclidean length of each perturbation, shape (batch,)."""
         return _lengths(adversarial - images).flatten()
+
+    def pull(self, slope: Tensor) -> Tensor:
+        """The slope itself."""
+        return slope
 
 
 def make_ball(norm: str, eps: float) -> Ball:

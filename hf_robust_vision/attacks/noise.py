@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StartNoise:
-    """Noise drawn from (seed, step, sample id, restart) and nothing else.
+    """Noise drawn from (seed, step, sample id, restart or stream) and nothing else.
 
     A sample starts from the same point whatever its batch, rank, accumulation or resume, and the global random
     state is neither read nor advanced.
@@ -41,11 +41,23 @@ class StartNoise:
             noise[row].normal_(generator=self._generator(sample, restart))
         return noise.to(device=images.device, dtype=images.dtype)
 
+    def uniform(self, shape: Sequence[int], *stream: int | str) -> Tensor:
+        """Uniform numbers of [0, 1) in float32 on the CPU, shape (len(ids), *shape), for attacks that search at random.
+
+        Args:
+            shape: Of the numbers of one sample.
+            stream: What they are for; another stream gives other numbers.
+        """
+        numbers = torch.empty((len(self.ids), *shape), dtype=torch.float32)
+        for row, sample in enumerate(self.ids):
+            numbers[row].uniform_(generator=self._generator(sample, *stream))
+        return numbers
+
     def take(self, rows: Tensor) -> StartNoise:
         """The noise of some images of the batch; `rows` holds their indices."""
         return replace(self, ids=[self.ids[row] for row in rows.tolist()])
 
-    def _generator(self, sample: int | str, restart: int) -> torch.Generator:
-        key = f"{self.seed}/{self.step}/{sample}/{restart}".encode()
-        digest = hashlib.blake2b(key, digest_size=8).digest()
+    def _generator(self, sample: int | str, *stream: int | str) -> torch.Generator:
+        key = "/".join(map(str, (self.seed, self.step, sample, *stream)))
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

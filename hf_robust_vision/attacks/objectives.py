@@ -140,6 +140,43 @@ class TargetedDLR(_PerSample):
 
 
 @dataclass(frozen=True)
+class Margin(_PerSample):
+    """Highest wrong logit minus the true one: above zero where the image is misclassified.
+
+    Args:
+        logits: Images to logits, shape (batch, classes).
+        labels: True classes, shape (batch,).
+    """
+
+    logits: ImagesToLogits
+    labels: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        return -_margin(self.logits(images), self.labels)
+
+
+@dataclass(frozen=True)
+class TargetedMargin(_PerSample):
+    """Logit of a chosen class minus the true one: zero on the boundary between the two.
+
+    Args:
+        logits: Images to logits, shape (batch, classes).
+        labels: True classes, shape (batch,).
+        targets: Wanted classes, shape (batch,).
+    """
+
+    logits: ImagesToLogits
+    labels: Tensor
+    targets: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        logits = self.logits(images)
+        return _pick(logits, self.targets) - _pick(logits, self.labels)
+
+
+@dataclass(frozen=True)
 class EmbeddingDistance(_PerSample):
     """Distance of the features from given features, for attacks that know no labels.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,9 +12,34 @@ from torch import Tensor
 
 from .apgd import apgd
 from .balls import Ball
+from .fab import fab
 from .noise import StartNoise
-from .objectives import DLR, CrossEntropy, Logits, Misclassified, TargetedDLR
+from .objectives import (
+    DLR,
+    CrossEntropy,
+    ImagesToLogits,
+    Logits,
+    Margin,
+    Misclassified,
+    Objective,
+    TargetedDLR,
+    TargetedMargin,
+)
 from .pgd import pgd
+from .square import square
+
+
+OBJECTIVES: dict[str, Callable[[ImagesToLogits, Tensor], Objective]] = {
+    "cross-entropy": CrossEntropy,
+    "dlr": DLR,
+    "margin": Margin,
+}
+TARGETED: dict[str, Callable[[ImagesToLogits, Tensor, Tensor], Objective]] = {
+    "targeted-dlr": TargetedDLR,
+    "targeted-margin": TargetedMargin,
+}
+MIN_CLASSES = {"dlr": 3, "targeted-dlr": 4}  # two for all others
+ALGORITHMS = {"pgd": "PGD", "apgd": "APGD", "fab": "FAB", "square": "Square, black box,"}
 
 
 @dataclass(frozen=True)
@@ -22,12 +48,13 @@ class Attack:
 
     Args:
         name: What results call it.
-        algorithm: "pgd" or "apgd".
-        objective: "cross-entropy", "dlr" or "targeted-dlr".
-        steps: Gradient steps per restart.
-        restarts: Independent random starts.
-        relative_step: Step size of "pgd" as a multiple of eps; None is its default. APGD chooses its own.
-        targets: How many classes "targeted-dlr" aims at, from the strongest wrong class down.
+        algorithm: "pgd", "apgd", "fab" or "square".
+        objective: "cross-entropy", "dlr", "margin", "targeted-dlr" or "targeted-margin".
+        steps: Gradient steps per restart and target; for "square" looks at the model per restart.
+        restarts: Independent runs.
+        step_size: Step of "pgd" in an Linf ball, in pixels of [0, 1], where a paper fixes it whatever eps is.
+        relative_step: Step of "pgd" as a multiple of eps; None is its default. The others choose their own.
+        targets: How many classes a targeted objective aims at, from the strongest wrong class down.
     """
 
     name: str
@@ -35,12 +62,33 @@ class Attack:
     objective: str = "cross-entropy"
     steps: int = 100
     restarts: int = 1
+    step_size: float | None = None
     relative_step: float | None = None
     targets: int = 0
 
+    def __str__(self) -> str:
+        """One line for a person."""
+        count = f"{self.steps} {'queries' if self.algorithm == 'square' else 'steps'}"
+        aim = f" towards each of the {self.targets} strongest wrong classes" if self.targets > 1 else ""
+        size = f" of {self.step_size * 255:g}/255" if self.step_size is not None else ""
+        times = f", {self.restarts} restarts" if self.restarts > 1 else ""
+        return f"{self.name}: {ALGORITHMS[self.algorithm]} on {self.objective}, {count}{size}{aim}{times}"
+
     def min_classes(self) -> int:
         """The fewest classes for which the objective is defined."""
-        return {"cross-entropy": 2, "dlr": 3, "targeted-dlr": 4}[self.objective]
+        return MIN_CLASSES.get(self.objective, 2)
+
+    def step(self, ball: Ball) -> float | str:
+        """Size of a step in the units of eps, or how the attack finds it."""
+        if self.algorithm != "pgd":
+            return {
+                "apgd": "adaptive, first 2 * eps",
+                "fab": "to the linearised boundary, times 1.05",
+                "square": "squares of 0.8 of the image at first, down to one pixel",
+            }[self.algorithm]
+        if self.step_size is not None and ball.norm == "linf":
+            return self.step_size
+        return (min(2.5 / self.steps, 1.25) if self.relative_step is None else self.relative_step) * ball.eps
 
 
 @dataclass(frozen=True)
@@ -50,23 +98,38 @@ class Protocol:
     Args:
         name: How results and command lines call it.
         attacks: Run in order, each only on the samples that the ones before left unfooled.
+        carry: A sample that fell at a smaller radius has fallen at a larger one, and is not attacked again. False
+            where the count after each attack is to be that attack's own at that radius.
+
+    Raises:
+        ValueError: If an objective is unknown, or targeted without targets or the reverse.
     """
 
     name: str
     attacks: tuple[Attack, ...]
+    carry: bool = True
 
-    def with_budget(self, steps: int | None = None, restarts: int | None = None) -> Protocol:
-        """The same protocol with other steps or restarts for every attack."""
+    def __post_init__(self) -> None:
+        for attack in self.attacks:
+            _check(attack)
+
+    def __str__(self) -> str:
+        """What it is, a line an attack, for a person."""
+        lines = [f"  {place}. {attack}" for place, attack in enumerate(self.attacks, start=1)]
+        return "\n".join([f"{self.name}: worst case per sample; each attack meets what is still right", *lines])
+
+    def with_budget(
+        self, steps: int | None = None, restarts: int | None = None, queries: int | None = None
+    ) -> Protocol:
+        """The same protocol with another budget; attacks that become equal run once.
+
+        Args:
+            steps: Gradient steps of every attack that takes gradients.
+            restarts: Independent runs of every attack.
+            queries: Looks at the model of every attack that takes no gradient.
+        """
         return replace(
-            self,
-            attacks=tuple(
-                replace(
-                    attack,
-                    steps=attack.steps if steps is None else steps,
-                    restarts=attack.restarts if restarts is None else restarts,
-                )
-                for attack in self.attacks
-            ),
+            self, attacks=tuple(dict.fromkeys(_budgeted(a, steps, restarts, queries) for a in self.attacks))
         )
 
     def for_classes(self, classes: int) -> tuple[Protocol, list[str]]:
@@ -83,36 +146,76 @@ class Protocol:
         shared = {"resolution": resolution, "seed": seed, "dtype": str(dtype).removeprefix("torch.")}
         rows = []
         for attack in self.attacks:
-            row = asdict(attack)
-            relative = row.pop("relative_step")
-            row["step_size"] = "adaptive, first 2 * eps" if attack.algorithm == "apgd" else _size(attack, ball)
-            row["target"] = f"{row.pop('targets')} strongest wrong classes" if attack.targets else None
-            row.pop("targets", None)
+            row = asdict(attack) | {"step_size": attack.step(ball)}
+            targets, relative = row.pop("targets"), row.pop("relative_step")
+            row["target"] = f"{targets} strongest wrong classes" if targets else None
             rows.append(row | shared | ({"relative_step": relative} if relative is not None else {}))
         return rows
 
 
-_APGD_CE = Attack("apgd-ce", restarts=1)
-_APGD_T = Attack("apgd-dlr-targeted", objective="targeted-dlr", restarts=1, targets=9)
+def _check(attack: Attack) -> None:
+    for kind, got, known in (
+        ("algorithm", attack.algorithm, ALGORITHMS),
+        ("objective", attack.objective, OBJECTIVES | TARGETED),
+    ):
+        if got not in known:
+            raise ValueError(f"attack {attack.name!r}: unknown {kind} {got!r}; choose one of {', '.join(known)}.")
+    if (attack.objective in TARGETED) != bool(attack.targets) or (attack.algorithm == "fab" and not attack.targets):
+        raise ValueError(
+            f"attack {attack.name!r}: {attack.algorithm} on {attack.objective} with targets={attack.targets} can not "
+            "run; fab needs a targeted objective, a targeted objective needs targets, and others have none."
+        )
+
+
+def _budgeted(attack: Attack, steps: int | None, restarts: int | None, queries: int | None) -> Attack:
+    wanted = queries if attack.algorithm == "square" else steps
+    changed = replace(
+        attack,
+        steps=attack.steps if wanted is None else wanted,
+        restarts=attack.restarts if restarts is None else restarts,
+    )
+    return replace(changed, name=re.sub(r"(?<=^pgd-)\d+$", str(changed.steps), attack.name))
+
+
+_APGD_CE = Attack("apgd-ce")
+_APGD_T = Attack("apgd-dlr-targeted", objective="targeted-dlr", targets=9)
+_FAB_T = Attack("fab-targeted", "fab", objective="targeted-margin", targets=9)
+_SQUARE = Attack("square", "square", objective="margin", steps=5000)
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol("quick", (Attack("pgd-10", "pgd", steps=10),)),
         Protocol("apgd-ce", (_APGD_CE,)),
-        Protocol("robustvlm", (_APGD_CE, _APGD_T)),
+        # Its code leaves APGD-CE the five restarts of AutoAttack's constructor.
+        Protocol("robustvlm", (replace(_APGD_CE, restarts=5), _APGD_T)),
+        # The standard version of Croce and Hein 2020, https://huggingface.co/papers/2003.01690.
+        Protocol("autoattack", (_APGD_CE, _APGD_T, _FAB_T, _SQUARE)),
+        # One start and one step size, so PGD-10 is the beginning of PGD-20 and PGD-100, and what it fools they fool:
+        # the count after each attack is that attack's own. TeCoA's step is 1/255; in an L2 ball that means nothing.
+        # Deviation: any iterate that fools counts, not the last one only, which can miss it.
+        Protocol(
+            "tecoa",
+            tuple(
+                Attack(f"pgd-{steps}", "pgd", steps=steps, step_size=1 / 255, relative_step=0.25)
+                for steps in (10, 20, 100)
+            ),
+            carry=False,
+        ),
     )
 }
 
 
-def get_protocol(name: str, *, steps: int | None = None, restarts: int | None = None) -> Protocol:
-    """Look a protocol up by name.
+def get_protocol(
+    name: str, *, steps: int | None = None, restarts: int | None = None, queries: int | None = None
+) -> Protocol:
+    """Look a protocol up by name, with another budget if one is given (see `Protocol.with_budget`).
 
     Raises:
         ValueError: If there is no protocol of that name.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"unknown protocol {name!r}; choose one of {', '.join(map(repr, PROTOCOLS))}.")
-    return PROTOCOLS[name].with_budget(steps, restarts)
+    return PROTOCOLS[name].with_budget(steps, restarts, queries)
 
 
 @dataclass(frozen=True)
@@ -120,7 +223,8 @@ class Outcome:
     """What a protocol did to a batch.
 
     Args:
-        images: Adversarial images in [0, 1]: a fooling one where there is one, else the last attack's best.
+        images: Adversarial images in [0, 1]: a fooling one where there is one, else the one of the highest margin
+            (the strongest wrong logit minus the true one) that an attack ended with.
         fooled_by: The name of the attack that fooled each sample, or None.
     """
 
@@ -147,17 +251,19 @@ def run_protocol(
         noise: Owner of the random starts.
     """
     adversarial = images.clone()
+    margins = torch.full((len(images),), -torch.inf, device=images.device)
     fooled_by: list[str | None] = [None] * len(images)
     for attack in protocol.attacks:
         rows = torch.tensor([i for i, name in enumerate(fooled_by) if name is None], dtype=torch.long)
         if len(rows) == 0 or ball.eps == 0:
             break
         rows = rows.to(images.device)
-        logits = Logits(classify)
-        found = _run_attack(attack, logits, images[rows], labels[rows], ball, noise.take(rows))
-        adversarial[rows] = found
+        logits, truth = Logits(classify), labels[rows]
+        found = _run_attack(attack, logits, images[rows], truth, ball, noise.take(rows))
         with torch.no_grad():
-            hits = Misclassified(classify, labels[rows])(found)
+            hits, margin = Misclassified(logits, truth)(found), Margin(logits, truth)(found).float()
+        better = hits | (margin > margins[rows])
+        adversarial[rows[better]], margins[rows[better]] = found[better], margin[better]
         for row in rows[hits].tolist():
             fooled_by[row] = attack.name
     return Outcome(adversarial, fooled_by)
@@ -166,26 +272,9 @@ def run_protocol(
 def _run_attack(
     attack: Attack, logits: Logits, images: Tensor, labels: Tensor, ball: Ball, noise: StartNoise
 ) -> Tensor:
-    fooled = Misclassified(logits, labels)
-    if attack.objective == "targeted-dlr":
-        return _targeted(attack, logits, images, labels, ball, noise)
-    objective = CrossEntropy(logits, labels) if attack.objective == "cross-entropy" else DLR(logits, labels)
-    if attack.algorithm == "apgd":
-        return apgd(objective, images, ball, steps=attack.steps, noise=noise, restarts=attack.restarts, fooled=fooled)
-    size = None if attack.relative_step is None else attack.relative_step * ball.eps
-    return pgd(
-        objective,
-        images,
-        ball,
-        steps=attack.steps,
-        step_size=size,
-        noise=noise,
-        restarts=attack.restarts,
-        fooled=fooled,
-    )
-
-
-def _targeted(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, ball: Ball, noise: StartNoise) -> Tensor:
+    """Away from the true class, or towards each of the strongest wrong ones in turn."""
+    if not attack.targets:
+        return _search(attack, OBJECTIVES[attack.objective](logits, labels), logits, images, labels, ball, noise)
     with torch.no_grad():
         ranking = logits(images).scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
     found = images.clone()
@@ -193,23 +282,29 @@ def _targeted(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, ba
     for rank in range(attack.targets):
         if len(rows) == 0:
             break
-        objective = TargetedDLR(logits, labels[rows], ranking[rows, rank])
-        fooled = Misclassified(logits, labels[rows])
-        found[rows] = apgd(
-            objective,
-            images[rows],
-            ball,
-            steps=attack.steps,
-            noise=noise.take(rows),
-            restarts=attack.restarts,
-            fooled=fooled,
-        )
+        truth = labels[rows]
+        objective = TARGETED[attack.objective](logits, truth, ranking[rows, rank])
+        found[rows] = _search(attack, objective, logits, images[rows], truth, ball, noise.take(rows))
         with torch.no_grad():
-            rows = rows[~Misclassified(logits, labels[rows])(found[rows])]
+            rows = rows[~Misclassified(logits, truth)(found[rows])]
     return found
 
 
-def _size(attack: Attack, ball: Ball) -> float:
-    if attack.relative_step is not None:
-        return attack.relative_step * ball.eps
-    return min(2.5 / attack.steps, 1.25) * ball.eps
+def _search(
+    attack: Attack,
+    objective: Objective,
+    logits: Logits,
+    images: Tensor,
+    labels: Tensor,
+    ball: Ball,
+    noise: StartNoise,
+) -> Tensor:
+    fooled, steps, restarts = Misclassified(logits, labels), attack.steps, attack.restarts
+    if attack.algorithm == "square":
+        return square(objective, images, ball, queries=steps, noise=noise, restarts=restarts, fooled=fooled)
+    if attack.algorithm == "pgd":
+        size = attack.step(ball)
+        assert isinstance(size, float)
+        return pgd(objective, images, ball, steps=steps, step_size=size, noise=noise, restarts=restarts, fooled=fooled)
+    gradient_attack = fab if attack.algorithm == "fab" else apgd
+    return gradient_attack(objective, images, ball, steps=steps, noise=noise, restarts=restarts, fooled=fooled)

@@ -21,7 +21,11 @@ TITLES = {
     "compare": "Methods side by side",
     "ablation": "What TIMA's parts do",
     "sweep": "TIMA's weights",
+    "emoji": "Emoji: many names, near and far",
+    "emoji-ablation": "Emoji: what TIMA's parts do",
+    "emoji-sweep": "Emoji: TIMA's weights",
 }
+PLOTTED = ("compare", "emoji")
 
 
 def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
@@ -52,6 +56,21 @@ def table(content: Mapping[str, Any], group: str) -> str:
     return "\n".join(lines)
 
 
+def short_table(content: Mapping[str, Any], methods: Sequence[str], radii: Sequence[str]) -> str:
+    """A few methods at a few radii, both groups of classes in one row, as Markdown; the page has all of it."""
+    heads = [f"{group}, {name}" for group in ("seen", "unseen") for name in ("clean", *radii)]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for method in methods:
+        rows = [row for row in content["rows"] if row["method"] == method]
+        cells = [
+            spread(column)
+            for row in rows
+            for column in (row["clean_accuracy"], *(row["robust_accuracy"][radius] for radius in radii))
+        ]
+        lines.append(f"| {rows[0]['label']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation in percent; the mean alone of a single value."""
     mean = f"{100 * statistics.mean(values):.1f}"
@@ -68,9 +87,9 @@ def section(content: Mapping[str, Any]) -> str:
 
 `{content["command"]}`
 
-- Data: the demo, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
+- Data: {content.get("about", "the demo")}, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
 - Fine-tuning: {budget["steps"]} updates of {budget["batch_size"]} images, AdamW at {budget["learning_rate"]:g}, attack
-  of {budget["training"]["attack_steps"]} steps at 8/255, seeds {", ".join(map(str, content["seeds"]))}.
+  of {budget["training"]["attack_steps"]} steps at {255 * budget["training"].get("attack_eps", 8 / 255):g}/255, seeds {", ".join(map(str, content["seeds"]))}.
 - Measured by {protocol["name"]} with {protocol["steps"]} steps and {protocol["restarts"]} restart, over all class names.
 - CPU s: processor seconds of the fine-tuning, on one thread.
 - Made with {made_with}.
@@ -126,14 +145,14 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
 
 
 def write_page(content: Mapping[str, Any], docs: Path) -> None:
-    """Keep one command's numbers, and write the page anew from those of all three."""
+    """Keep one command's numbers, and write the page anew from those of all commands."""
     folder = docs / "results"
     write_atomically(folder / f"{content['mode']}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    if content["mode"] == "compare":
-        plot(content, folder / "compare.png")
+    if content["mode"] in PLOTTED:
+        plot(content, folder / f"{content['mode']}.png")
     page = "# Results\n\nWritten by `recipes/compare.py`; do not edit. The numbers lie in `docs/results/*.json`.\n"
     for mode in TITLES:
         if (file := folder / f"{mode}.json").is_file():
             page += f"\n{section(json.loads(file.read_text()))}"
-            page += "\n![Robust accuracy over eps](results/compare.png)\n" if mode == "compare" else ""
+            page += f"\n![Robust accuracy over eps](results/{mode}.png)\n" if mode in PLOTTED else ""
     write_atomically(docs / "results.md", page)

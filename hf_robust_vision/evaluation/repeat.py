@@ -87,6 +87,11 @@ def _runs(results: Sequence[RobustnessResult]) -> Iterator[list[RobustnessResult
         yield sorted(run, key=lambda result: result.eps)
 
 
+def _settings(result: RobustnessResult) -> list[dict[str, Any]]:
+    """The attacks without what they found."""
+    return [{name: value for name, value in row.items() if name != "robust_accuracy"} for row in result.attacks]
+
+
 def _repeat(
     encoder: CLIPEncoder,
     tokenizer: Any,
@@ -116,7 +121,7 @@ def _repeat(
         again = evaluate_zero_shot(encoder, bank, images, how, model_name="again", samples_dir=place, progress=False)
         repeated = [_read(Path(place) / str(result.samples)) for result in again]
     for old, new in zip(run, again, strict=True):
-        if old.attacks != new.attacks:
+        if _settings(old) != _settings(new):
             raise ValueError(
                 f"the protocol {old.protocol!r} was recorded as {old.attacks}; this version and model run {new.attacks}."
             )

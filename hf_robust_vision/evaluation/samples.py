@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from .results import SampleRecord, write_atomically
 
 
-Records = dict[int, list[SampleRecord]]  # sample id -> one record per radius
+SampleId = int | str
+Records = dict[SampleId, list[SampleRecord]]  # one record per radius
 
 
 class SampleStore:
@@ -36,6 +37,7 @@ class SampleStore:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
         self.names = [f"samples-{slug}-eps{radius:.5f}-{digest}.jsonl" for radius in eps]
+        self.images = f"images-{slug}-{digest}"
         self.folder = Path(folder) if folder is not None else None
         self.rank, self.world = rank_and_world()
         self.records: Records = self._load()
@@ -51,7 +53,11 @@ class SampleStore:
                     file.write("".join(f"{line}\n" for line in lines))
         self.records |= records
 
-    def gather(self, order: Sequence[int]) -> Records:
+    def forget(self, samples: Collection[SampleId]) -> None:
+        """Drop the records of some samples, so that they are measured again."""
+        self.records = {sample: rows for sample, rows in self.records.items() if sample not in samples}
+
+    def gather(self, order: Sequence[SampleId]) -> Records:
         """The records of all processes; the main one writes a single file per radius, in the given order."""
         if self.world > 1:
             parts: list[Any] = [None] * self.world
@@ -73,24 +79,24 @@ class SampleStore:
             return {}
         per_radius = [self._read(name) for name in self.names]
         complete = set(per_radius[0]).intersection(*per_radius[1:])
-        return {sample: [records[sample] for records in per_radius] for sample in sorted(complete)}
+        return {sample: [records[sample] for records in per_radius] for sample in complete}
 
-    def _read(self, name: str) -> dict[int, SampleRecord]:
+    def _read(self, name: str) -> dict[SampleId, SampleRecord]:
         assert self.folder is not None
-        found = {}
+        found: dict[SampleId, SampleRecord] = {}
         for file in sorted(self.folder.glob(f"{name}*")):
             for line in file.read_text(encoding="utf-8").splitlines():
                 try:
                     record = SampleRecord(**json.loads(line))
                 except (json.JSONDecodeError, TypeError):
                     continue  # cut off when the process was killed; the sample is measured again
-                found[int(record.id)] = record
+                found[record.id] = record
         return found
 
 
 def measure_all(
     store: SampleStore,
-    ids: Sequence[int],
+    ids: Sequence[SampleId],
     measure: Callable[[list[int]], Records],
     *,
     batch_size: int,

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
-from hf_robust_vision.evaluation.results import RobustnessResult, write_atomically
+from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, write_atomically
 
 from .usage import usage_block
 
@@ -106,11 +106,6 @@ def results_table(results: Sequence[RobustnessResult]) -> str:
         attack = f"{result.protocol}, {result.norm} {pretty_eps(result)}"
         lines.append(f"| {result.model} | {attack} | {clean} | {robust} | {result.num_samples} |")
     return "\n".join(lines)
-
-
-def pretty_eps(result: RobustnessResult) -> str:
-    """A Linf radius in 255ths, an L2 radius as it is."""
-    return f"{result.eps * 255:g}/255" if result.norm == "linf" else f"{result.eps:g}"
 
 
 def _percent(result: RobustnessResult, name: str) -> str:

@@ -64,6 +64,41 @@ def test_a_fallen_sample_stays_fallen(measure, monkeypatch, tmp_path):
     assert [round(result.robust_accuracy * 24) for result in results] == [right - 1] * 3
 
 
+def test_every_attack_has_the_accuracy_that_it_leaves(measure, tmp_path):
+    """What fell at a smaller radius has fallen before the first attack of the larger one."""
+    how = replace(HOW, protocol=get_protocol("autoattack", steps=3, queries=5), eps=EPS[:2])
+    results = measure(how, samples_dir=tmp_path)
+    for place, result in enumerate(results):
+        rows = lines(tmp_path, result)
+        before = {row["id"] for row in lines(tmp_path, results[0]) if row["fooled_by"]} if place else set()
+        left = [row for row in rows if row["clean"] == row["label"] and row["id"] not in before]
+        for attack in result.attacks:
+            left = [row for row in left if row["fooled_by"] != attack["name"]]
+            assert attack["robust_accuracy"] == len(left) / 24
+        assert [attack["name"] for attack in result.attacks] == ["apgd-ce", "fab-targeted", "square"]
+        assert result.attacks[-1]["robust_accuracy"] == result.robust_accuracy
+        assert result.left_out == ["apgd-dlr-targeted"]
+    assert results[0].robust_accuracy < results[0].clean_accuracy
+
+
+def test_tecoa_attacks_every_sample_at_every_radius_anew(measure, monkeypatch, tmp_path):
+    """So that the row of PGD-10 at 4/255 does not hold what PGD-100 did at 1/255."""
+    attacked = []
+
+    def first_at_the_smaller(protocol, classify, images, labels, ball, noise):
+        attacked.append(len(images))
+        name = "pgd-100" if ball.eps == EPS[0] else "pgd-10"
+        return Outcome(images, [name if row == 0 else None for row in range(len(images))])
+
+    monkeypatch.setattr(zero_shot, "run_protocol", first_at_the_smaller)
+    how = replace(HOW, batch_size=24, protocol=get_protocol("tecoa"))
+    results = measure(how, samples_dir=tmp_path)
+    right = round(results[0].clean_accuracy * 24)
+    assert attacked == [right] * 3
+    left = [[round(attack["robust_accuracy"] * 24) for attack in result.attacks] for result in results]
+    assert left == [[right, right, right - 1], [right - 1] * 3, [right - 1] * 3]
+
+
 def test_accuracies_are_sums_over_the_samples_file(measure, labelled_by_model, tmp_path):
     for result in measure(samples_dir=tmp_path):
         rows = lines(tmp_path, result)

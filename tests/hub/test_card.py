@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_robust_vision.hub.card import eval_results, is_hub_id, make_card, pretty_eps, write_card
+from hf_robust_vision.evaluation.results import pretty_eps
+from hf_robust_vision.hub.card import eval_results, is_hub_id, make_card, write_card
 from tests.evaluation.test_results import result
 
 

@@ -1,0 +1,119 @@
+"""FAB: walks along the decision boundary towards the clean image, to the smallest perturbation that fools."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .balls import Ball
+from .noise import StartNoise
+from .objectives import Objective, Success
+from .pgd import GradientGuard, Survivors, check_settings, value_and_gradient
+
+
+OVERSHOOT = 1.05  # how far beyond the linearised boundary a step goes
+HOMEWARD = 0.1  # largest weight of the step that starts at the clean image
+RETREAT = 0.9  # share of the perturbation that is kept after an iterate has fooled
+
+
+def fab(
+    objective: Objective,
+    images: Tensor,
+    ball: Ball,
+    *,
+    fooled: Success,
+    steps: int = 100,
+    noise: StartNoise | None = None,
+    restarts: int = 1,
+    nearest: bool = False,
+) -> Tensor:
+    """Search the smallest perturbation across the zero level of an objective, per image.
+
+    With `TargetedMargin` as the objective it is FAB-T: the boundary of one wrong class at a time.
+
+    Args:
+        objective: Images in [0, 1] to one value per image: below zero on this side of the boundary, above it beyond.
+            It must offer `take(rows)`.
+        images: Clean images in [0, 1], shape (batch, 3, height, width).
+        ball: What is near enough; its `eps` does not steer the search.
+        fooled: What counts as fooled.
+        steps: Gradient steps per restart.
+        noise: Of the random starts; the first run starts at the clean image and needs none.
+        restarts: Independent runs, the later ones from a random point half way to the edge of the ball.
+        nearest: Go on to the nearest fooling image. By default an image leaves the batch with the first one inside
+            the ball, which gives the same flags.
+
+    Returns:
+        Images in [0, 1] of the same shape, detached: a fooling one inside the ball where one was found, else the
+        clean one.
+
+    Raises:
+        ValueError: If a setting makes no sense.
+
+    Reference:
+        Croce and Hein 2020, https://huggingface.co/papers/1907.02044, algorithm 1.
+    """
+    check_settings(steps, restarts, noise)
+    if ball.eps == 0 or steps == 0 or len(images) == 0:
+        return images.detach().clone()
+    search = _Search(images.detach(), ball, nearest)
+    guard = GradientGuard(images.device)
+    for restart in range(restarts):
+        run = Survivors(search.unfinished(), objective, fooled, search.clean, noise)
+        start = run.images if restart == 0 else (run.images + run.start(ball, restart)) / 2
+        _one_run(run, search, guard, start, steps)
+    guard.report()
+    return search.found
+
+
+class _Search:
+    """The nearest fooling image of each image so far, if it lies in the ball."""
+
+    def __init__(self, images: Tensor, ball: Ball, nearest: bool):
+        self.clean, self.ball, self.nearest = images, ball, nearest
+        self.found = images.clone()
+        self.distance = torch.full((len(images),), torch.inf, device=images.device, dtype=images.dtype)
+
+    def unfinished(self) -> Tensor:
+        """Rows that the search goes on with."""
+        open_rows = torch.ones_like(self.distance, dtype=torch.bool) if self.nearest else self.distance.isinf()
+        return open_rows.nonzero().flatten()
+
+    def offer(self, rows: Tensor, adversarial: Tensor, hits: Tensor) -> Tensor | None:
+        """Keep what fools and is nearer than before; say which of these rows go on, or None for all of them."""
+        distance = self.ball.distance(adversarial, self.clean[rows])
+        nearer = hits & (distance <= self.ball.eps) & (distance < self.distance[rows])
+        self.found[rows[nearer]] = adversarial[nearer]
+        self.distance[rows[nearer]] = distance[nearer]
+        return None if self.nearest or not bool(nearer.any()) else (~nearer).nonzero().flatten()
+
+
+def _one_run(run: Survivors, search: _Search, guard: GradientGuard, start: Tensor, steps: int) -> None:
+    current = start.clone()
+    for _ in range(steps):
+        if len(current) == 0:
+            return
+        values, gradient = value_and_gradient(run.objective, current)
+        current = _step(current.detach(), run.images, values, guard(gradient), search.ball)
+        # With its graph kept: where nothing is fooled, `Logits` gives the next gradient without another forward pass.
+        with torch.enable_grad():
+            hits = cast(Success, run.fooled)(current.requires_grad_(True))
+        going = search.offer(run.rows, current.detach(), hits)
+        if going is not None:
+            run.keep(going)
+            current, hits = current.detach()[going], hits[going]
+        if bool(hits.any()):
+            retreat = run.images + RETREAT * (current.detach() - run.images)
+            current = torch.where(hits.view(-1, 1, 1, 1), retreat, current.detach())
+
+
+def _step(current: Tensor, images: Tensor, values: Tensor, gradient: Tensor, ball: Ball) -> Tensor:
+    """On to the linearised boundary, from here and from the clean image, mixed by the distances of the two."""
+    at_clean = values + ((images - current) * gradient).flatten(1).sum(1)
+    onward = ball.shortest(current, gradient, -values)
+    homeward = ball.shortest(images, gradient, -at_clean)
+    near, far = ball.distance(current + onward, current), ball.distance(images + homeward, images)
+    share = (near / (near + far).clamp_min(1e-12)).clamp_max(HOMEWARD).view(-1, 1, 1, 1)
+    return ((1 - share) * (current + OVERSHOOT * onward) + share * (images + OVERSHOOT * homeward)).clamp(0, 1)

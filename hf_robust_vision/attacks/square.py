@@ -1,0 +1,237 @@
+"""Square: random search with square-shaped changes. It asks for losses only, never for a gradient."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .balls import Ball
+from .noise import StartNoise
+from .objectives import Objective, Success
+from .pgd import Keeper, Survivors, check_settings
+
+
+FIRST_SHARE = 0.8  # of the image's area that the first squares cover
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # proposals after which that share is halved
+TILES = 5  # per side of the image, at the start in an L2 ball
+BLOCK = 100  # proposals whose random numbers are drawn at once
+
+
+def square(
+    objective: Objective,
+    images: Tensor,
+    ball: Ball,
+    *,
+    noise: StartNoise,
+    queries: int = 5000,
+    restarts: int = 1,
+    fooled: Success | None = None,
+) -> Tensor:
+    """Raise an objective inside a ball by random squares, of which each is kept if it helps.
+
+    Every image has squares of its own, drawn from its own noise, so a result does not depend on the batch; and the
+    first proposals are the same whatever `queries` is.
+
+    Args:
+        objective: Images in [0, 1] to one loss per image, `Margin` in the paper. It needs no gradient.
+        images: Clean images in [0, 1], shape (batch, channels, height, width).
+        ball: Where the perturbation may go.
+        noise: Owner of the random numbers.
+        queries: Looks at the model per image and restart, the start among them.
+        restarts: Independent searches, of which the best counts.
+        fooled: If given, an image that it flags is finished and leaves the batch. The objective must then offer
+            `take(rows)`.
+
+    Returns:
+        Adversarial images in [0, 1] of the same shape, at most `ball.eps` away, detached.
+
+    Raises:
+        ValueError: If a setting makes no sense.
+
+    Reference:
+        Andriushchenko et al. 2020, https://huggingface.co/papers/1912.00049, algorithms 1 to 3.
+    """
+    # Deviation: the paper stretches its schedule of sizes with the budget; the standard AutoAttack does not, nor do we.
+    if queries < 0:
+        raise ValueError(f"queries must be at least 0, got {queries}.")
+    check_settings(queries, restarts, noise)
+    if ball.eps == 0 or queries == 0 or len(images) == 0:
+        return images.detach().clone()
+    images = images.detach()
+    keeper = Keeper(images, best=True)
+    squares = _L2Squares(ball) if ball.norm == "l2" else _LinfSquares(ball)
+    with torch.no_grad():
+        for restart in range(restarts):
+            rows = keeper.unfinished()
+            if len(rows):
+                run = Survivors(rows, objective, fooled, images, noise)
+                _one_run(run, keeper, squares, queries, restart)
+    return keeper.images
+
+
+def _one_run(run: Survivors, keeper: Keeper, squares: _Squares, queries: int, restart: int) -> None:
+    assert run.noise is not None
+    channels, height, width = run.images.shape[1:]
+    numbers = run.noise.uniform(squares.start_shape(channels, width), restart, "square-start")
+    best = squares.start(run.images, numbers.to(run.images))
+    losses = run.objective(best)
+    going = keeper.offer(run, best, losses)
+    table = torch.empty(0)
+    for proposal in range(queries - 1):
+        if going is not None:
+            if len(going) == 0:
+                return
+            run.keep(going)
+            best, losses, table = best[going], losses[going], table[going] if len(table) else table
+        if proposal % BLOCK == 0:
+            block = (BLOCK, squares.numbers(channels))
+            table = run.noise.uniform(block, restart, "square", proposal // BLOCK).to(run.images.device)
+        share = FIRST_SHARE / 2 ** sum(proposal > halving for halving in HALVINGS)
+        side = squares.side(math.sqrt(share * height * width), min(height, width))
+        proposed = squares.propose(best, run.images, side, table[:, proposal % BLOCK])
+        found = run.objective(proposed)
+        going = keeper.offer(run, proposed, found)
+        better = found > losses
+        best, losses = torch.where(better.view(-1, 1, 1, 1), proposed, best), torch.where(better, found, losses)
+
+
+@dataclass(frozen=True)
+class _Squares(ABC):
+    """What a start and a proposal look like in one norm; numbers are uniform in [0, 1), one row an image."""
+
+    ball: Ball
+
+    @abstractmethod
+    def start_shape(self, channels: int, width: int) -> tuple[int, ...]:
+        """Shape of the numbers that the start of one image takes."""
+
+    @abstractmethod
+    def start(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """The first images to try."""
+
+    @abstractmethod
+    def numbers(self, channels: int) -> int:
+        """How many numbers one proposal takes."""
+
+    @abstractmethod
+    def side(self, wanted: float, most: int) -> int:
+        """Side of a square in pixels."""
+
+    @abstractmethod
+    def propose(self, best: Tensor, images: Tensor, side: int, numbers: Tensor) -> Tensor:
+        """The best images, changed in a random square."""
+
+
+class _LinfSquares(_Squares):
+    """Algorithm 2: each channel of a square goes to the lower or the upper end of its range."""
+
+    def start_shape(self, channels: int, width: int) -> tuple[int, ...]:
+        """One sign a channel and column."""
+        return channels, 1, width
+
+    def start(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Vertical stripes."""
+        return self.ball.project(images + self.ball.eps * _signs(numbers), images)
+
+    def numbers(self, channels: int) -> int:
+        """The corner and one sign a channel."""
+        return 2 + channels
+
+    def side(self, wanted: float, most: int) -> int:
+        """At least one pixel."""
+        return min(max(round(wanted), 1), most)
+
+    def propose(self, best: Tensor, images: Tensor, side: int, numbers: Tensor) -> Tensor:
+        """A square of one colour."""
+        colour = _signs(numbers[:, 2:]).to(images.dtype)[:, :, None, None]
+        painted = self.ball.project(images + self.ball.eps * colour, images)
+        return torch.where(_inside(*_offsets(numbers[:, :2], side, images), side), painted, best)
+
+
+class _L2Squares(_Squares):
+    """Algorithm 3: the budget of one window moves to another, as a bright hill beside a dark one."""
+
+    def start_shape(self, channels: int, width: int) -> tuple[int, ...]:
+        """One sign a channel and tile, and which way the tile lies."""
+        return channels + 1, TILES, TILES
+
+    def start(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Five by five tiles."""
+        height, width = images.shape[2:]
+        side = max(min(height, width) // TILES, 1)
+        hills = _hills(side, images)
+        tall, wide = min(TILES, height // side), min(TILES, width // side)
+        lying = numbers[:, -1:, :tall, :wide, None, None] < 0.5
+        tiles = _signs(numbers[:, :-1, :tall, :wide, None, None]) * torch.where(lying, hills.T, hills)
+        mosaic = tiles.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
+        perturbation = torch.zeros_like(images)
+        top, left = (height - tall * side) // 2, (width - wide * side) // 2
+        perturbation[:, :, top : top + tall * side, left : left + wide * side] = mosaic
+        return self.ball.project(images + self.ball.eps * self.ball.ascend(perturbation), images)
+
+    def numbers(self, channels: int) -> int:
+        """Two corners, which way the hills lie, and one sign a channel."""
+        return 5 + channels
+
+    def side(self, wanted: float, most: int) -> int:
+        """Odd, and at least three pixels where the image has them."""
+        return min(max(round(wanted), 3) | 1, most)
+
+    def propose(self, best: Tensor, images: Tensor, side: int, numbers: Tensor) -> Tensor:
+        """Add hills to the first window, with the budget of both windows and what the ball has left."""
+        down, right = _offsets(numbers[:, :2], side, images)
+        here = _inside(down, right, side)
+        there = _inside(*_offsets(numbers[:, 2:4], side, images), side)
+        lying = numbers[:, 4, None, None] < 0.5
+        hills, rows, columns = _hills(side, images), down.clamp(0, side - 1), right.clamp(0, side - 1)
+        pattern = torch.where(lying, hills[columns, rows], hills[rows, columns])[:, None] * here
+        signs = _signs(numbers[:, 5:]).to(images.dtype)[:, :, None, None]
+        perturbation = best - images
+        left = (self.ball.eps**2 - perturbation.square().sum((1, 2, 3), keepdim=True)).clamp_min(0) / images.shape[1]
+        budget = (left + (perturbation * (here | there)).square().sum((2, 3), keepdim=True)).sqrt()
+        mixed = _unit(signs * pattern + _unit(perturbation * here))
+        moved = torch.where(here, budget * mixed, torch.where(there, 0, perturbation))
+        return self.ball.project(images + moved, images)
+
+
+def _signs(numbers: Tensor) -> Tensor:
+    return torch.where(numbers < 0.5, -1.0, 1.0)
+
+
+def _offsets(corner: Tensor, side: int, images: Tensor) -> tuple[Tensor, Tensor]:
+    """How far each row, and each column, of each image lies below and right of its square's corner."""
+    sizes = images.shape[2:]
+    places = [(corner[:, i] * (size - side + 1)).long().clamp_max(size - side) for i, size in enumerate(sizes)]
+    down, right = (torch.arange(size, device=images.device) - place[:, None] for size, place in zip(sizes, places))
+    return down[:, :, None], right[:, None, :]
+
+
+def _inside(down: Tensor, right: Tensor, side: int) -> Tensor:
+    """The square as a mask, shape (batch, 1, height, width)."""
+    return ((down >= 0) & (down < side) & (right >= 0) & (right < side))[:, None]
+
+
+def _hills(side: int, like: Tensor) -> Tensor:
+    """A bright hill above an equally strong dark one, together of length 1, shape (side, side)."""
+    hills = torch.cat([_hill(side // 2, side, like), -_hill(side - side // 2, side, like)])
+    return hills / hills.square().sum().sqrt()
+
+
+def _hill(height: int, width: int, like: Tensor) -> Tensor:
+    """Terraces: the pixels at most k from the middle are raised by 1 / (k + 1)^2, for every k that fits; length 1."""
+    levels = max(height, width) // 2 + 1
+    steps = 1 / torch.arange(1, levels + 1, device=like.device, dtype=like.dtype).square()
+    heights = steps.flip(0).cumsum(0).flip(0)
+    rows, columns = (torch.arange(size, device=like.device) - size // 2 for size in (height, width))
+    hill = heights[torch.maximum(rows.abs()[:, None], columns.abs()[None, :])]
+    return hill / hill.square().sum().sqrt()
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    """Each channel of each image at length 1; zero stays zero."""
+    length = tensor.square().sum((2, 3), keepdim=True).sqrt()
+    return tensor / length.clamp_min(torch.finfo(tensor.dtype).tiny)
