@@ -225,7 +225,7 @@ def test_best_robust_checkpoint_is_loaded_at_the_end(clip_folder, tmp_path, monk
     scores = iter([0.2, 0.9, 0.4])
 
     def pretend(*args, **settings):
-        return [SimpleNamespace(clean_accuracy=1.0, robust_accuracy=next(scores), seconds=0.0)]
+        return [SimpleNamespace(eps=1 / 255, clean_accuracy=1.0, robust_accuracy=next(scores), seconds=0.0)]
 
     monkeypatch.setattr(base, "evaluate_zero_shot", pretend)
     each = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
