@@ -37,6 +37,7 @@ _HOME = {
     "load_labelled_images": "data.datasets",
     "load_results": "evaluation.results",
     "make_text_bank": "text_bank",
+    "merge_adapter": "trainers.adapters",
     "pgd": "attacks",
     "swap_vision_encoder": "vlm.swap",
 }
@@ -69,6 +70,7 @@ __all__ = [
     "load_labelled_images",
     "load_results",
     "make_text_bank",
+    "merge_adapter",
     "pgd",
     "swap_vision_encoder",
 ]
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from .evaluation.results import RobustnessResult, load_results
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
     from .text_bank import make_text_bank
+    from .trainers.adapters import merge_adapter
     from .trainers.base import AdversarialTrainer
     from .trainers.config import AdversarialTrainingArguments
     from .trainers.fare import FAREArguments, FARETrainer

@@ -191,8 +191,7 @@ def run(
     before = _measure(trainer, trainer.reference.encoder, test, how, "before") if options.measure else []
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
-    hardened = trainer.accelerator.unwrap_model(trainer.model)
-    after = _measure(trainer, hardened, test, how, "after") if options.measure else []
+    after = _measure(trainer, trainer.hardened_encoder(), test, how, "after") if options.measure else []
     for result in after:
         result.training = trainer.training_record()
     results = before + after
