@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from transformers import CLIPModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
 
 from hf_robust_vision import (
     FARETrainer,
@@ -20,8 +20,9 @@ from hf_robust_vision import (
     merge_adapter,
     swap_vision_encoder,
 )
-from hf_robust_vision.encoders import attack_mode, weights_sha256
-from tests.trainers.helpers import largest_gap, make_trainer, weights
+from hf_robust_vision.encoders import attack_mode, freeze_unread, weights_sha256
+from hf_robust_vision.trainers.adapters import add_adapter
+from tests.trainers.helpers import arguments, largest_gap, make_trainer, weights
 
 
 TRAINERS = (SimCLIPTrainer, FARETrainer, TeCoATrainer, PMGAFTTrainer, TIMATrainer)
@@ -206,6 +207,18 @@ def test_the_adapter_beside_it_is_a_peft_folder(saved, clip_folder):
     held = sum(value.nbytes for name, value in saved[0].model.state_dict().items() if ".lora_" in name)
     assert held < size["adapter/adapter_model.safetensors"] < held + 8_000
     assert size["adapter/adapter_model.safetensors"] < size["model.safetensors"] / 4
+
+
+def test_an_adapter_of_vit_b_32_is_one_percent(tmp_path):
+    with torch.device("meta"):
+        encoder = as_encoder(CLIPModel(CLIPConfig(vision_config={"patch_size": 32})))
+    freeze_unread(encoder)
+    whole = encoder.num_parameters()
+    add_adapter(encoder, arguments(tmp_path, use_peft=True))
+    share = encoder.num_parameters(only_trainable=True) / whole
+    in_a_block = 4 * 2 * 768 * 8 + 2 * (768 + 3072) * 8
+    assert share == (12 * in_a_block + (768 + 512) * 8) / whole
+    assert 0.008 < share < 0.01
 
 
 def test_swap_from_what_the_trainer_saved(saved, clip_folder):
