@@ -94,15 +94,20 @@ def load_adapter(encoder: Encoder, folder: str | Path) -> None:
     """Read the adapter's weights of a checkpoint into an encoder that has one of the same shape.
 
     Raises:
-        ValueError: If the checkpoint holds no adapter.
+        ValueError: If it is that of other layers or of another rank.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    state = load_file(Path(folder) / _WEIGHTS_FILE)
-    missing = set_peft_model_state_dict(encoder, state, adapter_name=ADAPTER).missing_keys
-    if lost := [name for name in missing if ".lora_" in name]:
-        raise ValueError(f"the adapter in {folder} lacks {len(lost)} weights of this one: {lost[:3]}.")
+    found = load_file(Path(folder) / _WEIGHTS_FILE)
+    state = {name.removeprefix("base_model.model."): value for name, value in found.items()}
+    wanted = get_peft_model_state_dict(encoder, adapter_name=ADAPTER)
+    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in wanted.items()}:
+        raise ValueError(
+            f"the adapter in {folder} is of another rank or of other layers; go on with the lora_r and the "
+            "lora_target_modules of its run."
+        )
+    set_peft_model_state_dict(encoder, state, adapter_name=ADAPTER)
 
 
 def holds_adapter(folder: str | Path) -> bool:

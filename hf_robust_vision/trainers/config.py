@@ -57,8 +57,8 @@ class AdversarialTrainingArguments(TrainingArguments):
         freeze_blocks: Leave the vision tower's embeddings and this many of its first blocks as they are.
         matmul_precision: "high" (TF32) or "medium" (bfloat16) inside float32 matrix products of a training step, by
             `torch.set_float32_matmul_precision`; measurements always run at the precision that is set outside.
-        cache_targets_mb: MiB of memory for the original's features of clean images, which then are computed once a
-            sample; 0 computes them at each step. For data that is the same at every epoch.
+        cache_targets_mb: MiB of memory of each process for the original's features of clean images, which then are
+            computed once a sample; 0 computes them at each step. For data that is the same at every epoch.
 
     `torch_compile` compiles the encoder in place: the learner's pass and the attack's run compiled, weights keep their
     names, and measurements run as they would without it.

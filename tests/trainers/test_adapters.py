@@ -21,6 +21,7 @@ from hf_robust_vision import (
     swap_vision_encoder,
 )
 from hf_robust_vision.encoders import attack_mode, freeze_unread, weights_sha256
+from hf_robust_vision.pipeline import parse, run
 from hf_robust_vision.trainers.adapters import add_adapter
 from tests.trainers.helpers import arguments, largest_gap, make_trainer, weights
 
@@ -152,6 +153,15 @@ def test_resume_with_and_without_adapter_do_not_mix(clip_folder, tmp_path):
         lora.train(resume_from_checkpoint=str(tmp_path / "full" / "checkpoint-1"))
 
 
+@pytest.mark.parametrize("other", [{"lora_r": 4}, {"lora_target_modules": ["q_proj"]}], ids=["rank", "layers"])
+def test_resume_with_another_adapter_is_refused(other, saved, clip_folder, tmp_path):
+    trainer = make_trainer(clip_folder, tmp_path / "other", **(LORA | other))
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="of another rank or of other layers; go on with the lora_r"):
+        trainer._load_from_checkpoint(str(saved[1] / "adapter"))
+    assert largest_gap(weights(trainer), before) == 0
+
+
 def test_the_best_checkpoint_is_loaded(clip_folder, tmp_path):
     settings = LORA | {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "robust_accuracy", "eval_steps": 1}
@@ -191,6 +201,33 @@ def test_a_saved_model_is_a_stock_clip(saved, clip_folder):
     assert not torch.allclose(load_encoder(clip_folder)(images).image_embeds, live, atol=1e-3)
     assert weights_sha256(trainer.hardened_encoder()) == weights_sha256(model)
     assert all(".lora_" in name for name in trainable(trainer))  # saving left the live model as it was
+
+
+def test_saving_a_compiled_model_under_autocast(clip_folder, tmp_path):
+    """The merged copy is free of what accelerate and the compiler put around the live model."""
+    speed = {"bf16": True, "torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1}
+    trainer = make_trainer(clip_folder, tmp_path, **LORA, **speed)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    merged = trainer.hardened_encoder()
+    images = torch.rand(2, 3, 32, 32)
+    assert merged.encode_images(images).image_embeds.dtype == torch.float32
+    assert weights_sha256(CLIPModel.from_pretrained(tmp_path / "model")) == weights_sha256(merged)
+    torch._dynamo.reset()
+
+
+def test_the_recipe_measures_what_it_saves(clip_folder, image_folder, tmp_path):
+    """Before: the base without the adapter; after: the merged model of the folder."""
+    text = f"""--model_name_or_path {clip_folder} --dataset_name {image_folder} --output_dir {tmp_path / "out"}
+    --validation_split validation --max_steps 2 --per_device_train_batch_size 4 --attack_steps 2 --test_steps 2
+    --test_eps 1/255 --attack_eps 1/255 --report_to none --use_cpu true --templates demo --save_strategy no
+    --disable_tqdm true --use_peft true --lora_r 2 --learning_rate 1e-2"""
+    before, after = run(SimCLIPTrainer, *parse(SimCLIPTrainer, text.split()))
+    assert before.model_sha256 == weights_sha256(load_encoder(clip_folder))
+    assert after.model_sha256 == weights_sha256(load_encoder(tmp_path / "out")) != before.model_sha256
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+    assert after.training["lora_r"] == 2
+    assert after.training["lora_target_modules"] == "all"
 
 
 def test_the_adapter_beside_it_is_a_peft_folder(saved, clip_folder):
