@@ -313,6 +313,7 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
     can be touched. The flags of every sub-module are restored one by one.
     """
     training = [module for module in model.modules() if module.training]
+    _show_shards(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for module in training:
         module.training = False
@@ -325,6 +326,14 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
+        _show_shards(model)  # or the learner's pass would find the gathered weights as the attack left them: frozen
+
+
+def _show_shards(model: nn.Module) -> None:
+    """Make the parameters of a model under FSDP2 its shards, whose flags count, and not what was gathered from them."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def text_embeddings(model: CLIPModel, prompts: Mapping[str, Tensor]) -> Tensor:

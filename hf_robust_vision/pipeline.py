@@ -24,12 +24,12 @@ from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.evaluation.report import plot_curve
 from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
-from hf_robust_vision.evaluation.samples import barrier, rank_and_world
 from hf_robust_vision.evaluation.sanity import add_sanity
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.hub.push import PushError, VerificationError
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.processes import announce, barrier, part, rank_and_world
 from hf_robust_vision.trainers.base import AdversarialTrainer
 from hf_robust_vision.trainers.checkpoints import complete_checkpoint
 from hf_robust_vision.trainers.collapse import CollapseError
@@ -162,6 +162,7 @@ def run(
     start = time.time()
     if options.cpu_threads is not None and args.device.type == "cpu":
         torch.set_num_threads(options.cpu_threads or max(usable_cores() // args.world_size, 1))
+    announce(args)
     output = Path(args.output_dir)
     resume = _check_output(output, options, args)
     set_seed(args.seed)
@@ -215,6 +216,7 @@ def run(
     barrier()
     if args.push_to_hub and args.should_save:
         _push(trainer, test)
+    part()
     return results
 
 

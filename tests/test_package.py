@@ -25,10 +25,10 @@ MAY_IMPORT = {
     "text_bank": {"encoders"},
     "data": {"pixels", "text_bank"},  # text_bank for one rule about class names only
     "vlm": {"encoders", "pixels"},
-    "evaluation": {"attacks", "pixels", "encoders", "text_bank", "data", "vlm"},
+    "evaluation": {"processes", "attacks", "pixels", "encoders", "text_bank", "data", "vlm"},
     "hub": {"encoders", "evaluation"},
     "trainers": {"attacks", "pixels", "encoders", "text_bank", "data", "evaluation", "hub"},
-    "pipeline": {"attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers"},
+    "pipeline": {"processes", "attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers"},
     "cli": {"attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers", "pipeline"},
 }
 LIGHT = {"attacks": {"torch"}, "pixels": {"torch"}}

@@ -16,10 +16,10 @@ from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import get_templates, read_class_names
 from hf_robust_vision.encoders import CLIPEncoder, load_encoder, load_tokenizer, weights_sha256
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.processes import barrier, rank_and_world
 from hf_robust_vision.text_bank import TextBank, make_text_bank
 
 from .results import RobustnessResult, add_results
-from .samples import barrier, rank_and_world
 from .zero_shot import RobustnessProtocol, evaluate_zero_shot
 
 

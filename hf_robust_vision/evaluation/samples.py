@@ -13,6 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from hf_robust_vision.processes import barrier, rank_and_world
+
 from .results import SampleRecord, write_atomically
 
 
@@ -121,16 +123,3 @@ def measure_all(
         bar.update(len(batch))
     bar.close()
     return store.gather(ids)
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def barrier() -> None:
-    """Wait for all processes, where there are several."""
-    if rank_and_world()[1] > 1:
-        dist.barrier()

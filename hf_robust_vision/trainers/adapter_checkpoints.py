@@ -23,9 +23,13 @@ class AdapterTrainer(Trainer):
 
     model: Any
 
+    def whole_encoder(self) -> Encoder:
+        """The network of this moment, as it trains."""
+        return self.accelerator.unwrap_model(self.model)
+
     def hardened_encoder(self) -> Encoder:
         """The network that `save_model` writes: the model that trains or, with an adapter, a merged copy of it."""
-        encoder = self.accelerator.unwrap_model(self.model)
+        encoder = self.whole_encoder()
         return merged(encoder) if has_adapter(encoder) else encoder
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -38,6 +38,7 @@ from .batch import Batch
 from .checkpoints import complete_checkpoint, mark_complete, rotate, unmark
 from .collapse import Spread, check_collapse
 from .config import AdversarialTrainingArguments
+from .launchers import check_launcher, gathered, is_sharded
 from .layers import decay_learning_rates, freeze_first_blocks
 from .publishing import PublishWhenMeasured
 from .speed import compile_in_place, matmul_precision
@@ -118,7 +119,7 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says to newer versions
-        self._refuse_wrappers()
+        check_launcher(self.accelerator, adapter=args.use_peft)
         compile_in_place(encoder, self.accelerator)
         self._measured: dict[str, list[Tensor]] = {}
         self._last_images: Tensor | None = None
@@ -221,7 +222,7 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
     @torch.no_grad()
     def _monitor(self, encoder: Encoder, batch: Batch, objective: Objective, adversarial: Tensor) -> None:
         """Measure, on this batch, how strong the attack is and how far the encoder went from the original."""
-        clean = encoder.encode_images(batch.images).image_embeds
+        clean = encoder(batch.images).image_embeds
         spread = Spread.of(clean, batch.original.image_embeds)
         self.record("cosine_to_original", F.cosine_similarity(clean, batch.original.image_embeds))
         self.record("pairwise_cosine", spread.pairwise)
@@ -237,13 +238,18 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
 
     # Measuring
 
+    def whole_encoder(self) -> Encoder:
+        """The network of this moment: the model that trains or, where its weights are shared out, a gathered copy."""
+        encoder = super().whole_encoder()
+        return gathered(encoder, self.reference.encoder) if is_sharded(encoder) else encoder
+
     def text_bank(self, dataset: LabelledImages, encoder: Encoder | None = None) -> TextBank:
         """The zero-shot classifier of a dataset's classes, from the text tower of the model or of another encoder.
 
         Raises:
             ValueError: If the model or the processing class can not embed text.
         """
-        encoder = encoder if encoder is not None else self.accelerator.unwrap_model(self.model)
+        encoder = encoder if encoder is not None else self.whole_encoder()
         tokenizer = getattr(self.processing_class, "tokenizer", None)
         if not isinstance(encoder, CLIPEncoder) or tokenizer is None:
             raise ValueError(
@@ -276,10 +282,10 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
         how = RobustnessProtocol(
             protocol, radii, self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
         )
-        encoder = self.accelerator.unwrap_model(self.model)
+        encoder = self.whole_encoder()
         results = evaluate_zero_shot(
             encoder,
-            self.text_bank(dataset),
+            self.text_bank(dataset, encoder),
             dataset,
             how,
             model_name=f"step {self.state.global_step}",
@@ -331,7 +337,7 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._last_images is not None:
             with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(model)):
-                embeds = encoder.encode_images(self._last_images).image_embeds
+                embeds = encoder(self._last_images).image_embeds
                 self._check_collapse(Spread.of(embeds, self.reference(self._last_images).image_embeds))
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
@@ -364,17 +370,8 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
             "max_grad_norm": args.max_grad_norm,
             "seed": args.seed,
             "world_size": args.world_size,
-            "precision": "bf16" if args.bf16 else "float32",
+            "precision": "bf16" if self.accelerator.mixed_precision == "bf16" else "float32",
         } | args.tuning_record()
-
-    def _refuse_wrappers(self) -> None:
-        if self.is_fsdp_enabled and self.args.use_peft:
-            raise ValueError("use_peft=true and FSDP do not go together; an adapter is small: use DDP.")
-        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
-            raise ValueError("FSDP1 shards what the attack must read; use distributed_type: MULTI_GPU (DDP).")
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError("DeepSpeed ZeRO-3 shards what the attack must read; use DDP.")
 
 
 def _transform(processing_class: Any) -> PixelTransform | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_robust_vision.attacks import PROTOCOLS, Ball, make_ball
@@ -101,7 +103,15 @@ class AdversarialTrainingArguments(TrainingArguments):
     cache_targets_mb: int = field(default=0, metadata={"help": "MiB for the original's features; 0: no cache."})
 
     def __post_init__(self) -> None:
+        # Without it, on a machine without accelerators, each process of a launcher runs alone, in the same folder.
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        self.use_cpu = self.use_cpu or (launched > 1 and not getattr(torch, "accelerator", torch.cuda).is_available())
         super().__post_init__()
+        if launched != self.world_size:
+            raise ValueError(
+                f"the launcher started {launched} processes, but none can see a GPU of its own and each would train "
+                "alone; type --use_cpu true to train on the CPU."
+            )
         self.remove_unused_columns = False
         # Without a name, trackio would open a second run for what is logged after training.
         self.run_name = getattr(self, "run_name", None) or Path(self.output_dir).absolute().name

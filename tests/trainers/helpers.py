@@ -55,7 +55,7 @@ def make_trainer(
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+    return {name: value.detach().clone() for name, value in trainer.whole_encoder().state_dict().items()}
 
 
 def largest_gap(one, other) -> float:

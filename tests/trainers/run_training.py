@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback
 
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.processes import part
 from hf_robust_vision.trainers import base
+from hf_robust_vision.trainers.launchers import is_sharded
 from tests.trainers.helpers import make_trainer, weights
 
 
@@ -29,6 +31,18 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def shard_on_the_cpu() -> None:
+    """Let accelerate run FSDP2 on gloo processes: by itself it runs DDP there, whatever its settings say."""
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+    os.environ |= {
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+
+
 def kill_while_saving(step: int) -> None:
     """Die when the weights of a checkpoint are written and its optimizer is not."""
     save = base.AdversarialTrainer._save_optimizer_and_scheduler
@@ -41,33 +55,38 @@ def kill_while_saving(step: int) -> None:
     base.AdversarialTrainer._save_optimizer_and_scheduler = save_or_die
 
 
-def main() -> None:
+def main(settings: dict) -> None:
     torch.set_num_threads(1)
-    settings = json.loads(sys.argv[1])
     output, resume = Path(settings.pop("output_dir")), settings.pop("resume", None)
     kill, kill_save = settings.pop("kill", None), settings.pop("kill_save", None)
+    killed = settings.pop("kill_rank", 0) == int(os.environ.get("RANK", 0))
     measure, world = settings.pop("measure", False), settings.pop("world_size", 1)
+    if settings.pop("fsdp2", False):
+        shard_on_the_cpu()
     if kill_save is not None:
         kill_while_saving(kill_save)
-    callbacks = [KillAt(kill)] if kill is not None else None
+    callbacks = [KillAt(kill)] if kill is not None and killed else None
     trainer = make_trainer(settings.pop("clip"), output, callbacks=callbacks, **settings)
     assert trainer.args.world_size == world, (trainer.args.world_size, world)
     trainer.train(resume_from_checkpoint=resume)
     rank = trainer.args.process_index
-    torch.save({"weights": weights(trainer), "log": trainer.state.log_history}, output / f"final-{rank}.pt")
+    sharded = is_sharded(trainer.model)
+    torch.save(
+        {"weights": weights(trainer), "sharded": sharded, "log": trainer.state.log_history},
+        output / f"final-{rank}.pt",
+    )
     if measure:
         how = RobustnessProtocol(get_protocol("apgd-ce", steps=3), (0.25 / 255, 1 / 255), batch_size=4)
-        encoder = trainer.accelerator.unwrap_model(trainer.model)
-        bank = trainer.text_bank(trainer.eval_dataset)
+        encoder = trainer.whole_encoder()
+        bank = trainer.text_bank(trainer.eval_dataset, encoder)
+        trainer.save_model()
         results = evaluate_zero_shot(
             encoder, bank, trainer.eval_dataset, how, model_name="after", samples_dir=output, progress=False
         )
         if rank == 0:
             (output / "samples.json").write_text(json.dumps([result.samples for result in results]))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    part()
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))

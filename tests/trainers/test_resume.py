@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 from hf_robust_vision.trainers.checkpoints import complete_checkpoint, mark_complete, rotate
 from tests.trainers.helpers import largest_gap, make_trainer, weights
+from tests.trainers.ranks import final, said, start
 
 
-ROOT = Path(__file__).parents[2]
 RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "feature": "both"}
-
-
-def start(clip_folder, output, *, launcher=(sys.executable,), **settings):
-    command = [*launcher, "-m", "tests.trainers.run_training"]
-    words = json.dumps({"clip": str(clip_folder), "output_dir": str(output)} | settings)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*command, words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def final(output, rank=0):
-    return torch.load(output / f"final-{rank}.pt", weights_only=False)["weights"]
 
 
 @pytest.fixture(scope="module")
 def unbroken(clip_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("unbroken")
-    done = start(clip_folder, output, **RUN)
-    assert done.returncode == 0, done.stderr
+    assert start(clip_folder, output, **RUN) == [0], said(output)
     return final(output)
 
 
@@ -47,14 +27,27 @@ def unbroken(clip_folder, tmp_path_factory):
     ids=["between-saves", "during-a-save"],
 )
 def test_killed_and_resumed_is_bit_equal(kill, from_step, left, clip_folder, unbroken, tmp_path):
-    done = start(clip_folder, tmp_path, **RUN, **kill)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert start(clip_folder, tmp_path, **RUN, **kill) == [-signal.SIGKILL], said(tmp_path)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == left
     assert complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{from_step}")
-    done = start(clip_folder, tmp_path, resume=True, **RUN)
-    assert done.returncode == 0, done.stderr
+    assert start(clip_folder, tmp_path, resume=True, **RUN) == [0], said(tmp_path)
     assert largest_gap(final(tmp_path), unbroken) == 0
     assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
+def test_one_of_two_processes_is_killed(fsdp2, clip_folder, tmp_path):
+    """The other can not go on and ends with an error, as a launcher would end it; both start again from step 4."""
+    settings = RUN | {"per_device_train_batch_size": 2, "fsdp2": fsdp2, "world": 2}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(clip_folder, whole, **settings) == [0, 0], said(whole)
+    codes = start(clip_folder, broken, kill=5, kill_rank=1, **settings)
+    assert codes[0] != 0
+    assert codes[1] == -signal.SIGKILL
+    assert complete_checkpoint(broken) == str(broken / "checkpoint-4")
+    assert start(clip_folder, broken, resume=True, **settings) == [0, 0], said(broken)
+    assert largest_gap(final(broken), final(whole)) == 0
+    assert largest_gap(final(broken), final(broken, 1)) == 0
 
 
 def test_resume_within_an_epoch_and_a_limit(clip_folder, tmp_path):
