@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
@@ -135,7 +136,7 @@ class LabelledImages(Dataset):
 class StreamedImages(IterableDataset):
     """The same items from a `datasets.IterableDataset`, numbered in the order of the stream.
 
-    With several loader workers the numbers differ from those of one, but no two images share one.
+    With several loader workers or processes the numbers differ from those of one, but no two images share one.
 
     Args:
         stream: A `datasets` stream with an image and a label column.
@@ -164,11 +165,13 @@ class StreamedImages(IterableDataset):
         self.stream, self.class_names, self.transform = stream, tuple(class_names), transform
         self.name, self.split, self.skip_corrupt, self.skipped = name, split, skip_corrupt, 0
         self.image_column, self.label_column = image_column, label_column
+        self.rank, self.world = 0, 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # Each worker of a loader reads its own shards and counts from 0: they take turns at the numbers.
+        # Each worker of each process reads its own shards and counts from 0: they take turns at the numbers.
         worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        place, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        first, stride = self.rank * workers + place, self.world * workers
         for sample, row in zip(count(first, stride), self.stream):
             _need_columns(row, self.image_column, self.label_column)
             try:
@@ -179,6 +182,22 @@ class StreamedImages(IterableDataset):
                 self.skipped += 1
                 continue
             yield _item(image, row[self.label_column], sample, self.transform, self.class_names)
+
+    def share(self, rank: int, world: int) -> StreamedImages:
+        """What one of several processes reads; no image goes to two of them.
+
+        Where the number of shards is a multiple of `world`, a process opens its own shards only; else all read all
+        rows and each decodes its own.
+        """
+        import datasets.distributed
+
+        mine = copy.copy(self)
+        mine.rank, mine.world = rank, world
+        if world > 1 and isinstance(self.stream, datasets.IterableDataset):
+            mine.stream = datasets.distributed.split_dataset_by_node(self.stream, rank, world)
+        elif world > 1:
+            mine.stream = list(self.stream)[rank::world]
+        return mine
 
     def set_epoch(self, epoch: int) -> None:
         """Reshuffle a stream that shuffles, as `Trainer` asks at each epoch."""

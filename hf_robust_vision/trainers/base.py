@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd
 from hf_robust_vision.data.collator import collate_images
-from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import (
     DEFAULT_TOKEN_LAYER,
@@ -42,6 +43,7 @@ from .launchers import check_launcher, gathered, is_sharded
 from .layers import decay_learning_rates, freeze_first_blocks
 from .publishing import PublishWhenMeasured
 from .speed import compile_in_place, matmul_precision
+from .streams import stream_loader
 from .targets import TargetCache
 
 
@@ -160,6 +162,12 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
         if fresh:
             decay_learning_rates(optimizer, self.model if model is None else model, self.args.layer_decay)
         return optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer` does; of a stream each process reads its own share."""
+        if isinstance(self.train_dataset, StreamedImages):
+            return stream_loader(self.train_dataset, self.args, self.data_collator)
+        return super().get_train_dataloader()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As `Trainer` does, at the `matmul_precision` that was asked for."""

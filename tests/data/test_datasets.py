@@ -245,6 +245,18 @@ class TestStream:
         ids = [sample for batch in loader for sample in batch["ids"].tolist()]
         assert len(ids) == len(set(ids)) == 8
 
+    @pytest.mark.parametrize("shards", [4, 3], ids=["own shards", "own rows"])
+    def test_processes_share_a_stream_out(self, shards):
+        """Each image goes to one of two processes, and no number is given twice."""
+        rows = rows_of(12).to_iterable_dataset(num_shards=shards).cast_column("image", datasets.Image(decode=False))
+        stream = self.stream(rows.shuffle(seed=0, buffer_size=4))
+        parts = [list(stream.share(rank, 2)) for rank in range(2)]
+        assert all(parts)
+        seen = [item["images"].sum().item() for part in parts for item in part]
+        assert sorted(seen) == sorted(item["images"].sum().item() for item in stream)
+        ids = [item["ids"] for part in parts for item in part]
+        assert len(ids) == len(set(ids)) == 12
+
 
 def test_collator_stacks_and_refuses_mixed_sizes():
     items = [make_dataset(3)[i] for i in range(3)]

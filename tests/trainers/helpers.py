@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datasets
 import torch
 
-from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
 from hf_robust_vision.encoders import load_encoder
 from hf_robust_vision.trainers.base import AdversarialTrainer
 from hf_robust_vision.trainers.config import AdversarialTrainingArguments
@@ -37,7 +38,7 @@ def make_trainer(
     *,
     kind=SimCLIPTrainer,
     double=False,
-    train: LabelledImages | None = None,
+    train: LabelledImages | StreamedImages | None = None,
     callbacks=None,
     reference=None,
     **changes,
@@ -52,6 +53,14 @@ def make_trainer(
         callbacks=callbacks,
         reference=reference,
     )
+
+
+def make_stream(count: int = 10, shards: int = 2) -> StreamedImages:
+    """The first training images as a shuffled stream; with two shards each of two processes reads one."""
+    images = make_dataset(count)
+    rows = datasets.Dataset.from_list([{"image": row["image"], "label": row["label"]} for row in images.rows])
+    stream = rows.to_iterable_dataset(num_shards=shards).shuffle(seed=0, buffer_size=4)
+    return StreamedImages(stream, images.class_names, images.transform, name="tiny", split="train")
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback
 
@@ -17,7 +18,7 @@ from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_z
 from hf_robust_vision.processes import part
 from hf_robust_vision.trainers import base
 from hf_robust_vision.trainers.launchers import is_sharded
-from tests.trainers.helpers import make_trainer, weights
+from tests.trainers.helpers import make_stream, make_trainer, weights
 
 
 class KillAt(TrainerCallback):
@@ -31,13 +32,14 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def shard_on_the_cpu() -> None:
-    """Let accelerate run FSDP2 on gloo processes: by itself it runs DDP there, whatever its settings say."""
+def shard_on_the_cpu(version: int) -> None:
+    """Let accelerate run FSDP on gloo processes: by itself it runs DDP there, whatever its settings say."""
+    dist.init_process_group("gloo")
     PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
     os.environ |= {
         "ACCELERATE_TORCH_DEVICE": "cpu",
         "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
+        "FSDP_VERSION": str(version),
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     }
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
@@ -61,10 +63,12 @@ def main(settings: dict) -> None:
     kill, kill_save = settings.pop("kill", None), settings.pop("kill_save", None)
     killed = settings.pop("kill_rank", 0) == int(os.environ.get("RANK", 0))
     measure, world = settings.pop("measure", False), settings.pop("world_size", 1)
-    if settings.pop("fsdp2", False):
-        shard_on_the_cpu()
+    if version := settings.pop("fsdp", 0):
+        shard_on_the_cpu(version)
     if kill_save is not None:
         kill_while_saving(kill_save)
+    if settings.pop("stream", False):
+        settings["train"] = make_stream()
     callbacks = [KillAt(kill)] if kill is not None and killed else None
     trainer = make_trainer(settings.pop("clip"), output, callbacks=callbacks, **settings)
     assert trainer.args.world_size == world, (trainer.args.world_size, world)

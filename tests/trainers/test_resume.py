@@ -35,10 +35,12 @@ def test_killed_and_resumed_is_bit_equal(kill, from_step, left, clip_folder, unb
     assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
 
-@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
-def test_one_of_two_processes_is_killed(fsdp2, clip_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("fsdp", "stream"), [(0, False), (2, False), (0, True)], ids=["ddp", "fsdp2", "ddp-stream-in-its-third-pass"]
+)
+def test_one_of_two_processes_is_killed(fsdp, stream, clip_folder, tmp_path):
     """The other can not go on and ends with an error, as a launcher would end it; both start again from step 4."""
-    settings = RUN | {"per_device_train_batch_size": 2, "fsdp2": fsdp2, "world": 2}
+    settings = RUN | {"per_device_train_batch_size": 2, "fsdp": fsdp, "stream": stream, "world": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start(clip_folder, whole, **settings) == [0, 0], said(whole)
     codes = start(clip_folder, broken, kill=5, kill_rank=1, **settings)

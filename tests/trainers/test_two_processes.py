@@ -53,7 +53,7 @@ def flags(output):
 )
 def test_two_processes_equal_one(settings, fsdp2, alone, clip_folder, tmp_path):
     one = alone(**EXACT, **settings)
-    codes = start(clip_folder, tmp_path, world=2, per_device_train_batch_size=2, fsdp2=fsdp2, **EXACT, **settings)
+    codes = start(clip_folder, tmp_path, world=2, per_device_train_batch_size=2, fsdp=2 * fsdp2, **EXACT, **settings)
     assert codes == [0, 0], said(tmp_path) + said(tmp_path, 1)
     assert torch.load(tmp_path / "final-0.pt", weights_only=False)["sharded"] == fsdp2
     assert largest_gap(final(tmp_path, 0), final(tmp_path, 1)) == 0
@@ -72,7 +72,7 @@ def test_two_processes_agree_at_training_precision(bf16, fsdp2, alone, clip_fold
     """Loss within 1e-4 in fp32 and 2e-2 in bf16, relative; robust accuracy within one image of nine."""
     settings = {"max_steps": 3, "measure": True, "learning_rate": 1e-3, "bf16": bf16, **ANCHORED}
     one = alone(**settings)
-    codes = start(clip_folder, tmp_path, world=2, per_device_train_batch_size=2, fsdp2=fsdp2, **settings)
+    codes = start(clip_folder, tmp_path, world=2, per_device_train_batch_size=2, fsdp=2 * fsdp2, **settings)
     assert codes == [0, 0], said(tmp_path) + said(tmp_path, 1)
     losses = [
         [entry["loss"] for entry in torch.load(place / "final-0.pt", weights_only=False)["log"] if "loss" in entry]
