@@ -133,6 +133,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from hf_robust_vision.evaluation.measure import EvaluationSet, measure_model
     from hf_robust_vision.evaluation.page import results_text, write_report
     from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol
+    from hf_robust_vision.processes import part, rank_and_world
     from hf_robust_vision.trainers.config import Radius
 
     how = RobustnessProtocol(
@@ -156,9 +157,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         examples=args.save_examples,
         save_adversarial=args.save_adversarial,
     )
-    print(results_text(results))
-    for path in write_report([args.output_dir], args.output_dir):
-        print(path)
+    if rank_and_world()[0] == 0:
+        print(results_text(results))
+        print(*write_report([args.output_dir], args.output_dir), sep="\n")
+    part()
     return 0
 
 

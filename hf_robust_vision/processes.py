@@ -1,14 +1,24 @@
-"""The processes of one run: how many there are, waiting for each other, and parting."""
+"""The processes of one run: meeting, how many there are, waiting for each other, and parting."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+def meet() -> None:
+    """Join the processes that a launcher started, if one did; `TrainingArguments` does it for training."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -28,6 +28,7 @@ from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.evaluation.measure import EvaluationSet, measure_model
 from hf_robust_vision.evaluation.page import results_text, write_report
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol
+from hf_robust_vision.processes import part, rank_and_world
 from hf_robust_vision.trainers.config import Radius
 
 
@@ -90,8 +91,10 @@ def main() -> None:
             dtype=getattr(torch, args.dtype),
             examples=args.save_examples,
         )
-        print(results_text(results))
-        print(*write_report([output_dir], output_dir), sep="\n")
+        if rank_and_world()[0] == 0:
+            print(results_text(results))
+            print(*write_report([output_dir], output_dir), sep="\n")
+        part()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "hub": {"encoders", "evaluation"},
     "trainers": {"attacks", "pixels", "encoders", "text_bank", "data", "evaluation", "hub"},
     "pipeline": {"processes", "attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers"},
-    "cli": {"attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers", "pipeline"},
+    "cli": {"processes", "attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers", "pipeline"},
 }
 LIGHT = {"attacks": {"torch"}, "pixels": {"torch"}}
 NARROW = {"trainers": {"evaluation": {"results", "zero_shot"}, "hub": {"card", "push"}}}

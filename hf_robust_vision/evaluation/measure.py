@@ -16,7 +16,7 @@ from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import get_templates, read_class_names
 from hf_robust_vision.encoders import CLIPEncoder, load_encoder, load_tokenizer, weights_sha256
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.processes import barrier, rank_and_world
+from hf_robust_vision.processes import barrier, meet, rank_and_world
 from hf_robust_vision.text_bank import TextBank, make_text_bank
 
 from .results import RobustnessResult, add_results
@@ -131,6 +131,7 @@ def measure_model(
 ) -> list[RobustnessResult]:
     """Measure a model on datasets and add the results to `output_dir/robustness.json`, one dataset at a time.
 
+    Under a launcher the samples are shared out over the processes, and the first one writes; all get the results.
     All datasets are opened before the first is measured. Killed and called again, it goes on from the samples that are
     written down. Results of other models or datasets that the folder holds stay there.
 
@@ -152,6 +153,7 @@ def measure_model(
     Raises:
         ValueError: If a model or a dataset can not be read or used.
     """
+    meet()
     encoder, folder = load_model(model, revision=revision, device=device, dtype=dtype)
     tokenizer, sha256 = load_tokenizer(folder, revision=revision), weights_sha256(encoder)
     opened = [part.load(encoder.transform) for part in sets]
