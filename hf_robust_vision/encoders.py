@@ -101,6 +101,10 @@ class CLIPEncoder(_EncoderMixin, CLIPModel):
             output["text_embeds"] = self.encode_prompts(prompts)
         return output
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding, as stock vision towers answer; accelerate's FSDP2 asks, and a stock `CLIPModel` raises."""
+        return self.vision_model.embeddings.patch_embedding
+
     def encode_prompts(self, prompts: Mapping[str, Tensor]) -> Tensor:
         """Projected text embeddings, not normalised, shape (prompts, dim)."""
         return text_embeddings(self, prompts)
