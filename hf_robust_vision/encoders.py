@@ -68,6 +68,10 @@ class _EncoderMixin:
         tokens: Any = None if token_layer is None else output.hidden_states[token_layer][:, 1:]
         return EncoderOutput(image_embeds=self.visual_projection(output.pooler_output), patch_tokens=tokens)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The module that takes the images; accelerate's FSDP2 asks for it, and a stock `CLIPModel` raises."""
+        return self.vision_model.embeddings
+
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Save as the stock class, so that any reader of the config finds a class it knows."""
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
@@ -100,10 +104,6 @@ class CLIPEncoder(_EncoderMixin, CLIPModel):
         if prompts is not None:
             output["text_embeds"] = self.encode_prompts(prompts)
         return output
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The patch embedding, as stock vision towers answer; accelerate's FSDP2 asks, and a stock `CLIPModel` raises."""
-        return self.vision_model.embeddings.patch_embedding
 
     def encode_prompts(self, prompts: Mapping[str, Tensor]) -> Tensor:
         """Projected text embeddings, not normalised, shape (prompts, dim)."""

@@ -68,9 +68,12 @@ def test_two_processes_equal_one(settings, fsdp2, alone, clip_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_two_processes_agree_at_training_precision(bf16, fsdp2, alone, clip_folder, tmp_path, record_property):
-    """Loss within 1e-4 in fp32 and 2e-2 in bf16, relative; robust accuracy within one image of nine."""
-    settings = {"max_steps": 3, "measure": True, "learning_rate": 1e-3, "bf16": bf16, **ANCHORED}
+def test_two_processes_agree_at_training_precision(bf16, fsdp2, alone, clip_folder, tmp_path):
+    """Loss within 1e-4 in fp32 and 2e-2 in bf16, relative; robust accuracy within one image of nine.
+
+    With SGD: Adam's first steps are the signs of the gradients, which rounding flips where they are near 0.
+    """
+    settings = SGD | {"max_steps": 3, "measure": True, "bf16": bf16, **ANCHORED}
     one = alone(**settings)
     codes = start(clip_folder, tmp_path, world=2, per_device_train_batch_size=2, fsdp=2 * fsdp2, **settings)
     assert codes == [0, 0], said(tmp_path) + said(tmp_path, 1)
