@@ -21,6 +21,7 @@ HEAVY = ("transformers", "datasets", "peft", "evaluate", "accelerate", "matplotl
 MAY_IMPORT = {
     "attacks": set(),
     "pixels": set(),
+    "processes": set(),
     "encoders": {"pixels"},
     "text_bank": {"encoders"},
     "data": {"pixels", "text_bank"},  # text_bank for one rule about class names only

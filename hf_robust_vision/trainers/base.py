@@ -39,7 +39,7 @@ from .batch import Batch
 from .checkpoints import complete_checkpoint, mark_complete, rotate, unmark
 from .collapse import Spread, check_collapse
 from .config import AdversarialTrainingArguments
-from .launchers import check_launcher, gathered, is_sharded
+from .launchers import check_launcher, gathered, is_sharded, make_shardable
 from .layers import decay_learning_rates, freeze_first_blocks
 from .publishing import PublishWhenMeasured
 from .speed import compile_in_place, matmul_precision
@@ -122,6 +122,8 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
         )
         self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says to newer versions
         check_launcher(self.accelerator, adapter=args.use_peft)
+        if self.is_fsdp_enabled:
+            make_shardable(encoder)
         compile_in_place(encoder, self.accelerator)
         self._measured: dict[str, list[Tensor]] = {}
         self._last_images: Tensor | None = None

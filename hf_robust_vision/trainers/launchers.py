@@ -53,6 +53,14 @@ def _check_fsdp(plugin: Any, adapter: bool) -> None:
         )
 
 
+def make_shardable(encoder: Encoder) -> None:
+    """Hold `logit_scale` as a buffer: FSDP2 refuses a parameter without dimensions. The state dict stays as it is."""
+    scale = getattr(encoder, "logit_scale", None)
+    if isinstance(scale, nn.Parameter):
+        del encoder.logit_scale
+        encoder.register_buffer("logit_scale", scale.detach())
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has shared out the weights of a model."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
