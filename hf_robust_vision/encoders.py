@@ -336,8 +336,8 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
 def _show_shards(model: nn.Module) -> None:
     """Make the parameters of a model under FSDP2 its shards, whose flags count, and not what was gathered from them."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        if callable(reshard := getattr(module, "reshard", None)):
+            reshard()
 
 
 def text_embeddings(model: CLIPModel, prompts: Mapping[str, Tensor]) -> Tensor:

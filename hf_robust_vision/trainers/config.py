@@ -105,7 +105,8 @@ class AdversarialTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # Without it, on a machine without accelerators, each process of a launcher runs alone, in the same folder.
         launched = int(os.environ.get("WORLD_SIZE", 1))
-        self.use_cpu = self.use_cpu or (launched > 1 and not getattr(torch, "accelerator", torch.cuda).is_available())
+        if launched > 1 and not getattr(torch, "accelerator", torch.cuda).is_available():
+            self.use_cpu = True
         super().__post_init__()
         if launched != self.world_size:
             raise ValueError(
