@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from hf_robust_vision import pipeline
 from hf_robust_vision.cli import make_parser
+from hf_robust_vision.evaluation.comparison import make_page, short_table
 from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
 
 
@@ -104,3 +106,21 @@ def test_commands_name_flags_that_exist(code):
             stray = [word for word in words[1:] if word.startswith("--") and f'"{word}"' not in source]
             assert f'"{words[1]}"' in source
             assert not stray
+
+
+def test_results_page_is_what_its_numbers_say():
+    assert (ROOT / "docs" / "results.md").read_text() == make_page(ROOT / "docs")
+
+
+def test_readme_compares_what_was_measured():
+    content = json.loads((ROOT / "docs" / "results" / "compare.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    methods = ("sim-clip", "fare", "tecoa", "pmg-aft", "tima")
+    assert short_table(content, methods, ("4/255", "8/255", "16/255")) in readme
+    row = next(
+        row
+        for row in content["paired"]
+        if (row["one"], row["other"], row["group"], row["eps"]) == ("TIMA", "TeCoA", "unseen", "4/255")
+    )
+    mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
+    assert f"({mean:+.1f} points there, paired\n95 % interval {low:+.1f} to {high:+.1f})" in readme

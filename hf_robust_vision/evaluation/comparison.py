@@ -150,9 +150,14 @@ def write_page(content: Mapping[str, Any], docs: Path) -> None:
     write_atomically(folder / f"{content['mode']}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     if content["mode"] in PLOTTED:
         plot(content, folder / f"{content['mode']}.png")
+    write_atomically(docs / "results.md", make_page(docs))
+
+
+def make_page(docs: Path) -> str:
+    """The page of all numbers that lie in `docs/results`."""
     page = "# Results\n\nWritten by `recipes/compare.py`; do not edit. The numbers lie in `docs/results/*.json`.\n"
     for mode in TITLES:
-        if (file := folder / f"{mode}.json").is_file():
+        if (file := docs / "results" / f"{mode}.json").is_file():
             page += f"\n{section(json.loads(file.read_text()))}"
             page += f"\n![Robust accuracy over eps](results/{mode}.png)\n" if mode in PLOTTED else ""
-    write_atomically(docs / "results.md", page)
+    return page
