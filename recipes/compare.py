@@ -333,6 +333,9 @@ def report(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str,
     if some.budget.split == "test":
         both = [[methods[name] for name in names if name in methods] for names in (CHALLENGERS, RIVALS)]
         content["paired"] = [row for one, other in product(*both) for row in pairs(done, one, other)]
+    elif "tima" in methods:  # what a change of TIMA brings
+        others = [method for name, method in methods.items() if name != "tima"]
+        content["paired"] = [row for other in others for row in pairs(done, other, methods["tima"])]
     return content
 
 
