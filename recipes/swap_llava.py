@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--tower", default="outputs/sim-clip-demo", help="Folder or Hub id of the hardened CLIP.")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/swap-llava"))
-    parser.add_argument("--eps", type=Radius, nargs="+", default=[Radius("8/255"), Radius("16/255")])
+    parser.add_argument("--eps", type=Radius, nargs="+", default=[Radius("8/255")])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--restarts", type=int, default=2)
     parser.add_argument("--num_questions", type=int, default=300)
