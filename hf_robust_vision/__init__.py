@@ -47,6 +47,7 @@ _HOME = {
     "load_results": "evaluation.results",
     "load_robust_encoder": "hub.load",
     "make_text_bank": "text_bank",
+    "merge_adapter": "trainers.adapters",
     "pgd": "attacks",
     "push_robust_encoder": "hub.push",
     "remeasure": "evaluation.adversarial",
@@ -93,6 +94,7 @@ __all__ = [
     "load_results",
     "load_robust_encoder",
     "make_text_bank",
+    "merge_adapter",
     "pgd",
     "push_robust_encoder",
     "remeasure",
@@ -128,6 +130,7 @@ if TYPE_CHECKING:
     from .hub.load import load_robust_encoder
     from .hub.push import push_robust_encoder
     from .text_bank import make_text_bank
+    from .trainers.adapters import merge_adapter
     from .trainers.base import AdversarialTrainer
     from .trainers.config import AdversarialTrainingArguments
     from .trainers.fare import FAREArguments, FARETrainer

@@ -198,7 +198,7 @@ def run(
     before = _measure(trainer, trainer.reference.encoder, test, how, "before") if options.measure else []
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
-    hardened = trainer.accelerator.unwrap_model(trainer.model)
+    hardened = trainer.hardened_encoder()
     after = _measure(trainer, hardened, test, how, "after") if options.measure else []
     for result in after:
         result.training = trainer.training_record()

@@ -48,9 +48,16 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
     return images
 
 
-@lru_cache(maxsize=64)
 def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A compiler makes a constant of it by itself, and warns about caches.
+    return (_make_channels if torch.compiler.is_compiling() else _cached_channels)(values, dtype, device)
+
+
+def _make_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+
+
+_cached_channels = lru_cache(maxsize=64)(_make_channels)
 
 
 class Fitting(Protocol):

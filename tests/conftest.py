@@ -53,15 +53,15 @@ def build_processor() -> CLIPProcessor:
     )
 
 
-def build_clip(vocabulary: int = 40) -> CLIPModel:
+def build_clip(vocabulary: int = 40, vision_init: float = 8.0) -> CLIPModel:
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = small | {"image_size": SIZE, "patch_size": 8}
+    vision = small | {"image_size": SIZE, "patch_size": 8, "initializer_factor": vision_init}
     text = small | {"vocab_size": vocabulary, "max_position_embeddings": 16}
     text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     # A wide initialisation: with 0.02 the logits of all classes are nearly equal and every flag is a coin toss.
     wide = {"initializer_factor": 8.0}
-    model = CLIPModel(CLIPConfig(vision_config=vision | wide, text_config=text | wide, projection_dim=16, **wide))
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text | wide, projection_dim=16, **wide))
     return model.eval()
 
 

@@ -60,13 +60,20 @@ def palette() -> str:
 
 
 def draw_curves(
-    curves: Sequence[Curve], *, axis: str, title: str, chance: float | None = None, alone: bool = False
+    curves: Sequence[Curve],
+    *,
+    axis: str,
+    title: str,
+    scale: str = "accuracy, %",
+    chance: float | None = None,
+    alone: bool = False,
 ) -> str:
     """Accuracy over eps, one line a model with its interval as a band, each named at its end.
 
     Args:
         curves: At least one.
         axis: What the radii count.
+        scale: What the heights count.
         title: For readers that can not see it.
         chance: Accuracy of a guess, drawn as a dotted line.
         alone: Bring the style along, for a file of its own.
@@ -87,7 +94,9 @@ def draw_curves(
     parts += [f'<text x="{x(e):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{e:.4g}</text>' for e in ticks]
     middle = (LEFT + x(widest)) / 2
     parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(axis)}</text>')
-    parts.append(f'<text transform="translate(13 {y(0.5):.0f}) rotate(-90)" text-anchor="middle">accuracy, %</text>')
+    parts.append(
+        f'<text transform="translate(13 {y(0.5):.0f}) rotate(-90)" text-anchor="middle">{escape(scale)}</text>'
+    )
     if chance is not None:
         parts.append(
             f'<line class="chance" x1="{LEFT}" x2="{x(widest):.1f}" y1="{y(chance):.1f}" y2="{y(chance):.1f}"/>'

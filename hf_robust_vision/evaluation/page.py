@@ -22,7 +22,8 @@ TASKS = {
     "caption": "captioning",
     "corruption": "corruptions",
 }
-_IMPLIED = ("algorithm", "step_size")  # said by the name, or changing with each radius
+# Of an attack: said by its name, changing with each radius, or found by it rather than set.
+_NO_SETTINGS = ("algorithm", "step_size", "robust_accuracy")
 _GOOD, _BAD = {"pass", "passed", "ok", "honest", "true"}, {"fail", "failed", "flagged", "masked", "warning", "false"}
 
 
@@ -258,7 +259,7 @@ def _attacks(sources: Sequence[Source]) -> list[dict[str, str]]:
     ways: dict[str, tuple[dict[str, Any], dict[float, str], dict[str, None]]] = {}
     for source in sources:
         for attack in source.result.attacks:
-            settings = {key: value for key, value in attack.items() if key not in _IMPLIED and value is not None}
+            settings = _settings(attack)
             _, radii, models = ways.setdefault(str(settings), (settings, {}, {}))
             radii[source.result.eps] = pretty_eps(source.result)
             models[source.label] = None
@@ -273,14 +274,20 @@ def _attacks(sources: Sequence[Source]) -> list[dict[str, str]]:
     return rows
 
 
+def _settings(attack: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in attack.items() if key not in _NO_SETTINGS and value is not None}
+
+
 def _notes(sources: Sequence[Source]) -> list[str]:
     notes = []
+    if sources[0].result.metric == "targeted_success":
+        notes.append("The numbers are the shares of images that resist: the attacker's target is not said on them.")
     left_out = sorted({name for source in sources for name in source.result.left_out})
     if left_out:
         notes.append(f"Left out, because they are not defined for so few classes: {', '.join(left_out)}.")
     for eps in sorted({source.result.eps for source in sources}):
         here = [source for source in sources if source.result.eps == eps]
-        if len({str([sorted(a.items(), key=str) for a in source.result.attacks]) for source in here}) > 1:
+        if len({str([_settings(attack) for attack in source.result.attacks]) for source in here}) > 1:
             notes.append(
                 f"The models were not attacked alike at {pretty_eps(here[0].result)}; see the table of attacks."
             )
@@ -295,7 +302,8 @@ def _curve(models: Sequence[ModelRow], result: RobustnessResult, alone: bool = F
     axis = "radius in 255ths of the pixel range, Linf" if result.norm == "linf" else f"radius, {result.norm}"
     chance = 1 / len(result.class_names) if result.task == "zero_shot" and result.class_names else None
     title = f"Accuracy over eps on {result.dataset} ({result.split}), {result.protocol}"
-    return draw_curves(curves, axis=axis, title=title, chance=chance, alone=alone)
+    scale = f"{_words(result.metric)}, %" if result.metric != "targeted_success" else "images that resist, %"
+    return draw_curves(curves, axis=axis, scale=scale, title=title, chance=chance, alone=alone)
 
 
 def _means(sections: Sequence[Section]) -> dict[str, Any] | None:

@@ -159,6 +159,25 @@ def test_unequal_restarts_and_left_out_attacks_are_said(tmp_path):
         assert "so few classes: fab-t." in text
 
 
+def test_what_attacks_found_is_no_setting(tmp_path):
+    """Each attack of a result carries the accuracy that it left; models differ in it, and were attacked alike."""
+    rows = measured("before", (0.4, 0.2)) + measured("after", (0.6, 0.4))
+    for place, row in enumerate(rows):
+        row.attacks = [row.attacks[0] | {"robust_accuracy": place / 10, "step_size": row.eps, "target": None}]
+    save_results(rows, tmp_path)
+    page = write_report([tmp_path], tmp_path)[1].read_text()
+    assert "| apgd-ce | 5 | 1 | 2/255, 4/255 | all |" in page.splitlines()
+    assert "not attacked alike" not in page
+
+
+def test_what_is_no_accuracy_is_said(tmp_path):
+    save_results(measured("before", (0.4, 0.2), task="caption", metric="targeted_success"), tmp_path)
+    html, page, curve = write_report([tmp_path], tmp_path)
+    assert "images that resist, %" in curve.read_text()
+    assert "the attacker's target is not said" in page.read_text()
+    assert "targeted success" in html.read_text()
+
+
 def test_a_missing_radius_is_said(tmp_path):
     save_results([*measured("before", (0.4, 0.2)), measured("after", (0.6, 0.4))[0]], tmp_path)
     html, page, _ = write_report([tmp_path], tmp_path)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_robust_vision.encoders import weights_sha256
+from hf_robust_vision.evaluation.vlm import AnswerLoss, FlamingoInputs, answer_task
 from hf_robust_vision.vlm import find_towers, hf_to_openclip, swap_vision_encoder
 
 
@@ -42,8 +43,10 @@ def built(tmp_path_factory):
     # transformers 5 calls the language model without a mask, which the mixin of 2.0.1 asks for.
     FlamingoLMMixin.forward.__defaults__ = (None,)
     language_model = str(folder / "lm")
-    model, _, tokenizer = open_flamingo.create_model_and_transforms("tiny-vit", None, language_model, language_model)
-    return randomise(model, 1), tokenizer
+    model, processor, tokenizer = open_flamingo.create_model_and_transforms(
+        "tiny-vit", None, language_model, language_model
+    )
+    return randomise(model, 1), tokenizer, processor
 
 
 @pytest.fixture
@@ -135,3 +138,27 @@ def test_refusals_leave_it_as_it_was(vision, options, words, flamingo):
     with pytest.raises(ValueError, match=words):
         swap_vision_encoder(flamingo, make_clip(**vision), **options)
     assert weights_sha256(flamingo) == before
+
+
+def test_the_evaluation_attacks_through_it(flamingo, built, clip):
+    """The class encodes images under `no_grad`; the attack sees a gradient all the same, and leaves nothing behind."""
+    swap_vision_encoder(flamingo, clip)
+    before = weights_sha256(flamingo)
+    inputs = FlamingoInputs(flamingo, built[1], built[2])  # its own transform is compared with the factory's
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    task = answer_task(inputs, ["<image> w3", "<image> w5 w6"], ["w7", "w8"], (SIZE, SIZE))
+    (gradient,) = torch.autograd.grad(AnswerLoss(task)(images.requires_grad_(True)).sum(), images)
+    assert (gradient.flatten(1).abs().sum(1) > 0).all()
+    assert weights_sha256(flamingo) == before
+    assert not any("forward" in vars(part) for part in flamingo.modules())
+
+
+@torch.no_grad()
+def test_the_evaluation_reads_the_same_logits_and_says_the_same(flamingo, built, inputs):
+    wrapped = FlamingoInputs(flamingo, built[1], built[2])
+    ids, mask = inputs["lang_x"], inputs["attention_mask"]
+    images = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    vision = wrapped.transform.normalize(images)[:, None, None]
+    said = flamingo.generate(vision, ids, mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(wrapped.generate(images, ids, mask, 3), said[:, ids.shape[1] :])
+    assert torch.equal(wrapped.logits(images, ids, mask, 2), flamingo(vision, ids, mask).logits[:, -2:])

@@ -1,0 +1,282 @@
+"""Sanity checks: models that hide their gradient are flagged, honest ones are not.
+
+The honest models are smooth ones, trained here in a second; the maskers stand in front of the hardened one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_robust_vision.attacks import Attack, CrossEntropy, LinfBall, Protocol, StartNoise, get_protocol, make_ball, pgd
+from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.encoders import as_encoder, image_embedder, load_encoder, load_tokenizer, weights_sha256
+from hf_robust_vision.evaluation import sanity
+from hf_robust_vision.evaluation.bench import AttackedBench, Bench
+from hf_robust_vision.evaluation.sanity import add_sanity, check_sanity
+from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.text_bank import make_text_bank
+from tests.conftest import NAMES, TEMPLATE, build_clip, build_processor, make_dataset
+
+from .maskers import InputQuantiser, RandomResize, masked, saturated
+
+
+HOW = RobustnessProtocol(get_protocol("apgd-ce", steps=16), (16 / 255, 32 / 255))
+SMALL = {"samples": 30, "queries": 100}
+CHECKS = (
+    "same answer twice",
+    "gradients",
+    "loss rises",
+    "more steps help",
+    "steps converged",
+    "falls at a large radius",
+    "larger radii help",
+    "stronger than noise",
+    "as strong as a black box",
+    "as strong as a transfer",
+)
+
+
+def train(encoder, bank, kind):
+    """The vision tower on coloured noise: clean, with noise, or against PGD."""
+    encoder = copy.deepcopy(encoder)
+    classify = bank.classify(image_embedder(encoder))
+    items = list(make_dataset(96, start=1000))
+    images, labels = torch.stack([item["images"] for item in items]), torch.tensor([item["labels"] for item in items])
+    generator = torch.Generator().manual_seed(0)
+    tower = [*encoder.vision_model.parameters(), *encoder.visual_projection.parameters()]
+    optimizer = torch.optim.Adam(tower, lr=2e-3)
+    for update in range(30):
+        rows = torch.randint(len(images), (32,), generator=generator)
+        batch, truth = images[rows], labels[rows]
+        if kind == "noise":
+            batch = (batch + 0.1 * torch.randn(batch.shape, generator=generator)).clamp(0, 1)
+        if kind == "pgd":
+            noise = StartNoise(update, rows.tolist())
+            batch = pgd(CrossEntropy(classify, truth), batch, LinfBall(16 / 255), steps=2, noise=noise)
+        loss = CrossEntropy(classify, truth)(batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    """Untrained, and its classifier."""
+    encoder = as_encoder(build_clip(vision_init=2.0))
+    return encoder, make_text_bank(encoder, build_processor().tokenizer, NAMES, TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def honest(smooth):
+    return {kind: train(*smooth, kind) for kind in ("clean", "noise", "pgd")}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return make_dataset(36, "test")
+
+
+def verdicts(report):
+    return {check["name"]: check["verdict"] for check in report["checks"]}
+
+
+@pytest.mark.parametrize("kind", ["clean", "noise", "pgd"])
+def test_honest_models_are_not_flagged(honest, smooth, images, kind):
+    surrogate = honest["noise" if kind == "clean" else "clean"]
+    report = check_sanity(honest[kind], smooth[1], images, HOW, surrogate=surrogate, **SMALL)
+    assert report["flagged"] == []
+    assert verdicts(report) == dict.fromkeys(CHECKS, "passed")
+    assert report["num_samples"] == 30
+
+
+@pytest.mark.parametrize(
+    ("masker", "signs"),
+    [
+        ("quantiser", {"gradients", "loss rises", "falls at a large radius", "stronger than noise"}),
+        ("scale", {"gradients", "loss rises", "falls at a large radius", "stronger than noise"}),
+        ("resize", {"same answer twice"}),
+    ],
+)
+def test_maskers_are_flagged(honest, smooth, images, masker, signs):
+    hardened, bank = honest["pgd"], smooth[1]
+    encoder = {"quantiser": masked(hardened, InputQuantiser), "resize": masked(hardened, RandomResize)}.get(masker)
+    classifier = saturated(bank) if masker == "scale" else bank
+    report = check_sanity(
+        encoder or hardened, classifier, images, HOW, surrogate=hardened, surrogate_bank=bank, **SMALL
+    )
+    assert report["verdict"] == "flagged"
+    assert signs <= set(report["flagged"])
+    if masker == "resize":
+        why = next(check["why"] for check in report["checks"] if check["name"] == "same answer twice")
+        assert "expectation over transformation" in why
+
+
+def test_report_is_plain(honest, smooth, images):
+    """What `robustness.json` and the report page read."""
+    how = replace(HOW, protocol=get_protocol("quick", steps=2), eps=(32 / 255,))
+    report = check_sanity(honest["clean"], smooth[1], images, how, samples=4, queries=5)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert tuple(check["name"] for check in report["checks"]) == CHECKS
+    for check in report["checks"]:
+        assert set(check) == {"name", "verdict", "numbers", "threshold", "why"}
+        assert check["verdict"] in ("passed", "flagged", "not run")
+        assert check["threshold"].split()[0] in check["numbers"] or check["verdict"] == "not run"
+    assert verdicts(report)["as strong as a transfer"] == "not run"
+    assert "surrogate=" in report["checks"][-1]["why"]
+    assert (report["num_samples"], report["steps"], report["eps"]) == (4, 2, 32 / 255)
+
+
+def test_no_trace(honest, smooth, images):
+    encoder = honest["clean"].train()
+    before, state = weights_sha256(encoder), torch.get_rng_state()
+    gradients = [parameter.grad for parameter in encoder.parameters()]
+    how = replace(HOW, protocol=get_protocol("quick", steps=2), eps=(0.5,))
+    check_sanity(encoder, smooth[1], images, how, surrogate=honest["noise"], samples=4, queries=5)
+    assert encoder.training
+    assert weights_sha256(encoder) == before
+    assert all(now is then for now, then in zip([p.grad for p in encoder.parameters()], gradients))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def bench(classify, count=20):
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.rand(count, 3, 4, 4, generator=generator)
+    return Bench(classify, batch, classify(batch).argmax(1).detach(), StartNoise(0, range(count)), 7)
+
+
+def linear(batch):
+    weight = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
+    return (batch.flatten(1) - 0.5) @ weight.T
+
+
+def test_broken_gradients_are_unusable():
+    """The square root has no slope at 0: five images of 20 give gradients that are not numbers."""
+
+    def classify(batch):
+        logits = linear(batch)
+        return torch.cat([logits[:15], logits[15:] + (logits[15:] * 0).sqrt()])
+
+    check = sanity._gradients(replace(bench(classify), batch_size=20))
+    assert check["verdict"] == "flagged"
+    assert check["numbers"]["not_finite"] == check["numbers"]["unusable"] == 0.25
+    assert check["numbers"]["zero"] == 0
+
+
+def test_a_rare_draw_is_seen():
+    """A defence that is random now and then agrees with itself in most pairs of passes."""
+    calls = []
+
+    def classify(batch):
+        calls.append(1)
+        return linear(batch) + (len(calls) % 5 == 0)
+
+    check = sanity._same_answer(replace(bench(linear), classify=classify, batch_size=20))
+    assert check["verdict"] == "flagged"
+    assert sanity._same_answer(bench(linear))["verdict"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("fallen", "flagged"),
+    [
+        ((5, 12, 12, 12), set()),
+        ((12, 5, 12, 12), {"more steps help"}),
+        ((5, 8, 10, 14), {"steps converged"}),
+        ((5, 8, 10, 11), set()),  # one sample of 20 is within the tolerance
+    ],
+)
+def test_steps(fallen, flagged):
+    attacked = AttackedBench(bench(linear), get_protocol("quick", steps=40), HOW)
+    for steps, count in zip((1, 10, 40, 80), fallen):
+        attacked._flags[attacked.ball.eps, steps] = torch.arange(20) < count
+    checks = sanity._steps(attacked)
+    assert checks[0]["numbers"]["robust"] == [1 - count / 20 for count in fallen]
+    assert {check["name"] for check in checks if check["verdict"] == "flagged"} == flagged
+
+
+@pytest.mark.parametrize(
+    ("fallen", "flagged"),
+    [
+        ((5, 15, 20, 20, 20), set()),
+        ((15, 5, 20, 20, 20), {"larger radii help"}),
+        ((5, 10, 10, 10, 10), {"falls at a large radius"}),
+        ((0, 0, 0, 0, 0), {"falls at a large radius", "stronger than noise"}),
+    ],
+)
+def test_radii(fallen, flagged):
+    attacked = AttackedBench(bench(linear), get_protocol("quick", steps=40), HOW)
+    for eps, count in zip((16 / 255, 32 / 255, 64 / 255, 128 / 255, 0.5), (*fallen[:3], None, fallen[4])):
+        if count is not None:
+            attacked._flags[make_ball("linf", eps).eps, 40] = torch.arange(20) < count
+    checks = sanity._radii(attacked, make_dataset(3))
+    assert checks[0]["numbers"]["eps"] == pytest.approx([16 / 255, 32 / 255, 64 / 255, 0.5], rel=1e-3)
+    assert {check["name"] for check in checks if check["verdict"] == "flagged"} == flagged
+
+
+def test_the_grey_image_bounds_every_classifier():
+    """At half the pixel range all balls share a point: no classifier keeps more than its commonest class."""
+    with_labels = bench(linear)
+    ball = LinfBall(0.5)
+    grey = ball.project(torch.full_like(with_labels.images, 0.5), with_labels.images)
+    assert torch.allclose(grey, torch.full_like(grey, 0.5))
+    kept = (linear(grey).argmax(1) == with_labels.labels).double().mean()
+    assert kept <= with_labels.labels.bincount().max() / 20
+
+
+def test_add_sanity_fills_the_results_of_each_model(honest, smooth, images):
+    bank = smooth[1]
+    how = replace(HOW, protocol=get_protocol("quick", steps=2), eps=(16 / 255, 32 / 255))
+    few = images.select(range(8))
+    models = {"before": (honest["clean"], bank), "after": (honest["pgd"], bank)}
+    results = [
+        result
+        for name, (encoder, _) in models.items()
+        for result in evaluate_zero_shot(encoder, bank, few, how, model_name=name, progress=False)
+    ]
+    said = add_sanity(results, models, few, how)
+    assert [line.split(":")[0] for line in said.splitlines()] == ["sanity checks, before", "sanity checks, after"]
+    assert all(verdicts(result.sanity)["as strong as a transfer"] != "not run" for result in results)
+    assert results[0].sanity == results[1].sanity != results[2].sanity
+
+
+def test_a_measurement_without_a_gradient_says_why_nothing_was_checked(honest, smooth, images):
+    bank, black = smooth[1], Protocol("black", (Attack("square", "square", "margin", steps=5),))
+    for how in (replace(HOW, protocol=black), replace(HOW, eps=(0.0,))):
+        with pytest.raises(ValueError, match="follows no gradient.*'apgd-ce'"):
+            check_sanity(honest["clean"], bank, images, how)
+    few = images.select(range(4))
+    how = replace(HOW, protocol=black)
+    results = evaluate_zero_shot(honest["clean"], bank, few, how, model_name="before", progress=False)
+    assert "follows no gradient" in add_sanity(results, {"before": (honest["clean"], bank)}, few, how)
+    assert results[0].sanity["verdict"] == "not run"
+
+
+def test_a_model_that_is_never_right_is_refused(honest, smooth, images):
+    rows = [{"image": row["image"], "label": (row["label"] + 1) % 3} for row in images.rows]
+    wrong = LabelledImages(rows, NAMES, images.transform, name="tiny", split="test")
+    with pytest.raises(ValueError, match="right about none of 36 images"):
+        check_sanity(honest["clean"], smooth[1], wrong, HOW)
+    with pytest.raises(ValueError, match=r"dataset\.class_names"):
+        check_sanity(honest["clean"], replace(smooth[1], class_names=("a", "b", "c")), images, HOW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masker", [None, "quantiser", "scale", "resize"])
+def test_on_the_demo(masker):
+    """The undefended demo model is not flagged at its own protocol; behind a masker it is."""
+    from hf_robust_vision.data.demo import demo_checkpoint, load_demo
+    from hf_robust_vision.data.templates import TEMPLATES
+
+    demo = load_encoder(demo_checkpoint())
+    test = load_demo("test", demo.transform)
+    bank = make_text_bank(demo, load_tokenizer(demo_checkpoint()), test.class_names, TEMPLATES["demo"])
+    encoder = {"quantiser": masked(demo, InputQuantiser), "resize": masked(demo, RandomResize)}.get(masker, demo)
+    how = RobustnessProtocol(get_protocol("apgd-ce", steps=50), (8 / 255, 16 / 255))
+    classifier = saturated(bank) if masker == "scale" else bank
+    report = check_sanity(encoder, classifier, test, how, samples=40, queries=300)
+    assert report["verdict"] == ("passed" if masker is None else "flagged")
