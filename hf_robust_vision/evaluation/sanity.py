@@ -214,13 +214,13 @@ def _loss_rises(bench: Bench, ball: Ball) -> dict[str, Any]:
 
 def _steps(attacked: AttackedBench) -> list[dict[str, Any]]:
     budgets = sorted({1, max(attacked.steps // 4, 1), attacked.steps, 2 * attacked.steps})
-    standing = [standing(attacked(attacked.ball, steps)) for steps in budgets]
-    curve = {"steps": budgets, "robust": standing}
+    robust = [standing(attacked(attacked.ball, steps)) for steps in budgets]
+    curve = {"steps": budgets, "robust": robust}
     stronger = check(
         "more steps help",
         "More steps can only help an attack that follows a gradient. Where one step fools more than many do, the "
         "gradient is good for nothing but its first step.",
-        curve | {"largest_rise": _largest_rise(standing)},
+        curve | {"largest_rise": _largest_rise(robust)},
         "largest_rise",
         most=TOLERANCE,
     )
@@ -228,7 +228,7 @@ def _steps(attacked: AttackedBench) -> list[dict[str, Any]]:
         "steps converged",
         "Twice the steps must find next to nothing new. Where they do, the reported robust accuracy is the budget's, not "
         "the model's: raise the steps.",
-        curve | {"found_by_doubling": standing[-2] - standing[-1]},
+        curve | {"found_by_doubling": robust[-2] - robust[-1]},
         "found_by_doubling",
         most=TOLERANCE,
     )
