@@ -79,7 +79,7 @@ def corrupt(image: Tensor, family: str, severity: int, *, seed: int = 0, sample:
     own = {"seed": draw} if "seed" in inspect.signature(library.corruption_dict[family]).parameters else {}
     with _numpy_seeded(draw):
         found = library.corrupt(np.ascontiguousarray(pixels), severity=severity, corruption_name=family, **own)
-    return (torch.from_numpy(np.ascontiguousarray(found)).permute(2, 0, 1).float() / 255).to(image)
+    return (torch.from_numpy(np.array(found)).permute(2, 0, 1).float() / 255).to(image)
 
 
 def evaluate_corruptions(
