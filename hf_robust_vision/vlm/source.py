@@ -95,7 +95,7 @@ def load_source(source: Any, *, base: Any = None) -> Source:
         return _from_adapter(str(source), name, base)
     if base is not None:
         raise ValueError(f"base= belongs to a PEFT adapter folder, but {name} has no adapter_config.json.")
-    return _from_model(_load_model(str(source)), name, pixels=_pixels(str(source)))
+    return _from_model(load_model(str(source)), name, pixels=_pixels(str(source)))
 
 
 def reference_tower(state: dict[str, Tensor], geometry: Geometry) -> Tower:
@@ -131,15 +131,22 @@ def _from_model(
     return Source(name, towers[0].clip_state(), towers[0].geometry, pixels)
 
 
-def _load_model(name: str) -> Any:
+def load_model(name: str, *, whole: bool = False) -> Any:
+    """Load a CLIP model, or its vision half, with no weight left random.
+
+    Args:
+        name: Folder or Hub id.
+        whole: Wanted is a `CLIPModel`, with its text tower.
+
+    Raises:
+        ValueError: If it holds another model, or lacks a weight.
+    """
     config = AutoConfig.from_pretrained(name)
-    if config.model_type not in ("clip", "clip_vision_model"):
-        raise ValueError(
-            f"{name} holds a {config.model_type!r} model; wanted a CLIPModel, CLIPVisionModel or "
-            "CLIPVisionModelWithProjection."
-        )
+    if config.model_type not in (("clip",) if whole else ("clip", "clip_vision_model")):
+        wanted = "CLIPModel" if whole else "CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection"
+        raise ValueError(f"{name} holds a {config.model_type!r} model; wanted a {wanted}.")
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    kind = _CLASSES.get(architecture, CLIPVisionModel)
+    kind = CLIPModel if whole else _CLASSES.get(architecture, CLIPVisionModel)
     model, info = kind.from_pretrained(name, dtype="auto", output_loading_info=True)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
@@ -171,7 +178,7 @@ def _from_adapter(folder: str, name: str, base: Any) -> Source:
     if not base:
         raise ValueError(f"the adapter {name} does not name the model that it was trained on: pass base=.")
     pixels = None if isinstance(base, nn.Module) else _pixels(str(base))
-    model = copy.deepcopy(base) if isinstance(base, nn.Module) else _load_model(str(base))
+    model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_model(str(base))
     before = [weights_sha256(tower.module) for tower in find_towers(model)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
