@@ -201,6 +201,15 @@ def test_a_model_that_blocks_the_gradient_is_refused(llava):
         task.logits(torch.rand(1, 3, SIZE, SIZE).requires_grad_(True))
 
 
+def test_two_questions_of_one_id_are_refused_before_anything_is_measured(llava, tmp_path):
+    """One record would count for both."""
+    asked = [Asked(0), Asked(1), replace(Asked(0), text="w6")]
+    settings = {"prompt": PROMPT, "model_name": "before", "dataset": "noise", "split": "test", "progress": False}
+    with pytest.raises(ValueError, match=r"1 ids name more than one sample \(0\): give every sample, .* an id of its own"):
+        evaluate_vqa(llava, make_processor("llava"), asked, VLMProtocol((0.1,)), samples_dir=tmp_path, **settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_protocol_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="unknown algorithm 'fgsm'; choose one of"):
         VLMProtocol((0.1,), algorithm="fgsm")
