@@ -274,3 +274,23 @@ def test_source_with_an_adapter_or_two_towers(llava, vlm_of, clip):
     assert_refused(llava, vlm_of("video_llava"), ["2 CLIP towers", "model.image_tower"])
     wrapped = peft.get_peft_model(clip, peft.LoraConfig(target_modules=r".*vision_model.*\.v_proj"))
     assert_refused(llava, wrapped, ["merge_and_unload"])
+
+
+@pytest.mark.parametrize("name", ["hidden_act", "num_attention_heads", "layer_norm_eps"])
+@pytest.mark.parametrize("changed", ["tower", "source"])
+def test_module_that_its_config_does_not_describe_is_refused(llava, clip, name, changed):
+    """In bfloat16, where the outputs of the two activations are closer than the precision."""
+    model = llava.bfloat16() if changed == "tower" else clip
+    layer = (llava.model.vision_tower if changed == "tower" else clip.vision_model).encoder.layers[1]
+    if name == "hidden_act":
+        layer.mlp.activation_fn = torch.nn.GELU()
+    elif name == "num_attention_heads":
+        layer.self_attn.num_heads = 2
+    else:
+        layer.layer_norm1.eps = 1e-3
+    words = [f"the config says {name}=", "block 1 computes with", f"set config.{name}"]
+    before = weights_sha256(model)
+    with pytest.raises(ValueError) as caught:
+        swap_vision_encoder(llava, clip)
+    assert all(word in str(caught.value) for word in words)
+    assert weights_sha256(model) == before
