@@ -113,6 +113,7 @@ def _commit(plan: Plan, journal: Journal, *, verify: bool) -> TowerReport:
         int((old[name] != value).sum()) if old[name].shape == value.shape else value.numel()
         for name, value in state.items()
     )
+    journal.sign(tower.module)
     tower.adapt(plan.old, plan.new, journal)
     weights = tower.weights()
     for name, value in state.items():
