@@ -55,7 +55,8 @@ class Journal:
             if isinstance(owner, dict):
                 owner.pop(name) if value is _ABSENT else owner.update({name: value})
             elif value is _ABSENT:
-                vars(owner).pop(name, None)
+                if hasattr(owner, name):
+                    delattr(owner, name)
             else:
                 now = getattr(owner, name, None)
                 if isinstance(value, nn.Parameter) and isinstance(now, Tensor):

@@ -288,9 +288,7 @@ def test_module_that_its_config_does_not_describe_is_refused(llava, clip, name, 
         layer.self_attn.num_heads = 2
     else:
         layer.layer_norm1.eps = 1e-3
-    words = [f"the config says {name}=", "block 1 computes with", f"set config.{name}"]
     before = weights_sha256(model)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"the config says {name}=.* block 1 computes with .*: set config.{name}"):
         swap_vision_encoder(llava, clip)
-    assert all(word in str(caught.value) for word in words)
     assert weights_sha256(model) == before
