@@ -233,11 +233,7 @@ def test_settings_that_towers_share(vlm_of):
 
 
 def test_failed_verification_brings_the_old_tower_back(llava, clip):
-    class Louder(nn.Module):
-        def forward(self, hidden):
-            return 1.2 * torch.relu(hidden)
-
-    llava.model.vision_tower.encoder.layers[2].mlp.activation_fn = Louder()
+    llava.model.vision_tower.encoder.layers[2].mlp.register_forward_hook(lambda *call: 1.2 * call[2])
     assert_refused(llava, clip, ["differs from the source's", "brought back"], error=RuntimeError)
 
 
