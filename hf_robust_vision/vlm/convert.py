@@ -87,9 +87,11 @@ def export_open_clip(model_folder: str, output: str | Path) -> str:
             f"# open_clip: width {config.hidden_size}, {config.num_hidden_layers} layers, patch {config.patch_size}, "
             f"{config.image_size} px, {heads} heads (open_clip derives heads from head_width={config.hidden_size // heads})",
             "model, _, _ = open_clip.create_model_and_transforms("
-            f"'<the same architecture>', pretrained=None, force_quick_gelu={quick})",
+            f"'<the same architecture>', pretrained='<that of its text tower>', force_quick_gelu={quick})",
+            "# with pretrained=None the text tower is random: then only model.visual is of use",
             f"model.visual.load_state_dict(torch.load({Path(output).name!r}, weights_only=True), strict=True)",
-            "# OpenFlamingo: model.vision_encoder.load_state_dict(...) with the same file",
+            "# OpenFlamingo: model.vision_encoder.load_state_dict(...) with the same file; its activation, "
+            f"model.vision_encoder.transformer.resblocks[0].mlp.gelu, must be {'QuickGELU' if quick else 'GELU'}",
         ]
     )
 

@@ -7,6 +7,7 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPVisionModel, CLIPVis
 
 from hf_robust_vision.cli import main
 from hf_robust_vision.data.demo import demo_checkpoint
+from hf_robust_vision.vlm.convert import export_open_clip
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,16 @@ def test_export_and_convert_round_trip_is_bit_equal(demo, tmp_path, capsys):
     for (name, old), new in zip(original.state_dict().items(), converted.state_dict().values(), strict=True):
         shift = 1 if name.endswith("patch_embedding.weight") else 0
         assert torch.equal(old + shift, new), name
+
+
+@pytest.mark.parametrize(("act", "quick", "name"), [("quick_gelu", True, "QuickGELU"), ("gelu", False, "GELU")])
+def test_pasted_lines_ask_for_a_text_tower_and_name_the_activation(tmp_path, act, quick, name):
+    make_clip(hidden_act=act).save_pretrained(tmp_path / "clip")
+    text = export_open_clip(str(tmp_path / "clip"), tmp_path / "tower.pt")
+    (line,) = [line for line in text.splitlines() if "create_model_and_transforms" in line]
+    assert f"pretrained='<that of its text tower>', force_quick_gelu={quick})" in line
+    (line,) = [line for line in text.splitlines() if "OpenFlamingo" in line]
+    assert line.endswith(f"mlp.gelu, must be {name}")
 
 
 def test_v4_folder_loads_as_the_same_tower(demo, tmp_path, capsys):
