@@ -226,6 +226,30 @@ def test_image_mean_and_std(llava, clip):
     assert_refused(llava, other, ["0.48145466", "(0.5, 0.5, 0.5)", "image_mean"], processor=Processor())
 
 
+def test_processor_that_does_not_rescale(llava, clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    words = ["by 0.00392157", "the VLM's by 1:", "do_rescale"]
+    assert_refused(llava, tmp_path, words, processor=CLIPImageProcessor(do_rescale=False))
+    assert_refused(llava, tmp_path, ["(1.0, 1.0, 1.0)"], processor=CLIPImageProcessor(do_normalize=False))
+
+
+def test_other_resize_and_size_of_the_processor_are_told(llava, clip, tmp_path):
+    """They do not keep the swap from being right."""
+    clip.save_pretrained(tmp_path)
+    CLIPImageProcessor(crop_size=SIZE).save_pretrained(tmp_path)
+    same = swap_vision_encoder(llava, tmp_path, processor=CLIPImageProcessor(crop_size=SIZE))
+    assert same.warnings == []
+    other = swap_vision_encoder(llava, tmp_path, processor=CLIPImageProcessor(crop_size=48, resample=2))
+    assert other.warnings == [
+        "images are resized with resample=2 (PIL's code) by the processor, with 3 by the source's.",
+        f"the processor makes images of 48 x 48 pixels, the tower takes {SIZE} x {SIZE}.",
+    ]
+    encoder = as_encoder(clip, PixelTransform(SIZE, (SIZE, SIZE), mode="bilinear"))
+    (warning,) = swap_vision_encoder(llava, encoder, processor=CLIPImageProcessor(crop_size=SIZE)).warnings
+    assert "with 2 by the source's" in warning
+
+
 def test_settings_that_towers_share(vlm_of):
     options = {"hidden_act": "gelu", "towers": ["model.image_tower"]}
     words = ["hidden_act", "model.video_tower", "towers='all'"]
