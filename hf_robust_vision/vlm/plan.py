@@ -151,7 +151,7 @@ def check_pixels(source: Source, processor: Any) -> bool:
 def pixel_notes(source: Source, processor: Any, plan: Plan) -> list[str]:
     """What of the processor does not go with the source or the tower, though the swap may stand."""
     known, wanted = processor_pixels(processor) if processor is not None else None, source.pixels
-    notes = []
+    notes: list[str] = []
     if known is None:
         return notes
     if wanted is not None and None not in (known.resample, wanted.resample) and known.resample != wanted.resample:
