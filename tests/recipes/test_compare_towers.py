@@ -167,10 +167,10 @@ def test_unknown_words_are_refused(recipe, monkeypatch, capsys):
     assert "no feature 'cls'; there are 'pooled'" in capsys.readouterr().err
 
 
-def test_other_checkpoints_have_folders_of_their_own(monkeypatch, tmp_path):
+def test_other_checkpoints_have_folders_of_their_own(recipe, monkeypatch, tmp_path):
     """What was trained or measured with one checkpoint is not read back for the next."""
-    training = compare_towers.Training(compare_towers.Row("sim-clip", "pooled"), 0, 1e-3, 2, 4)
-    measuring = compare_towers.Measuring("test", (0.1,), 1, 1, 1, 1, 1)
+    training = recipe.Training(recipe.Row("sim-clip", "pooled"), 0, 1e-3, 2, 4)
+    measuring = recipe.Measuring("test", (0.1,), 1, 1, 1, 1, 1)
     folders = []
     for place, (clip, llava) in enumerate((("a", "a"), ("b", "a"), ("a", "b"), ("a", "a"))):
         for name, content in (("demo-clip", clip), ("demo-llava", llava)):
