@@ -23,7 +23,11 @@ from .protocol import VLMProtocol, describe, run_attack
 
 
 class Sample(Protocol):
-    """An image with a text that goes into the prompt."""
+    """An image with a text that goes into the prompt.
+
+    A sample may have a `fingerprint`, a string that changes with the image's content: records on disk are then only
+    used again for the same image. Without it the id has to stand for the image.
+    """
 
     id: int
     text: str
@@ -133,7 +137,7 @@ class Evaluation:
     def _identity(self, inputs: VLMInputs, how: VLMProtocol) -> dict[str, Any]:
         identity = asdict(how) | inputs.identity() | {"data": self.dataset, "split": self.split, "blank": self.blank}
         del identity["batch_size"]
-        samples = [(sample.id, sample.text) for sample in self.samples]
+        samples = [(sample.id, sample.text, getattr(sample, "fingerprint", "")) for sample in self.samples]
         return identity | {
             "prompt": self.prompt,
             "samples": samples,
