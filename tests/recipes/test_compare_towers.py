@@ -176,9 +176,7 @@ def test_other_checkpoints_have_folders_of_their_own(recipe, monkeypatch, tmp_pa
         for name, content in (("demo-clip", clip), ("demo-llava", llava)):
             (tmp_path / str(place) / name).mkdir(parents=True)
             (tmp_path / str(place) / name / "model.safetensors").write_text(content)
-        monkeypatch.setattr(
-            compare_towers, "demo_checkpoint", lambda name="demo-clip", at=place: tmp_path / str(at) / name
-        )
+        monkeypatch.setattr(recipe, "demo_checkpoint", lambda name="demo-clip", at=place: tmp_path / str(at) / name)
         folders.append((training.folder(tmp_path), measuring.folder(tmp_path)))
     (first, other_clip, other_llava, again) = folders
     assert again == first
