@@ -109,7 +109,6 @@ def test_every_class_is_attacked_at_two_sizes_and_left_as_it_was(family, tmp_pat
     small, large = evaluate_vqa(vlm, processor, asked, how, samples_dir=tmp_path, **settings)
     assert small.clean_accuracy == 1
     assert large.robust_accuracy < 1
-    assert large.robust_accuracy <= small.robust_accuracy
     assert large.attacks[0]["algorithm"] == "apgd"
     assert [line.split(",")[0] for line in (tmp_path / large.samples).read_text().splitlines()] == [
         f'{{"id": {place}' for place in range(4)
