@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import torch
 from torch import nn
 
 from hf_robust_vision.data.demo_questions import load_questions
 from hf_robust_vision.evaluation.vlm import CaptionMetric, FlamingoInputs, VLMProtocol, evaluate_vqa, vlm_inputs
+from hf_robust_vision.evaluation.vlm.run import start_noise
 from tests.vlm.tiny_vlms import IMAGE_TOKEN, VIDEO_TOKEN, VOCAB
 
 from .flamingo_stand_in import make_flamingo
@@ -67,3 +69,11 @@ def test_the_demos_questions_name_their_images():
     asked = load_questions("test", limit=20)
     for question in asked:
         assert all((question.image == other.image) >= (question.fingerprint == other.fingerprint) for other in asked)
+
+
+def test_each_objective_starts_at_points_of_its_own():
+    images = torch.zeros(2, 3, 4, 4)
+    attacks = VLMProtocol((0.1,)).attacks()
+    nll, margin = (start_noise(0, attack, [3, 4]).draw(images) for attack in attacks)
+    assert torch.equal(nll, start_noise(0, attacks[0], [3, 4]).draw(images))
+    assert (nll != margin).flatten(1).any(1).all()

@@ -19,7 +19,7 @@ from hf_robust_vision.evaluation.samples import Records, SampleStore, measure_al
 from hf_robust_vision.pixels import Fitting, check_images
 
 from .inputs import VLMInputs, vlm_inputs
-from .protocol import VLMProtocol, describe, run_attack
+from .protocol import OBJECTIVES, VLMProtocol, describe, run_attack
 
 
 class Sample(Protocol):
@@ -143,6 +143,7 @@ class Evaluation:
             "samples": samples,
             "dtype": str(inputs.dtype),
             "version": __version__,
+            "starts": "by objective",
         }
 
 
@@ -181,7 +182,7 @@ def worst_case(goal: Goal, how: VLMProtocol, attacks: Sequence[Attack], images: 
             if len(alive) == 0 or eps == 0 or attack.steps == 0:
                 break
             objective, fooled = goal.aim(attack, alive)
-            noise = StartNoise(how.seed, [ids[row] for row in alive.tolist()])
+            noise = start_noise(how.seed, attack, [ids[row] for row in alive.tolist()])
             found = run_attack(attack, objective, fooled, images[alive], ball, noise)
             verdicts = goal.judge(alive, found)
             for row, verdict in zip(alive.tolist(), verdicts):
@@ -190,6 +191,12 @@ def worst_case(goal: Goal, how: VLMProtocol, attacks: Sequence[Attack], images: 
         for sample, record in zip(ids, latest):
             records[sample].append(record)
     return records
+
+
+def start_noise(seed: int, attack: Attack, ids: Sequence[int]) -> StartNoise:
+    """Starts of one attack: each objective begins at points of its own, whatever runs before it."""
+    plain = attack.objective == OBJECTIVES[0]
+    return StartNoise(seed, [sample if plain else f"{sample} {attack.objective}" for sample in ids])
 
 
 def _worse(record: SampleRecord, verdict: Verdict, attack: str) -> SampleRecord:
