@@ -120,12 +120,14 @@ def confusable(original: Tensor, labels: Tensor, *, eta: float, scale: float, ga
         labels: True classes, shape (batch,).
         eta: Threshold.
         scale: Of the logits.
-        gate: "class": the class is at least `eta` times as close as the true one. "sample": the original gives the
+        gate: "class": the class's cosine is below the true one by at most `1 - eta` of the latter's size. "sample": the original gives the
             true class a probability below `eta`. "none": everywhere. Never for the true class itself.
     """
     true = labels[:, None]
     if gate == "class":
-        applies = original >= eta * original.gather(1, true)
+        cosine = original.gather(1, true)
+        # Below, also where the true cosine is negative and `eta` times it would lie above.
+        applies = original >= cosine - (1 - eta) * cosine.abs()
     elif gate == "sample":
         applies = ((scale * original).softmax(1).gather(1, true) < eta).expand_as(original)
     else:

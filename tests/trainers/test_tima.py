@@ -110,6 +110,12 @@ def test_gate_opens_for_confusable_classes_only():
     assert confusable(original, labels, eta=0.95, scale=10.0, gate="none").sum().item() == 6
 
 
+def test_gate_stays_open_for_a_closer_class_where_the_true_cosine_is_negative():
+    original = torch.tensor([[-0.50, -0.51, -0.49, -0.54, 0.10]])
+    found = confusable(original, torch.tensor([0]), eta=0.95, scale=10.0)
+    assert found.tolist() == [[False, True, True, False, True]]
+
+
 def test_margin_is_added_on_the_scale_of_the_cosine(build):
     """On the scale of the logits m = 0.1 would do nothing."""
     trainer = build(margin=0.2, margin_mode="constant", gate="none", mhe_weight=0.0, iakd_weight=0.0)
@@ -203,7 +209,8 @@ def by_hand(trainer, batch, adversarial, margin_text="tuned", student="adversari
     frozen = embed(trainer.reference.encoder, images=batch.images)
     judged = frozen @ original.T
     others = ~F.one_hot(labels, len(CLASS_NAMES)).bool()
-    gate = (judged >= trainer.args.eta * judged[torch.arange(len(labels)), labels][:, None]) & others
+    true = judged[torch.arange(len(labels)), labels][:, None]
+    gate = (judged >= true - (1 - trainer.args.eta) * true.abs()) & others
     spread = {"tuned": tuned, "original": original}[margin_text]
     gap = trainer.args.margin * (1 - spread[labels] @ spread.T)
     distances = torch.cdist(tuned, tuned).square()
