@@ -193,8 +193,10 @@ class TIMATrainer(ClassTrainer):
             "margin": (1.0, self._margin_loss(attacked, texts, batch)),
             "mhe": (args.mhe_weight, hyperspherical_energy(texts)),
             "iakd": (args.iakd_weight, divergence(self.logits(original), self.logits(original, texts))),
-            "takd": (args.takd_weight, divergence(self.logits(original, fixed), self.logits(student, fixed))),
         }
+        if needs_clean or args.takd_student == "adversarial":  # else nobody has encoded the student's image
+            distance = divergence(self.logits(original, fixed), self.logits(student, fixed))
+            terms["takd"] = (args.takd_weight, distance)
         for name, (_, value) in terms.items():
             self.record(f"loss_{name}", value)
         return torch.stack([weight * value for weight, value in terms.values() if weight]).sum()

@@ -237,6 +237,17 @@ def test_each_term_is_what_is_written(moved, margin_text, student):
     assert loss.item() == pytest.approx(sum(wanted.values()).item(), rel=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("options", "logged"),
+    [({}, True), ({"takd_student": "clean"}, False), ({"takd_student": "clean", "takd_weight": 0.5}, True)],
+)
+def test_a_distillation_that_is_not_computed_is_not_logged(build, options, logged):
+    trainer = build(**options)
+    batch = batch_of(trainer)
+    trainer.robust_loss(trainer.model, batch, batch.images)
+    assert ("loss_takd" in trainer._measured) is logged
+
+
 @pytest.mark.parametrize("name", ["mhe", "iakd", "takd"])
 def test_each_term_reaches_one_tower_only(moved, name):
     """What one weight changes in the gradient of the whole loss."""
