@@ -189,7 +189,7 @@ class TIMATrainer(ClassTrainer):
         texts = self._classes(output.text_embeds)
         original, fixed = batch.original.image_embeds, texts.detach()
         attacked, student = output.image_embeds[: len(adversarial)], output.image_embeds[-len(adversarial) :]
-        terms = {
+        terms: dict[str, tuple[float | None, Tensor]] = {
             "margin": (1.0, self._margin_loss(attacked, texts, batch)),
             "mhe": (args.mhe_weight, hyperspherical_energy(texts)),
             "iakd": (args.iakd_weight, divergence(self.logits(original), self.logits(original, texts))),

@@ -136,7 +136,8 @@ def processor_pixels(processor: Any) -> PixelSettings | None:
         return None
     if getattr(images, "do_normalize", None) is False:
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)
-    rescale = {True: getattr(images, "rescale_factor", None), False: 1.0}.get(getattr(images, "do_rescale", None))
+    rescales = getattr(images, "do_rescale", None)
+    rescale = None if rescales is None else getattr(images, "rescale_factor", None) if rescales else 1.0
     resample = getattr(images, "resample", None)
     sides = getattr(images, "crop_size" if getattr(images, "do_center_crop", False) else "size", None)
     height, width = (dict(sides or {}).get(side) for side in ("height", "width"))
