@@ -153,7 +153,7 @@ class TIMATrainer(ClassTrainer):
     cross-entropy without margin, with the texts held fixed.
 
     No public code exists and the full texts were not available to us: which of this the papers state and which is our
-    reading is said line by line in docs/methods/tima.md. Every reading is an option.
+    reading is said line by line in docs/methods/tima.md, which also lists the readings that an option switches.
 
     Relations:
         With `margin=0`, all weights 0 and `text_params="none"` it is TeCoA.
