@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 _HOME = {
     "AdversarialTrainer": "trainers.base",
     "AdversarialTrainingArguments": "trainers.config",
+    "AttackSuccessRate": "evaluation.metrics",
+    "CaptionedImages": "data.captions",
     "FAREArguments": "trainers.fare",
     "FARETrainer": "trainers.fare",
     "L2Ball": "attacks",
@@ -19,6 +21,9 @@ _HOME = {
     "LinfBall": "attacks",
     "PMGAFTArguments": "trainers.pmg_aft",
     "PMGAFTTrainer": "trainers.pmg_aft",
+    "RelativeRobustness": "evaluation.metrics",
+    "RetrievalProtocol": "evaluation.retrieval",
+    "RobustAccuracy": "evaluation.metrics",
     "RobustnessProtocol": "evaluation.zero_shot",
     "RobustnessResult": "evaluation.results",
     "SimCLIPArguments": "trainers.sim_clip",
@@ -32,20 +37,30 @@ _HOME = {
     "as_encoder": "encoders",
     "check_sanity": "evaluation.sanity",
     "evaluate_corruptions": "evaluation.corruptions",
+    "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_zero_shot": "evaluation.zero_shot",
+    "fab": "attacks",
     "fgsm": "attacks",
     "get_protocol": "attacks",
     "load_encoder": "encoders",
     "load_labelled_images": "data.datasets",
     "load_results": "evaluation.results",
+    "load_robust_encoder": "hub.load",
     "make_text_bank": "text_bank",
+    "merge_adapter": "trainers.adapters",
     "pgd": "attacks",
+    "push_robust_encoder": "hub.push",
+    "remeasure": "evaluation.adversarial",
+    "square": "attacks",
     "swap_vision_encoder": "vlm.swap",
+    "write_report": "evaluation.page",
 }
 
 __all__ = [
     "AdversarialTrainer",
     "AdversarialTrainingArguments",
+    "AttackSuccessRate",
+    "CaptionedImages",
     "FAREArguments",
     "FARETrainer",
     "L2Ball",
@@ -53,6 +68,9 @@ __all__ = [
     "LinfBall",
     "PMGAFTArguments",
     "PMGAFTTrainer",
+    "RelativeRobustness",
+    "RetrievalProtocol",
+    "RobustAccuracy",
     "RobustnessProtocol",
     "RobustnessResult",
     "SimCLIPArguments",
@@ -66,15 +84,23 @@ __all__ = [
     "as_encoder",
     "check_sanity",
     "evaluate_corruptions",
+    "evaluate_retrieval",
     "evaluate_zero_shot",
+    "fab",
     "fgsm",
     "get_protocol",
     "load_encoder",
     "load_labelled_images",
     "load_results",
+    "load_robust_encoder",
     "make_text_bank",
+    "merge_adapter",
     "pgd",
+    "push_robust_encoder",
+    "remeasure",
+    "square",
     "swap_vision_encoder",
+    "write_report",
 ]
 
 
@@ -89,14 +115,22 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .attacks import L2Ball, LinfBall, StartNoise, apgd, fgsm, get_protocol, pgd
+    from .attacks import L2Ball, LinfBall, StartNoise, apgd, fab, fgsm, get_protocol, pgd, square
+    from .data.captions import CaptionedImages
     from .data.datasets import LabelledImages, load_labelled_images
     from .encoders import as_encoder, load_encoder
+    from .evaluation.adversarial import remeasure
     from .evaluation.corruptions import evaluate_corruptions
+    from .evaluation.metrics import AttackSuccessRate, RelativeRobustness, RobustAccuracy
+    from .evaluation.page import write_report
     from .evaluation.results import RobustnessResult, load_results
+    from .evaluation.retrieval import RetrievalProtocol, evaluate_retrieval
     from .evaluation.sanity import check_sanity
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+    from .hub.load import load_robust_encoder
+    from .hub.push import push_robust_encoder
     from .text_bank import make_text_bank
+    from .trainers.adapters import merge_adapter
     from .trainers.base import AdversarialTrainer
     from .trainers.config import AdversarialTrainingArguments
     from .trainers.fare import FAREArguments, FARETrainer

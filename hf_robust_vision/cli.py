@@ -1,10 +1,13 @@
-"""`hf-robust-vision`: harden, convert and export from the command line."""
+"""`hf-robust-vision`: measure, report, harden, convert, export and publish from the command line."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 
 METHODS = {
@@ -23,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["harden"]:
             return _harden(words[1:])
         return _other(words)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -44,7 +47,8 @@ def _harden(words: list[str]) -> int:
     return 0
 
 
-def _other(words: list[str]) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The words of every command but `harden`, whose words are those of a recipe."""
     parser = argparse.ArgumentParser(prog="hf-robust-vision", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("harden", help="fine-tune a CLIP against adversarial images, measured before and after")
@@ -58,7 +62,16 @@ def _other(words: list[str]) -> int:
     export.add_argument("model", help="folder or Hub id of a CLIPModel")
     export.add_argument("--to", choices=("open_clip", "v4"), required=True)
     export.add_argument("--output", required=True, help=".pt file (open_clip) or folder (v4)")
-    args = parser.parse_args(words)
+    _evaluation_commands(commands)
+    _add_push(commands)
+    return parser
+
+
+def _other(words: list[str]) -> int:
+    args = make_parser().parse_args(words)
+    if "run" in args:
+        status: int = args.run(args)
+        return status
     from hf_robust_vision.vlm.convert import convert_checkpoint, export_open_clip, export_v4
 
     if args.command == "convert":
@@ -66,6 +79,148 @@ def _other(words: list[str]) -> int:
         print(convert_checkpoint(args.checkpoint, args.base, args.output, **settings))
     elif args.command == "export":
         print((export_open_clip if args.to == "open_clip" else export_v4)(args.model, args.output))
+    return 0
+
+
+def _evaluation_commands(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate", help="clean and robust zero-shot accuracy of a CLIP model, and a report"
+    )
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("model", help='folder or Hub id of a CLIPModel, or "demo-clip"')
+    evaluate.add_argument("--revision", help="branch, tag or commit of the model")
+    evaluate.add_argument("--dataset", help="folder or Hub name; default: the demo")
+    evaluate.add_argument("--config", help="configuration of a Hub dataset")
+    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--image_column", default="image")
+    evaluate.add_argument("--label_column", default="label")
+    evaluate.add_argument("--class_names", help="file of class names in label order, local or of the dataset")
+    evaluate.add_argument("--templates", help="template set, or a file, local or of the dataset")
+    evaluate.add_argument("--resolution", type=int, help="attack square images of this size; default: the tower's")
+    evaluate.add_argument("--max_samples", type=int, help="seeded subset; default: all")
+    evaluate.add_argument("--skip_corrupt", action="store_true", help="leave out images that can not be decoded")
+    evaluate.add_argument("--protocol", default="apgd-ce", help="named attacks; a wrong name lists them")
+    evaluate.add_argument("--steps", type=int, help="of every attack; default: the protocol's")
+    evaluate.add_argument("--restarts", type=int, help="of every attack; default: the protocol's")
+    evaluate.add_argument("--norm", choices=("linf", "l2"), default="linf")
+    evaluate.add_argument("--eps", nargs="+", default=["1/255", "2/255", "4/255"], help="radii, such as 4/255")
+    evaluate.add_argument("--batch_size", type=int, default=64)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--device", help="default: a GPU where there is one")
+    evaluate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    evaluate.add_argument("--name", help="what results call the model; default: its id or folder")
+    evaluate.add_argument("--output_dir", default="outputs/evaluate", help="results are added to what it holds")
+    evaluate.add_argument("--save_examples", type=int, default=4, metavar="N", help="images kept for the report")
+    evaluate.add_argument("--save_adversarial", action="store_true", help="keep the images of all samples")
+    report = commands.add_parser("report", help="results to a Markdown page and one self-contained HTML file")
+    report.set_defaults(run=_report)
+    report.add_argument("results", nargs="+", help="robustness.json files, or their folders; LABEL=FILE names a model")
+    report.add_argument("--output_dir", default="outputs/report", help="where report.html and report.md go")
+    report.add_argument("--title", default="Robustness report")
+    report.add_argument("--examples", type=int, default=4, help="attacked images shown for each dataset")
+    again = commands.add_parser("remeasure", help="classify saved adversarial images again, and compare")
+    again.set_defaults(run=_remeasure)
+    again.add_argument("model", help="the model that was measured")
+    again.add_argument("results", help="robustness.json, or its folder")
+    again.add_argument("--revision", help="branch, tag or commit of the model")
+    again.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that it was measured in")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import torch
+
+    from hf_robust_vision.attacks import get_protocol
+    from hf_robust_vision.evaluation.measure import EvaluationSet, measure_model
+    from hf_robust_vision.evaluation.page import results_text, write_report
+    from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol
+    from hf_robust_vision.trainers.config import Radius
+
+    how = RobustnessProtocol(
+        get_protocol(args.protocol, steps=args.steps, restarts=args.restarts),
+        tuple(float(Radius(eps)) for eps in args.eps),
+        args.norm,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    names = {field.name for field in fields(EvaluationSet)} - {"name", "revision"}
+    data = EvaluationSet(**{name: value for name, value in vars(args).items() if name in names})
+    results = measure_model(
+        args.model,
+        [data],
+        how,
+        args.output_dir,
+        name=args.name,
+        revision=args.revision,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        examples=args.save_examples,
+        save_adversarial=args.save_adversarial,
+    )
+    print(results_text(results))
+    for path in write_report([args.output_dir], args.output_dir):
+        print(path)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from hf_robust_vision.evaluation.page import write_report
+
+    for path in write_report(args.results, args.output_dir, title=args.title, examples=args.examples):
+        print(path)
+    return 0
+
+
+def _remeasure(args: argparse.Namespace) -> int:
+    import torch
+
+    from hf_robust_vision.encoders import weights_sha256
+    from hf_robust_vision.evaluation.adversarial import remeasure
+    from hf_robust_vision.evaluation.measure import bank_of, load_model
+    from hf_robust_vision.evaluation.results import load_results, pretty_eps
+
+    path, agree = Path(args.results), True
+    encoder, folder = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
+    sha256 = weights_sha256(encoder)
+    results = [row for row in load_results(path) if row.images is not None and row.model_sha256 == sha256]
+    if not results:
+        raise ValueError(f"{path} holds no result of {args.model} with saved images; measure with --save_adversarial.")
+    for result in results:
+        again = remeasure(encoder, bank_of(result, encoder, folder), result, path if path.is_dir() else path.parent)
+        agree = agree and not again.changed and not again.outside
+        print(
+            f"{result.dataset} ({result.split}), {result.protocol}, {result.norm} {pretty_eps(result)}: "
+            f"{100 * again.robust_accuracy:.1f} % of {again.num_samples} saved, reported {100 * again.reported:.1f} %; "
+            f"flags changed: {again.changed or 'none'}, outside the ball: {again.outside or 'none'}"
+        )
+    return 0 if agree else 1
+
+
+def _add_push(commands: Any) -> None:
+    push = commands.add_parser("push", help="publish a measured model folder on the Hub, with its card and numbers")
+    push.set_defaults(run=_push)
+    push.add_argument("folder", help="what a recipe wrote")
+    push.add_argument("repo_id", help="owner/name; the token is that of `hf auth login` or HF_TOKEN")
+    push.add_argument("--what", choices=("model", "tower", "adapter"), help="default: what the folder holds")
+    push.add_argument("--private", action="store_const", const=True, help="create a private repository")
+    push.add_argument("--revision", help="branch")
+    push.add_argument("--commit_message")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request")
+    push.add_argument("--base_model", help="Hub id of the original")
+    push.add_argument("--license", help="for the card, e.g. apache-2.0")
+    push.add_argument("--dry_run", action="store_true", help="check everything, upload nothing")
+    push.add_argument("--verify", action="store_true", help="download it again, compare every byte, measure again")
+    push.add_argument("--verify_samples", type=int, default=32, help="how many samples to measure again")
+    push.add_argument("--dataset", help="folder or name of the data measured on; default: the recorded name")
+    push.add_argument("--device", help="where to measure again, e.g. cuda; default: cpu")
+
+
+def _push(args: argparse.Namespace) -> int:
+    from hf_robust_vision.hub.push import push_robust_encoder
+
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("command", "run", "folder", "repo_id")
+    }
+    print(push_robust_encoder(args.folder, args.repo_id, **settings))
     return 0
 
 

@@ -71,6 +71,8 @@ class _EncoderMixin:
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Save as the stock class, so that any reader of the config finds a class it knows."""
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        if self._hf_peft_config_loaded:  # type: ignore[attr-defined]
+            return  # transformers writes the adapter alone, and its folder is no model
         self.config.architectures = [self.stock_class.__name__]  # type: ignore[attr-defined]
         if kwargs.get("is_main_process", True):
             self.config.save_pretrained(save_directory)  # type: ignore[attr-defined]
@@ -148,14 +150,14 @@ def as_encoder(model: PreTrainedModel, transform: PixelTransform | None = None) 
 
 
 def load_encoder(
-    name_or_path: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any
+    name_or_path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str = torch.float32, **kwargs: Any
 ) -> Encoder:
     """Load a CLIP folder or Hub id as an encoder, and refuse anything that would be partly random.
 
     Args:
         name_or_path: Folder or Hub id of a `CLIPModel` or a `CLIPVisionModelWithProjection`.
         revision: Branch, tag or commit on the Hub.
-        dtype: Of the weights; float32 are the master weights that fine-tuning needs.
+        dtype: Of the weights; float32 are the master weights that fine-tuning needs, "auto" is as they were saved.
         kwargs: Passed on to `from_pretrained`.
 
     Raises:
@@ -196,6 +198,16 @@ def load_encoder(
     return model
 
 
+def vision_half(encoder: Encoder) -> CLIPVisionModelWithProjection:
+    """The tower of an encoder and its projection as a stock model that shares their weights."""
+    config = copy.deepcopy(_vision_config(encoder))
+    config.projection_dim = encoder.visual_projection.out_features  # a CLIPModel keeps its own beside the tower's
+    with torch.device("meta"):
+        tower = CLIPVisionModelWithProjection(config)
+    tower.vision_model, tower.visual_projection = encoder.vision_model, encoder.visual_projection
+    return tower.eval()
+
+
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a CLIP folder or Hub id."""
     return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision)
@@ -212,8 +224,7 @@ def _refuse_adapter(name: str) -> None:
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         raise ValueError(
             f"{name} is a PEFT adapter of {base!r}, not a model. Merge it first: "
-            f"PeftModel.from_pretrained(CLIPModel.from_pretrained({base!r}), {name!r}).merge_and_unload()"
-            ".save_pretrained(...)."
+            f"hf_robust_vision.merge_adapter({name!r}).save_pretrained(...)."
         )
 
 
@@ -232,7 +243,7 @@ def token_layer_of(feature: str, layer: int) -> int | None:
     return None if feature == "pooled" else layer
 
 
-def freeze_unread(encoder: Encoder, *, feature: str = "pooled", token_layer: int = -2, text: bool = False) -> None:
+def freeze_unread(encoder: Encoder, *, feature: str = "pooled", token_layer: int = -2, text: str = "none") -> None:
     """Let gradients flow only to what a loss on `feature` reaches; `logit_scale` always stays.
 
     A parameter without a gradient would break DDP, and weight decay would still shrink it.
@@ -241,7 +252,7 @@ def freeze_unread(encoder: Encoder, *, feature: str = "pooled", token_layer: int
         encoder: Changed in place.
         feature: "pooled", "patch_tokens" or "both".
         token_layer: Which entry of `hidden_states` the tokens are; for "patch_tokens" later layers are frozen.
-        text: Train the text tower and its projection as well.
+        text: What of the text half trains as well: "encoder" (all of it), "projection" or "none".
 
     Raises:
         ValueError: If the tower has no such layer.
@@ -262,8 +273,8 @@ def freeze_unread(encoder: Encoder, *, feature: str = "pooled", token_layer: int
         encoder.visual_projection.requires_grad_(False)
         if read == 0:  # before any attention the class token has not met the patches
             encoder.vision_model.embeddings.class_embedding.requires_grad_(False)
-    if text:
-        encoder.text_model.requires_grad_(True)
+    if text != "none":
+        encoder.text_model.requires_grad_(text == "encoder")
         encoder.text_projection.requires_grad_(True)
 
 
@@ -273,16 +284,23 @@ class Reference:
     Args:
         encoder: Copied and frozen.
         token_layer: Also give the patch tokens of this layer.
+        share_weights: Copy the modules only, around the weights of `encoder` itself: the original of a model whose
+            adapter, added afterwards, is all that trains.
     """
 
-    def __init__(self, encoder: Encoder, token_layer: int | None = None):
-        self.encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
+    def __init__(self, encoder: Encoder, token_layer: int | None = None, *, share_weights: bool = False):
+        shared = {id(parameter): parameter for parameter in encoder.parameters()} if share_weights else {}
+        self.encoder = copy.deepcopy(encoder, shared).eval()
+        if not share_weights:
+            self.encoder.requires_grad_(False)
         self.token_layer = token_layer
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> EncoderOutput:
         """Features of the original model; the copy follows the images to their device once."""
-        if next(self.encoder.parameters()).device != images.device:
+        # Shared weights move with the model that trains, the copy's own buffers do not.
+        tensors = [*self.encoder.parameters(), *self.encoder.buffers()]
+        if any(tensor.device != images.device for tensor in tensors):
             self.encoder.to(images.device)
         return self.encoder(images, token_layer=self.token_layer)
 

@@ -23,16 +23,18 @@ from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_of
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.evaluation.report import plot_curve
-from hf_robust_vision.evaluation.results import RobustnessResult, save_results
+from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
 from hf_robust_vision.evaluation.samples import barrier, rank_and_world
 from hf_robust_vision.evaluation.sanity import add_sanity
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
-from hf_robust_vision.hub.card import pretty_eps, write_card
+from hf_robust_vision.hub.card import write_card
+from hf_robust_vision.hub.push import PushError, VerificationError
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.trainers.base import AdversarialTrainer
 from hf_robust_vision.trainers.checkpoints import complete_checkpoint
 from hf_robust_vision.trainers.collapse import CollapseError
 from hf_robust_vision.trainers.config import AdversarialTrainingArguments, Radius
+from hf_robust_vision.trainers.publishing import check_push
 
 
 # Above this many images a full decode before training would take longer than it saves: they are then decoded, and
@@ -40,7 +42,7 @@ from hf_robust_vision.trainers.config import AdversarialTrainingArguments, Radiu
 SCAN_LIMIT = 50_000
 
 # What a user can mend: shown as one line, not as a traceback.
-USER_ERRORS = (ValueError, ModuleNotFoundError, CollapseError)
+USER_ERRORS = (ValueError, ModuleNotFoundError, CollapseError, PushError)
 
 
 @dataclass
@@ -196,11 +198,13 @@ def run(
     before = _measure(trainer, trainer.reference.encoder, test, how, "before") if options.measure else []
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
-    hardened = trainer.accelerator.unwrap_model(trainer.model)
+    hardened = trainer.hardened_encoder()
     after = _measure(trainer, hardened, test, how, "after") if options.measure else []
     for result in after:
         result.training = trainer.training_record()
     results = before + after
+    if results:
+        trainer.log(tracked_metrics(results))
     if results and args.should_save:
         if options.sanity:
             models = {"before": trainer.reference.encoder, "after": hardened}
@@ -209,7 +213,17 @@ def run(
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
     barrier()
+    if args.push_to_hub and args.should_save:
+        _push(trainer, test)
     return results
+
+
+def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
+    """Publish what was written, and measure some samples of the download again."""
+    try:
+        print(trainer.push_to_hub(verify=True, dataset=test, device=trainer.args.device))
+    except VerificationError as error:  # it is published; what to make of it is for the reader to say
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def load_splits(
@@ -282,7 +296,11 @@ def _typed(parser: HfArgumentParser, key: str, value: Any) -> Any:
 
 
 def _check_output(output: Path, options: PipelineArguments, args: AdversarialTrainingArguments) -> str | None:
-    """Refuse a folder that holds a run; say which checkpoint to go on from."""
+    """Refuse a folder that holds a run, or a push that could not be made; say which checkpoint to go on from."""
+    if args.push_to_hub:
+        check_push(args)
+        if not options.measure:
+            raise ValueError("--push_to_hub true publishes measured models only; leave --measure false out.")
     if args.resume_from_checkpoint:
         wanted = str(args.resume_from_checkpoint)
         found = complete_checkpoint(output if wanted.lower() == "true" else wanted)
@@ -362,12 +380,15 @@ def _write(
     # A path of this machine means nothing to the reader of a card; a Hub id does.
     name = options.model_name_or_path or "demo-clip"
     base = Path(name).name if Path(name).exists() else name
+    data = options.dataset_name
     write_card(
         output,
         results,
         model_name=f"{base.split('/')[-1]}-{trainer.method.lower()}",
         base_model=base,
-        dataset=results[0].dataset,
+        dataset=data if data is not None and not Path(data).exists() else None,
         tags=trainer.tag_names,
         picture=picture,
+        license="apache-2.0" if options.model_name_or_path is None else None,
+        paper=trainer.paper,
     )

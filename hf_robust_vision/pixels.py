@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,23 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
     return images
 
 
-@lru_cache(maxsize=64)
 def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A compiler makes a constant of it by itself, and warns about caches.
+    return (_make_channels if torch.compiler.is_compiling() else _cached_channels)(values, dtype, device)
+
+
+def _make_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+
+
+_cached_channels = lru_cache(maxsize=64)(_make_channels)
+
+
+class Fitting(Protocol):
+    """What an image passes through before it is attacked: a `PixelTransform`, or what stands in for one."""
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] of any size to the size at which they are attacked, still in [0, 1]."""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
     python recipes/compare.py                # the comparison, on test images
     python recipes/compare.py --ablation     # what TIMA's parts do, on validation images
     python recipes/compare.py --sweep        # TIMA's weights, on validation images
+    python recipes/compare.py --benchmark emoji --data outputs/emoji --model outputs/emoji-clip
 
-Six colour-shape combinations of the demo are held out: neither their images nor their names take part in fine-tuning.
-All methods share the data, the seeds, the optimiser, the schedule, the updates and the steps of the attack, and differ
-in nothing but their two functions. Zero-shot classification is over all 24 names. A finished run is read back from its
-folder, so an interrupted command goes on when repeated. Nothing else writes `docs/results.md`.
+Some classes are held out, of the demo six colour-shape combinations: neither their images nor their names take part in
+fine-tuning. All methods share the data, the seeds, the optimiser, the schedule, the updates and the steps of the
+attack, and differ in nothing but their two functions. Zero-shot classification is over all names. A finished run is
+read back from its folder, so an interrupted command goes on when repeated. Nothing else writes `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,16 +33,22 @@ from torch import Tensor
 from transformers import AutoProcessor, PrinterCallback
 from transformers.utils import logging
 
-import hf_robust_vision
 from hf_robust_vision.attacks import Objective, get_protocol
-from hf_robust_vision.data.demo import CLASS_NAMES, DEMO_EPS, demo_checkpoint, demo_groups, load_demo
+from hf_robust_vision.data.benchmarks import Benchmark, demo_benchmark, emoji_benchmark
 from hf_robust_vision.data.splits import only_classes, relabel, seeded_subset
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import Encoder, load_encoder, weights_sha256
 from hf_robust_vision.evaluation.comparison import paired_interval, write_page
-from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results, save_results, versions
+from hf_robust_vision.evaluation.results import (
+    RESULTS_FILE,
+    RobustnessResult,
+    load_results,
+    pretty_eps,
+    save_results,
+    source_hash,
+    versions,
+)
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
-from hf_robust_vision.hub.card import pretty_eps
 from hf_robust_vision.text_bank import make_text_bank
 from hf_robust_vision.trainers.base import AdversarialTrainer, Batch
 from hf_robust_vision.trainers.fare import FARETrainer
@@ -50,8 +58,7 @@ from hf_robust_vision.trainers.tecoa import TeCoATrainer
 from hf_robust_vision.trainers.tima import TIMATrainer
 
 
-EPS = tuple(step / 255 for step in (1, 2, 4, 8, 16))
-CHOICE_EPS = (DEMO_EPS, 2 * DEMO_EPS)  # what a choice on validation looks at: the training radius and an unseen one
+CHALLENGERS = ("tima", "tima-no-gate")
 RIVALS = ("tecoa", "pmg-aft")
 
 
@@ -110,7 +117,7 @@ ABLATION = tima_with(
     ("margin from original texts", {"margin_text": "original"}),
     ("gate per sample", {"gate": "sample"}),
     ("no gate", {"gate": "none"}),
-    ("no gate, constant margin", {"gate": "none", "margin_mode": "constant"}),
+    ("constant margin without gate", {"gate": "none", "margin_mode": "constant"}),
     ("with TAKD", {"takd_weight": 1.0}),
     ("with TAKD on clean images", {"takd_weight": 1.0, "takd_student": "clean"}),
 )
@@ -119,8 +126,10 @@ SWEEP = tima_with(
     *((f"distillation weight {value:g}", {"iakd_weight": value}) for value in (0.1, 10.0)),
     *((f"TAKD weight {value:g}", {"takd_weight": value}) for value in (0.1, 1.0)),
     *((f"eta {value:g}", {"eta": value}) for value in (0.3, 0.5)),
-    *((f"no gate, margin {value:g}", {"gate": "none", "margin": value}) for value in (0.05, 0.1, 0.2, 0.4)),
+    *((f"margin {value:g} without gate", {"gate": "none", "margin": value}) for value in (0.05, 0.1, 0.2, 0.4)),
 )
+# Where text distances mean something, the margin is shown without the gate that hides part of it, too.
+EMOJI_METHODS = METHODS | {"tima-no-gate": Method("TIMA, no gate", TIMATrainer, {"gate": "none"})}
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ class Budget:
     eps: tuple[float, ...]
     split: str
 
-    def training(self) -> dict[str, Any]:
+    def training(self, benchmark: Benchmark) -> dict[str, Any]:
         """As arguments of a trainer."""
         return {
             "max_steps": self.steps,
@@ -144,20 +153,21 @@ class Budget:
             "warmup_steps": self.steps // 10,
             "weight_decay": 1e-4,
             "max_grad_norm": 1.0,
-            "attack_eps": DEMO_EPS,
+            "attack_eps": benchmark.attack_eps,
             "attack_steps": 2,
-            "templates": "demo",
+            "templates": benchmark.templates,
             "on_collapse": "record",
         }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one seed."""
+    """One method with one seed on a benchmark."""
 
     method: Method
     seed: int
     budget: Budget
+    benchmark: Benchmark
     root: Path
 
     @property
@@ -168,7 +178,9 @@ class Run:
         if self.method.trainer:  # a default that changes makes another run, too
             defaults = {item.name: item.default for item in fields(self.method.trainer.args_class)}
             shared |= {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
-            shared |= budget.training() | dict(self.method.options)
+            shared |= budget.training(self.benchmark) | dict(self.method.options)
+        if self.benchmark.fingerprint:
+            shared["benchmark"] = self.benchmark.fingerprint
         content = json.dumps(shared, sort_keys=True).encode()
         name = self.method.trainer.__name__ if self.method.trainer else "undefended"
         return self.root / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}" / f"seed{self.seed}"
@@ -180,13 +192,15 @@ def perform(run: Run) -> list[RobustnessResult]:
         return load_results(run.folder)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    processor = AutoProcessor.from_pretrained(demo_checkpoint())
-    encoder = load_encoder(demo_checkpoint())
+    benchmark = run.benchmark
+    processor = AutoProcessor.from_pretrained(benchmark.checkpoint)
+    encoder = load_encoder(benchmark.checkpoint)
     record: dict[str, Any] = {"method": "none", "seed": run.seed, "cpu_seconds": 0.0, "wall_seconds": 0.0}
     if run.method.trainer is not None:
-        train = relabel(load_demo("train", encoder.transform), demo_groups()["seen"])
+        train = relabel(benchmark.load("train", encoder.transform), benchmark.groups()["seen"])
         quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-        settings = run.budget.training() | quiet | dict(run.method.options) | {"use_cpu": True, "seed": run.seed}
+        settings = run.budget.training(benchmark) | quiet | dict(run.method.options)
+        settings |= {"use_cpu": True, "seed": run.seed}
         args = run.method.trainer.args_class(output_dir=str(run.folder), **settings)
         trainer = run.method.trainer(encoder, args, train_dataset=train, processing_class=processor)
         trainer.remove_callback(PrinterCallback)
@@ -205,12 +219,12 @@ def perform(run: Run) -> list[RobustnessResult]:
 
 def measure(encoder: Encoder, tokenizer: Any, run: Run) -> list[RobustnessResult]:
     """Clean and robust accuracy over all class names, for the images of each group of classes."""
-    budget = run.budget
+    budget, benchmark = run.budget, run.benchmark
     how = RobustnessProtocol(get_protocol("apgd-ce", steps=budget.eval_steps), budget.eps, batch_size=64)
-    bank = make_text_bank(encoder, tokenizer, CLASS_NAMES, get_templates("demo"))
+    bank = make_text_bank(encoder, tokenizer, benchmark.class_names, get_templates(benchmark.templates))
     results = []
-    for group, names in demo_groups().items():
-        part = only_classes(load_demo(budget.split, encoder.transform), names)
+    for group, names in benchmark.groups().items():
+        part = only_classes(benchmark.load(budget.split, encoder.transform), names)
         part = seeded_subset(part, budget.images, seed=0)
         name = "after" if run.method.trainer else "before"
         found = evaluate_zero_shot(
@@ -220,13 +234,6 @@ def measure(encoder: Encoder, tokenizer: Any, run: Run) -> list[RobustnessResult
             result.group, result.samples = group, f"{group}/{result.samples}"
         results += found
     return results
-
-
-def source_hash() -> str:
-    """First 16 hex digits of the SHA-256 of the package's source."""
-    root = Path(hf_robust_vision.__file__).parent
-    text = b"".join(file.read_bytes() for file in sorted(root.rglob("*.py")))
-    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def perform_all(runs: Sequence[Run], jobs: int) -> dict[Run, list[RobustnessResult]]:
@@ -248,7 +255,7 @@ def perform_all(runs: Sequence[Run], jobs: int) -> dict[Run, list[RobustnessResu
                 print(f"{line}failed: {error}", file=sys.stderr, flush=True)
                 continue
             done[run] = future.result()
-            at = {row.group: row for row in done[run] if row.eps == DEMO_EPS}
+            at = {row.group: row for row in done[run] if row.eps == run.benchmark.attack_eps}
             numbers = [
                 f"{group} {100 * r.clean_accuracy:.1f} / {100 * r.robust_accuracy:.1f}" for group, r in at.items()
             ]
@@ -264,7 +271,7 @@ def summary(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str
     rows = []
     for name, method in methods.items():
         mine = sorted((run for run in done if run.method is method), key=lambda run: run.seed)
-        for group in demo_groups():
+        for group in ("seen", "unseen"):
             per_seed = [[result for result in done[run] if result.group == group] for run in mine]
             first = per_seed[0][0]
             rows.append(
@@ -309,22 +316,26 @@ def pairs(done: Mapping[Run, Sequence[RobustnessResult]], one: Method, other: Me
 def report(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str, Method], mode: str) -> dict[str, Any]:
     """Everything that the page says about one command."""
     some = next(iter(done))
-    result = done[some][0]
+    result, benchmark = done[some][0], some.benchmark
     content = {
         "command": shlex.join(["python", "recipes/compare.py", *sys.argv[1:]]),
         "mode": mode,
+        "about": benchmark.about,
         "split": some.budget.split,
-        "budget": asdict(some.budget) | {"training": some.budget.training()},
+        "budget": asdict(some.budget) | {"training": some.budget.training(benchmark)},
         "seeds": sorted({run.seed for run in done if run.method.trainer}),
         "protocol": result.attacks[0] | {"eps": [pretty_eps(r) for r in done[some] if r.group == "seen"]},
-        "unseen": demo_groups()["unseen"],
-        "hashes": {"start": weights_sha256(load_encoder(demo_checkpoint())), "prompts": result.template_hash},
+        "unseen": benchmark.unseen,
+        "hashes": {"start": weights_sha256(load_encoder(benchmark.checkpoint)), "prompts": result.template_hash},
         "versions": versions(),
         "rows": summary(done, methods),
     }
-    if mode == "compare" and "tima" in methods:
-        rivals = [methods[name] for name in RIVALS if name in methods]
-        content["paired"] = [row for rival in rivals for row in pairs(done, methods["tima"], rival)]
+    if some.budget.split == "test":
+        both = [[methods[name] for name in names if name in methods] for names in (CHALLENGERS, RIVALS)]
+        content["paired"] = [row for one, other in product(*both) for row in pairs(done, one, other)]
+    elif "tima" in methods:  # what a change of TIMA brings
+        others = [method for name, method in methods.items() if name != "tima"]
+        content["paired"] = [row for other in others for row in pairs(done, other, methods["tima"])]
     return content
 
 
@@ -336,9 +347,12 @@ def words(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 def main() -> None:
     """Perform what is missing, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--ablation", action="store_true", help="change one part of TIMA at a time")
-    mode.add_argument("--sweep", action="store_true", help="change one weight of TIMA at a time")
+    table = parser.add_mutually_exclusive_group()
+    table.add_argument("--ablation", action="store_true", help="change one part of TIMA at a time")
+    table.add_argument("--sweep", action="store_true", help="change one weight of TIMA at a time")
+    parser.add_argument("--benchmark", choices=["demo", "emoji"], default="demo")
+    parser.add_argument("--data", type=Path, help="of the emoji: folder of prepare_emoji.py")
+    parser.add_argument("--model", type=Path, help="of the emoji: folder of pretrain_emoji_clip.py")
     parser.add_argument("--methods", type=words(str), help=f"some of {', '.join(METHODS)}, separated by commas")
     parser.add_argument("--seeds", type=words(int), default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100, help="updates of every method")
@@ -350,29 +364,34 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="one folder a run")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where results.md is written")
     args = parser.parse_args()
-    name, rows = ("ablation", ABLATION) if args.ablation else ("sweep", SWEEP) if args.sweep else ("compare", METHODS)
+    if (args.benchmark == "emoji") != bool(args.data and args.model):
+        parser.error("--benchmark emoji needs --data and --model, see docs/emoji.md; the demo brings its own.")
+    try:
+        benchmark = emoji_benchmark(args.data, args.model) if args.benchmark == "emoji" else demo_benchmark()
+    except ValueError as error:
+        parser.error(str(error))
+    mode, rows = ("ablation", ABLATION) if args.ablation else ("sweep", SWEEP) if args.sweep else ("compare", METHODS)
+    if benchmark.name == "emoji":
+        mode, rows = ("emoji", EMOJI_METHODS) if mode == "compare" else (f"emoji-{mode}", rows)
     if stray := [word for word in args.methods or () if word not in rows]:
         parser.error(f"no method {stray[0]!r}; there are {', '.join(map(repr, rows))}.")
     rows = {word: rows[word] for word in args.methods or rows}
     os.environ["OMP_NUM_THREADS"] = "1"
+    eps, split = benchmark.eps, "test"
+    if args.ablation or args.sweep:  # a choice is made on validation, at the training radius and an unseen one
+        eps, split = (benchmark.attack_eps, 2 * benchmark.attack_eps), "validation"
     budget = Budget(
-        args.steps,
-        args.batch_size,
-        args.learning_rate,
-        args.images,
-        args.eval_steps,
-        eps=EPS if name == "compare" else CHOICE_EPS,
-        split="test" if name == "compare" else "validation",
+        args.steps, args.batch_size, args.learning_rate, args.images, args.eval_steps, eps=eps, split=split
     )
     start = time.time()
     runs = [
-        Run(method, seed, budget, args.output_dir)
+        Run(method, seed, budget, benchmark, args.output_dir)
         for seed in args.seeds
         for method in rows.values()
         if method.trainer or seed == args.seeds[0]
     ]
     done = perform_all(runs, args.jobs)
-    write_page(report(done, rows, name), args.docs)
+    write_page(report(done, rows, mode), args.docs)
     print(f"wrote {args.docs / 'results.md'} after {time.time() - start:.0f} s")
 
 

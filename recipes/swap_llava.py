@@ -6,6 +6,10 @@ The demo, offline, with the tower that `recipes/sim_clip.py` left behind:
 
 It prints one table (answer accuracy clean and attacked, before and after; feature drift), and saves a stock VLM folder
 with `swap_report.json`, `robustness.json` and a picture of one image, its perturbation and the answers.
+
+`--target blue` also measures how often an attacker makes the model say a chosen text, before and after.
+`--check_attack` measures nothing of this: it shows that the attack is a real one, by its accuracy over steps and eps on
+the first `--num_questions` questions (50 are enough), and stops.
 """
 
 from __future__ import annotations
@@ -24,21 +28,36 @@ from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
 from hf_robust_vision.evaluation.report import draw_answers
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results
-from hf_robust_vision.evaluation.vlm import VLMProtocol, attack_example, evaluate_vqa
+from hf_robust_vision.evaluation.vlm import VLMProtocol, attack_example, evaluate_targeted, evaluate_vqa
 from hf_robust_vision.trainers.config import Radius
+
+
+CHECK_STEPS = (1, 5, 10, 50)
+CHECK_EPS = (1, 2, 4, 8, 16, 32)
 
 
 def print_table(results: Sequence[RobustnessResult], drift: float) -> None:
     """Answer accuracy before and after, per kind of question and radius."""
     print(f"\n{'questions':>14}  {'eps':>7}  {'before':>22}  {'after':>22}")
-    by_key = {(r.group, r.model, r.eps): r for r in results}
-    for group in dict.fromkeys(r.group for r in results):
-        radii = [r.eps for r in results if r.group == group and r.model == "before"]
+    by_key = {(r.group, r.model, r.eps): r for r in results if r.attack_success is None}
+    for group in dict.fromkeys(group for group, _, _ in by_key):
+        radii = [eps for one, model, eps in by_key if one == group and model == "before"]
         rows = [("clean", radii[0], "clean"), *((f"{eps * 255:g}/255", eps, "robust") for eps in radii if eps)]
         for name, eps, kind in rows:
             cells = [_cell(by_key[group, model, eps], kind) for model in ("before", "after")]
             print(f"{group:>14}  {name:>7}  {cells[0]:>22}  {cells[1]:>22}")
     print(f"mean cosine of the clean patch tokens, old tower to new: {drift:.3f}\n")
+
+
+def print_targeted(results: Sequence[RobustnessResult], target: str) -> None:
+    """How often the target is said, before and after."""
+    rates = {(r.eps, r.model): r.attack_success for r in results if r.attack_success is not None}
+    radii = sorted({eps for eps, _ in rates})
+    print(f"{target!r} is said      before   after")
+    for name, eps, kind in [("clean", radii[0], "clean"), *((f"{eps * 255:g}/255", eps, "attacked") for eps in radii)]:
+        before, after = (100 * rates[eps, model][kind] for model in ("before", "after"))
+        print(f"{name:>14}  {before:>7.1f} % {after:>6.1f} %")
+    print()
 
 
 def _cell(result: RobustnessResult, kind: str) -> str:
@@ -56,12 +75,34 @@ def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> l
     clean = VLMProtocol((0.0,), steps=0, restarts=1, batch_size=args.batch_size)
     asked = load_questions("test", yes_no=False, limit=args.num_questions)
     yes_no = load_questions("test", yes_no=True, limit=args.num_questions)
+    targeted = {"group": "targeted", "max_new_tokens": 8, **shared}
     return [
         *evaluate_vqa(vlm, processor, asked, how, group="colour/shape", **shared),
         *evaluate_vqa(vlm, processor, asked, clean, group="  blank image", blank=True, **shared),
         *evaluate_vqa(vlm, processor, yes_no, clean, group="yes/no", **shared),
         *evaluate_vqa(vlm, processor, yes_no, clean, group="yes/no, blank", blank=True, **shared),
+        *(evaluate_targeted(vlm, processor, asked, args.target, how, **targeted) if args.target else ()),
     ]
+
+
+def check_attack(vlm: Any, processor: Any, args: argparse.Namespace) -> list[RobustnessResult]:
+    """Accuracy under one start of PGD on the loss alone, each cell attacked anew: it must fall along rows and columns."""
+    asked = load_questions("test", yes_no=False, limit=args.num_questions)
+    folder = args.output_dir / "check_attack"
+    results = []
+    print("\naccuracy, %   eps" + "".join(f"{eps:>6}" for eps in CHECK_EPS) + "   /255")
+    for steps in CHECK_STEPS:
+        print(f"{steps:>3} step{'s' if steps > 1 else ' '}        ", end="", flush=True)
+        for eps in CHECK_EPS:
+            how = VLMProtocol((eps / 255,), "linf", steps, 1, ("nll",), args.batch_size)
+            about: dict[str, Any] = {"model_name": "before", "dataset": DEMO_NAME, "split": "test", "progress": False}
+            about |= {"prompt": args.prompt, "group": "colour/shape", "samples_dir": folder}
+            results += evaluate_vqa(vlm, processor, asked, how, **about)
+            print(f"{100 * results[-1].robust_accuracy:>6.0f}", end="", flush=True)
+        print()
+    print(f"clean {100 * results[0].clean_accuracy:.0f} % of {len(asked)} questions\n")
+    save_results(results, folder)
+    return results
 
 
 def main() -> None:
@@ -71,15 +112,20 @@ def main() -> None:
     parser.add_argument("--tower", default="outputs/sim-clip-demo", help="Folder or Hub id of the hardened CLIP.")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/swap-llava"))
-    parser.add_argument("--eps", type=Radius, nargs="+", default=[Radius("4/255"), Radius("8/255"), Radius("16/255")])
+    parser.add_argument("--eps", type=Radius, nargs="+", default=[Radius("8/255")])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--restarts", type=int, default=2)
     parser.add_argument("--num_questions", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--target", help="Also attack towards this text.")
+    parser.add_argument("--check_attack", action="store_true", help="Print accuracy over steps and eps, and stop.")
     args = parser.parse_args()
     vlm = AutoModelForImageTextToText.from_pretrained(args.vlm, dtype=torch.float32).eval()
     vlm.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(args.vlm)
+    if args.check_attack:
+        check_attack(vlm, processor, args)
+        return
     question = load_questions("test", yes_no=False, limit=args.num_questions)[0]
     results = measure(vlm, processor, args, "before")
     example = {"before": attack_example(vlm, processor, question, args.prompt, float(args.eps[0]))}
@@ -95,6 +141,8 @@ def main() -> None:
     save_results(results, args.output_dir)
     draw_answers(example, question.text, args.output_dir / "answers.png")
     print_table(results, report.towers[0].drift)
+    if args.target:
+        print_targeted(results, args.target)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 from hf_robust_vision import pipeline
+from hf_robust_vision.cli import make_parser
+from hf_robust_vision.evaluation.comparison import make_page, short_table
 from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
 
 
@@ -67,6 +70,14 @@ def test_recipe_commands_parse(code, tmp_path, monkeypatch):
         pipeline.parse(trainer_of(recipe), [*words, "--output_dir", str(tmp_path)], demo)
 
 
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_cli_commands_parse(code):
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["hf-robust-vision"] and words[1] != "harden":
+            make_parser().parse_args(words[1:])
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_set_what_trainer_would_choose(config):
     """A published setting that leaves `max_grad_norm` to Trainer is not the published setting."""
@@ -84,3 +95,32 @@ def test_demo_config_is_read_only_for_the_demo(tmp_path):
     assert with_demo.attack_eps == 8 / 255
     assert without.learning_rate == 1e-5
     assert without.attack_eps == 4 / 255
+
+
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_commands_name_flags_that_exist(code):
+    source = (ROOT / "hf_robust_vision" / "cli.py").read_text()
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["hf-robust-vision"] and words[1] != "harden":
+            stray = [word for word in words[1:] if word.startswith("--") and f'"{word}"' not in source]
+            assert f'"{words[1]}"' in source
+            assert not stray
+
+
+def test_results_page_is_what_its_numbers_say():
+    assert (ROOT / "docs" / "results.md").read_text() == make_page(ROOT / "docs")
+
+
+def test_readme_compares_what_was_measured():
+    content = json.loads((ROOT / "docs" / "results" / "compare.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    methods = ("sim-clip", "fare", "tecoa", "pmg-aft", "tima")
+    assert short_table(content, methods, ("4/255", "8/255", "16/255")) in readme
+    row = next(
+        row
+        for row in content["paired"]
+        if (row["one"], row["other"], row["group"], row["eps"]) == ("TIMA", "TeCoA", "unseen", "4/255")
+    )
+    mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
+    assert f"({mean:+.1f} points there, paired\n95 % interval {low:+.1f} to {high:+.1f})" in readme

@@ -157,7 +157,7 @@ class TestRefusals:
         (broken / "model.safetensors").unlink()
         if not with_config:
             (broken / "config.json").unlink()
-        with pytest.raises(ValueError, match=r"adapter of 'some/clip'.*merge_and_unload"):
+        with pytest.raises(ValueError, match=r"adapter of 'some/clip'.*merge_adapter"):
             load_encoder(broken)
 
     def test_no_image_processor(self, broken):
@@ -240,7 +240,7 @@ def test_template_hash_knows_names_templates_and_order(encoder, clip_folder):
 )
 def test_freeze_unread_is_what_gradients_reach(encoder, processor, feature, layer, text):
     """Exactly the parameters with a gradient are trainable: one without breaks DDP, one frozen learns nothing."""
-    freeze_unread(encoder, feature=feature, token_layer=layer, text=text)
+    freeze_unread(encoder, feature=feature, token_layer=layer, text="encoder" if text else "none")
     chosen = {name for name, p in encoder.named_parameters() if p.requires_grad}
     encoder.requires_grad_(True)
     prompts = dict(processor.tokenizer(["a red", "a photo of a blue"], padding=True, return_tensors="pt"))

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "cli": {"attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers", "pipeline"},
 }
 LIGHT = {"attacks": {"torch"}, "pixels": {"torch"}}
-NARROW = {"trainers": {"evaluation": {"results", "zero_shot"}, "hub": {"card"}}}
+NARROW = {"trainers": {"evaluation": {"results", "zero_shot"}, "hub": {"card", "push"}}}
 
 
 def imports(file):

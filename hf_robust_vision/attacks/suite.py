@@ -55,9 +55,6 @@ class Attack:
         step_size: Step of "pgd" in an Linf ball, in pixels of [0, 1], where a paper fixes it whatever eps is.
         relative_step: Step of "pgd" as a multiple of eps; None is its default. The others choose their own.
         targets: How many classes a targeted objective aims at, from the strongest wrong class down.
-
-    Raises:
-        ValueError: If the objective is unknown, or targeted without targets or the reverse.
     """
 
     name: str
@@ -68,19 +65,6 @@ class Attack:
     step_size: float | None = None
     relative_step: float | None = None
     targets: int = 0
-
-    def __post_init__(self) -> None:
-        for kind, got, known in (
-            ("algorithm", self.algorithm, ALGORITHMS),
-            ("objective", self.objective, OBJECTIVES | TARGETED),
-        ):
-            if got not in known:
-                raise ValueError(f"attack {self.name!r}: unknown {kind} {got!r}; choose one of {', '.join(known)}.")
-        if (self.objective in TARGETED) != bool(self.targets) or (self.algorithm == "fab" and not self.targets):
-            raise ValueError(
-                f"attack {self.name!r}: {self.algorithm} on {self.objective} with targets={self.targets} can not run; "
-                "fab needs a targeted objective, a targeted objective needs targets, and others have none."
-            )
 
     def __str__(self) -> str:
         """One line for a person."""
@@ -116,11 +100,18 @@ class Protocol:
         attacks: Run in order, each only on the samples that the ones before left unfooled.
         carry: A sample that fell at a smaller radius has fallen at a larger one, and is not attacked again. False
             where the count after each attack is to be that attack's own at that radius.
+
+    Raises:
+        ValueError: If an objective is unknown, or targeted without targets or the reverse.
     """
 
     name: str
     attacks: tuple[Attack, ...]
     carry: bool = True
+
+    def __post_init__(self) -> None:
+        for attack in self.attacks:
+            _check(attack)
 
     def __str__(self) -> str:
         """What it is, a line an attack, for a person."""
@@ -160,6 +151,20 @@ class Protocol:
             row["target"] = f"{targets} strongest wrong classes" if targets else None
             rows.append(row | shared | ({"relative_step": relative} if relative is not None else {}))
         return rows
+
+
+def _check(attack: Attack) -> None:
+    for kind, got, known in (
+        ("algorithm", attack.algorithm, ALGORITHMS),
+        ("objective", attack.objective, OBJECTIVES | TARGETED),
+    ):
+        if got not in known:
+            raise ValueError(f"attack {attack.name!r}: unknown {kind} {got!r}; choose one of {', '.join(known)}.")
+    if (attack.objective in TARGETED) != bool(attack.targets) or (attack.algorithm == "fab" and not attack.targets):
+        raise ValueError(
+            f"attack {attack.name!r}: {attack.algorithm} on {attack.objective} with targets={attack.targets} can not "
+            "run; fab needs a targeted objective, a targeted objective needs targets, and others have none."
+        )
 
 
 def _budgeted(attack: Attack, steps: int | None, restarts: int | None, queries: int | None) -> Attack:

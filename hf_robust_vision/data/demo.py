@@ -15,8 +15,10 @@ from typing import Any
 
 from hf_robust_vision.pixels import PixelTransform
 
+from .captions import CaptionedImages
 from .datasets import LabelledImages
 from .splits import split_off
+from .templates import TEMPLATES
 
 
 DEMO_NAME = "easy-vqa"
@@ -64,6 +66,25 @@ def load_demo(split: str, transform: PixelTransform) -> LabelledImages:
         return dataset
     train, validation = split_off(dataset, VALIDATION_SIZE, seed=_SPLIT_SEED, name="validation")
     return train if split == "train" else validation
+
+
+def load_demo_captions(split: str, transform: PixelTransform) -> CaptionedImages:
+    """A gallery for retrieval: the first image of each of the 24 classes, the demo's six templates as its captions.
+
+    Args:
+        split: "train", "validation" or "test".
+        transform: Fits each image to the tower.
+    """
+    images = load_demo(split, transform)
+    labels = images.labels()
+    rows = [
+        {
+            "image": images.rows[images.ids[labels.index(label)]][images.image_column],
+            "captions": [template.format(name) for template in TEMPLATES["demo"]],
+        }
+        for label, name in enumerate(CLASS_NAMES)
+    ]
+    return CaptionedImages(rows, transform, name=f"{DEMO_NAME}-captions", split=split)
 
 
 def demo_groups() -> dict[str, tuple[str, ...]]:

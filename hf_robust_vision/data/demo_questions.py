@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.pixels import Fitting, PixelTransform
 
 from .datasets import decode_image
 from .demo import demo_folder, demo_rows, load_demo
@@ -36,7 +36,7 @@ class Question:
     answer: str
     yes_no: bool
 
-    def pixels(self, transform: PixelTransform) -> torch.Tensor:
+    def pixels(self, transform: Fitting) -> torch.Tensor:
         """The image in [0, 1], shape (3, height, width)."""
         return transform.fit(decode_image(self.image, self.image)[None])[0]
 

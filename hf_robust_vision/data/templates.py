@@ -11,11 +11,14 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of a {}.",),
     "tecoa": ("This is a photo of a {}.",),
     "demo": ("a photo of a {}", "an image of a {}", "a picture of a {}", "there is a {}", "a {}", "this is a {}"),
+    "emoji": ("an emoji of a {}", "a drawing of a {}"),
 }
 
 
 def get_templates(name_or_file: str) -> tuple[str, ...]:
     """Templates by name, or one per line of a text file.
+
+    "{c}" stands for the class name as well as "{}": CLIP_benchmark writes it so.
 
     Raises:
         ValueError: If it is neither, or a template has no "{}".
@@ -25,7 +28,7 @@ def get_templates(name_or_file: str) -> tuple[str, ...]:
     path = Path(name_or_file)
     if not path.is_file():
         raise ValueError(f"{name_or_file!r} is neither a file nor one of the templates {sorted(TEMPLATES)}.")
-    lines = tuple(_lines(path))
+    lines = tuple(line.replace("{c}", "{}") for line in _lines(path))
     if not lines or any(line.count("{}") != 1 for line in lines):
         raise ValueError(f'every line of {path} needs one "{{}}" for the class name.')
     return lines

@@ -6,6 +6,7 @@ A comparison is a plain dictionary, as that command writes it to `docs/results/<
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,19 @@ TITLES = {
     "compare": "Methods side by side",
     "ablation": "What TIMA's parts do",
     "sweep": "TIMA's weights",
+    "emoji": "Emoji: many names, near and far",
+    "emoji-ablation": "Emoji: what TIMA's parts do",
+    "emoji-sweep": "Emoji: TIMA's weights",
 }
+PLOTTED = ("compare", "emoji")
 
 
 def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
     """Mean difference of two methods with its 95 % bootstrap interval over seeds and images.
 
-    Each draw takes seeds with replacement, and images with replacement, the same images for every seed.
+    Each draw takes seeds with replacement, and images with replacement, the same images for every seed. What a seed
+    deviates from the others is stretched by `sqrt(seeds / (seeds - 1))`, without which drawing from so few of them
+    would show too little of their spread. With three seeds the interval is still a rough one.
 
     Args:
         differences: Hit of the one minus hit of the other, shape (seeds, images).
@@ -35,7 +42,10 @@ def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, fl
     """
     generator = torch.Generator().manual_seed(0)
     seeds, images = differences.shape
-    per_image = differences[torch.randint(seeds, (draws, seeds), generator=generator)].mean(1)
+    common = differences.mean(0)
+    stretch = math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
+    drawn = (differences - common)[torch.randint(seeds, (draws, seeds), generator=generator)].mean(1)
+    per_image = common + stretch * drawn
     means = per_image.gather(1, torch.randint(images, (draws, images), generator=generator)).mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return differences.mean().item(), low, high
@@ -49,6 +59,21 @@ def table(content: Mapping[str, Any], group: str) -> str:
     for row in rows:
         cells = [spread(row["clean_accuracy"]), *(spread(row["robust_accuracy"][radius]) for radius in eps)]
         lines.append(f"| {row['label']} | {' | '.join(cells)} | {statistics.mean(row['cpu_seconds']):.0f} |")
+    return "\n".join(lines)
+
+
+def short_table(content: Mapping[str, Any], methods: Sequence[str], radii: Sequence[str]) -> str:
+    """A few methods at a few radii, both groups of classes in one row, as Markdown; the page has all of it."""
+    heads = [f"{group}, {name}" for group in ("seen", "unseen") for name in ("clean", *radii)]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for method in methods:
+        rows = [row for row in content["rows"] if row["method"] == method]
+        cells = [
+            spread(column)
+            for row in rows
+            for column in (row["clean_accuracy"], *(row["robust_accuracy"][radius] for radius in radii))
+        ]
+        lines.append(f"| {rows[0]['label']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -68,9 +93,9 @@ def section(content: Mapping[str, Any]) -> str:
 
 `{content["command"]}`
 
-- Data: the demo, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
+- Data: {content.get("about", "the demo")}, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
 - Fine-tuning: {budget["steps"]} updates of {budget["batch_size"]} images, AdamW at {budget["learning_rate"]:g}, attack
-  of {budget["training"]["attack_steps"]} steps at 8/255, seeds {", ".join(map(str, content["seeds"]))}.
+  of {budget["training"]["attack_steps"]} steps at {255 * budget["training"].get("attack_eps", 8 / 255):g}/255, seeds {", ".join(map(str, content["seeds"]))}.
 - Measured by {protocol["name"]} with {protocol["steps"]} steps and {protocol["restarts"]} restart, over all class names.
 - CPU s: processor seconds of the fine-tuning, on one thread.
 - Made with {made_with}.
@@ -85,9 +110,12 @@ Classes never seen in it ({counts["unseen"]} images: {", ".join(content["unseen"
 
 {table(content, "unseen")}
 """
+    if content["split"] == "validation":
+        text += "\nThe unseen classes are those of the test, so no choice may rest on their rows.\n"
     if content.get("paired"):
         text += (
-            f"\nDifferences in points, with paired 95 % intervals over images and seeds:\n\n{paired_table(content)}\n"
+            "\nDifferences in points, with paired 95 % intervals over images and seeds, not corrected for their number:"
+            f"\n\n{paired_table(content)}\n"
         )
     return text
 
@@ -126,14 +154,19 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
 
 
 def write_page(content: Mapping[str, Any], docs: Path) -> None:
-    """Keep one command's numbers, and write the page anew from those of all three."""
+    """Keep one command's numbers, and write the page anew from those of all commands."""
     folder = docs / "results"
     write_atomically(folder / f"{content['mode']}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    if content["mode"] == "compare":
-        plot(content, folder / "compare.png")
+    if content["mode"] in PLOTTED:
+        plot(content, folder / f"{content['mode']}.png")
+    write_atomically(docs / "results.md", make_page(docs))
+
+
+def make_page(docs: Path) -> str:
+    """The page of all numbers that lie in `docs/results`."""
     page = "# Results\n\nWritten by `recipes/compare.py`; do not edit. The numbers lie in `docs/results/*.json`.\n"
     for mode in TITLES:
-        if (file := folder / f"{mode}.json").is_file():
+        if (file := docs / "results" / f"{mode}.json").is_file():
             page += f"\n{section(json.loads(file.read_text()))}"
-            page += "\n![Robust accuracy over eps](results/compare.png)\n" if mode == "compare" else ""
-    write_atomically(docs / "results.md", page)
+            page += f"\n![Robust accuracy over eps](results/{mode}.png)\n" if mode in PLOTTED else ""
+    return page

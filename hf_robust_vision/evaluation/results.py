@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -25,11 +27,14 @@ class SampleRecord:
 
     Args:
         id: Of the sample in its source.
-        label: True class, or the true answer of a question.
+        label: True class, the true answer of a question, the reference captions, or an attacker's target.
         clean: Output on the clean image.
         adversarial: Output on the adversarial image, None where none was made (a sample already wrong).
-        score: Highest logit minus the true class's on the adversarial image, at least 0 where the attack won.
-        fooled_by: Name of the attack that won, None for none; "clean" for a sample that was wrong before.
+        score: Highest logit minus the true class's on the adversarial image, at least 0 where the attack won; of a
+            caption its worst score in [0, 1].
+        fooled_by: Name of the attack that won, None for none; "clean" for a sample that was lost before. Of a caption
+            the attack that brought the worst score.
+        clean_score: Score of the caption of the clean image.
     """
 
     id: int | str
@@ -38,15 +43,16 @@ class SampleRecord:
     adversarial: int | str | None = None
     score: float | None = None
     fooled_by: str | None = None
+    clean_score: float | None = None
 
     @property
     def clean_hit(self) -> bool:
-        """Is the clean image classified rightly?"""
-        return self.clean == self.label
+        """Is the output on the clean image right?"""
+        return self.fooled_by != "clean"
 
     @property
     def robust_hit(self) -> bool:
-        """Is it classified rightly under every attack?"""
+        """Is it right under every attack?"""
         return self.fooled_by is None
 
 
@@ -55,7 +61,9 @@ class RobustnessResult:
     """Clean and robust accuracy of one model on one dataset under one protocol at one eps.
 
     Accuracies are fractions in [0, 1]. A Linf eps is in pixels in [0, 1], an L2 eps a Euclidean radius over the
-    [0, 1] image. The fields are those of `robustness.json`.
+    [0, 1] image. The fields are those of `robustness.json`. Two metrics are no accuracies: of captions both values are
+    mean scores, and under "targeted_success" they are the shares of images on which the attacker's target is not said;
+    `attack_success` then holds the attacker's own rates, "clean" (the control) and "attacked".
     """
 
     task: str
@@ -80,10 +88,17 @@ class RobustnessResult:
     training: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
     sanity: dict[str, Any] | None = None
+    attack_success: dict[str, float] | None = None
     left_out: list[str] = field(default_factory=list)
     samples: str | None = None
+    images: str | None = None
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def robust_name(self) -> str:
+        """What trackers call the robust accuracy at this radius: "robust_accuracy_4_255", or "robust_accuracy_l2_0.5"."""
+        return f"robust_accuracy_{f'{self.eps * 255:g}_255' if self.norm == 'linf' else f'{self.norm}_{self.eps:g}'}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `robustness.json` holds them."""
@@ -98,8 +113,12 @@ class RobustnessResult:
 
 def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
     """Accuracies and their 95 % Wilson intervals, as sums over sample records."""
-    count = len(records)
-    clean, robust = sum(r.clean_hit for r in records), sum(r.robust_hit for r in records)
+    return summarize_hits([record.clean_hit for record in records], [record.robust_hit for record in records])
+
+
+def summarize_hits(clean_hits: Sequence[bool], robust_hits: Sequence[bool]) -> dict[str, Any]:
+    """The same from one flag a sample: right on the clean image, right under every attack."""
+    count, clean, robust = len(clean_hits), sum(clean_hits), sum(robust_hits)
     return {
         "num_samples": count,
         "clean_accuracy": clean / count if count else math.nan,
@@ -131,6 +150,30 @@ def after_each_attack(
     return attacks
 
 
+def summarize_scores(records: Sequence[SampleRecord]) -> dict[str, Any]:
+    """Mean scores on clean and on attacked images with normal 95 % intervals, over sample records.
+
+    Raises:
+        ValueError: If a record has no scores.
+    """
+    if any(record.score is None or record.clean_score is None for record in records):
+        raise ValueError("a record has no scores; summarize() counts records without them.")
+    columns = {
+        "clean_accuracy": [float(record.clean_score or 0) for record in records],
+        "robust_accuracy": [float(record.score or 0) for record in records],
+    }
+    means = {name: statistics.fmean(values) if values else math.nan for name, values in columns.items()}
+    intervals = {name: list(_mean_interval(values)) for name, values in columns.items()}
+    return {"num_samples": len(records), **means, "ci95": intervals}
+
+
+def _mean_interval(values: Sequence[float], z: float = 1.959963984540054) -> tuple[float, float]:
+    if len(values) < 2:
+        return 0.0, 1.0
+    mean, half = statistics.fmean(values), z * statistics.stdev(values) / math.sqrt(len(values))
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
 def wilson_interval(hits: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson score interval of a proportion; (0, 1) of nothing.
 
@@ -153,6 +196,17 @@ def save_results(results: Iterable[RobustnessResult], folder: str | Path) -> Pat
     return path
 
 
+def add_results(results: Sequence[RobustnessResult], folder: str | Path) -> Path:
+    """Write results into a folder's `robustness.json` beside those that it holds.
+
+    A result of the same weights, data, protocol name and radius takes the place of the older one.
+    """
+    path = Path(folder) / RESULTS_FILE
+    kept = load_results(path) if path.is_file() else []
+    new = {_what(result) for result in results}
+    return save_results([*(result for result in kept if _what(result) not in new), *results], folder)
+
+
 def load_results(path: str | Path) -> list[RobustnessResult]:
     """Read a `robustness.json`, or the one in a folder.
 
@@ -164,6 +218,34 @@ def load_results(path: str | Path) -> list[RobustnessResult]:
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {content.get('schema')!r}, this version reads {SCHEMA}.")
     return [RobustnessResult.from_dict(values) for values in content["results"]]
+
+
+def load_samples(path: str | Path) -> list[SampleRecord]:
+    """Read a samples file."""
+    return [SampleRecord(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def pretty_eps(result: RobustnessResult) -> str:
+    """A Linf radius in 255ths, an L2 radius as it is."""
+    return f"{result.eps * 255:g}/255" if result.norm == "linf" else f"{result.eps:g}"
+
+
+def _what(result: RobustnessResult) -> tuple[Any, ...]:
+    data = (result.task, result.metric, result.dataset, result.split, result.group)
+    return *data, result.model, result.model_sha256, result.protocol, result.norm, result.eps
+
+
+def tracked_metrics(results: Iterable[RobustnessResult]) -> dict[str, float]:
+    """The numbers of a run's end for tensorboard and the like: `test_clean_accuracy`, `test_robust_accuracy_4_255`, ...
+
+    Those of the original start with `test_before_`.
+    """
+    metrics = {}
+    for result in results:
+        prefix = "test_before_" if result.model == "before" else "test_"
+        metrics[f"{prefix}clean_accuracy"] = result.clean_accuracy
+        metrics[prefix + result.robust_name] = result.robust_accuracy
+    return metrics
 
 
 def write_atomically(path: str | Path, text: str) -> None:
@@ -179,3 +261,10 @@ def versions() -> dict[str, str]:
     """What the numbers were made with."""
     packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     return {"python": platform.python_version(), "hf-robust-vision": __version__} | packages
+
+
+def source_hash() -> str:
+    """First 16 hex digits of the SHA-256 of the package's source."""
+    root = Path(__file__).parents[1]
+    text = b"".join(file.read_bytes() for file in sorted(root.rglob("*.py")))
+    return hashlib.sha256(text).hexdigest()[:16]

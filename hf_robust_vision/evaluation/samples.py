@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class SampleStore:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
         self.names = [f"samples-{slug}-eps{radius:.5f}-{digest}.jsonl" for radius in eps]
+        self.images = f"images-{slug}-{digest}"
         self.folder = Path(folder) if folder is not None else None
         self.rank, self.world = rank_and_world()
         self.records: Records = self._load()
@@ -51,6 +52,10 @@ class SampleStore:
                 with (self.folder / f"{name}.rank{self.rank}").open("a", encoding="utf-8") as file:
                     file.write("".join(f"{line}\n" for line in lines))
         self.records |= records
+
+    def forget(self, samples: Collection[SampleId]) -> None:
+        """Drop the records of some samples, so that they are measured again."""
+        self.records = {sample: rows for sample, rows in self.records.items() if sample not in samples}
 
     def gather(self, order: Sequence[SampleId]) -> Records:
         """The records of all processes; the main one writes a single file per radius, in the given order."""

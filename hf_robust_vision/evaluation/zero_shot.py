@@ -6,7 +6,7 @@ The trainer's `evaluate()`, the recipes and the command line all call `evaluate_
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hf_robust_vision.encoders import Encoder, attack_mode, image_embedder, tens
 from hf_robust_vision.pixels import check_images
 from hf_robust_vision.text_bank import TextBank
 
+from .adversarial import AdversarialImages
 from .results import RobustnessResult, SampleRecord, after_each_attack, summarize, versions
 from .samples import Records, SampleStore, measure_all
 
@@ -69,12 +70,14 @@ def evaluate_zero_shot(
     samples_dir: str | Path | None = None,
     progress: bool = True,
     model_sha256: str | None = None,
+    save_images: Collection[int] = (),
 ) -> list[RobustnessResult]:
     """Measure clean and robust accuracy, one result per eps.
 
     The samples are shared out over the processes of `torch.distributed`, and each is measured exactly once. With
     `samples_dir` every batch is written down when it is done; a repeated call goes on from there and ends with the
-    same flags. Weights, mode and gradients of the encoder are as they were.
+    same flags. Weights, mode and gradients of the encoder are as they were. Images of another size than the tower's
+    are attacked at their own size and fitted inside the attacked function.
 
     Args:
         encoder: Its dtype is the precision of the attack.
@@ -86,10 +89,14 @@ def evaluate_zero_shot(
         samples_dir: Folder for `samples-*.jsonl`.
         progress: Show a bar on the main process.
         model_sha256: Hash of the weights if it is known already.
+        save_images: Ids of samples whose images are kept in `samples_dir`, clean and adversarial, exactly as the model
+            saw them (`AdversarialImages`). A sample that was measured without them is measured again.
 
     Raises:
-        ValueError: If the class names of the dataset and of the bank differ.
+        ValueError: If the class names of the dataset and of the bank differ, or images have no folder to go to.
     """
+    if save_images and samples_dir is None:
+        raise ValueError("save_images needs a samples_dir to save them in.")
     if tuple(dataset.class_names) != bank.class_names:
         raise ValueError(
             f"the dataset has classes {list(dataset.class_names)[:3]}..., the text bank {list(bank.class_names)[:3]}"
@@ -111,12 +118,20 @@ def evaluate_zero_shot(
     identity |= {"config": {name: encoder.config.to_dict().get(name) for name in ("vision_config", "hidden_act")}}
     del identity["batch_size"]
     store = SampleStore(samples_dir, f"{Path(model_name).name}-{protocol.name}-{how.norm}", how.eps, identity)
-    classify = bank.classify(image_embedder(encoder))
+    embed = image_embedder(encoder)
+    classify = bank.classify(lambda images: embed(encoder.transform.fit(images)))
+    saved = AdversarialImages(Path(samples_dir or "") / store.images)
+    store.forget({sample for sample in save_images if sample not in saved})
 
     def measure(indices: list[int]) -> Records:
         batch = collate_images([dataset[index] for index in indices])
         images, labels = check_images(batch["images"]).to(device), batch["labels"].to(device)
-        return _measure(classify, images, labels, batch["ids"].tolist(), how)
+        ids = batch["ids"].tolist()
+        records, found = _measure(classify, images, labels, ids, how)
+        for row, sample in enumerate(ids):  # before the record, which says that the sample is done
+            if sample in save_images:
+                saved.write(sample, images[row], found[row])
+        return records
 
     with attack_mode(encoder):
         label = f"{model_name}: {protocol.name}"
@@ -149,6 +164,7 @@ def evaluate_zero_shot(
                 [records[sample][place - 1] for sample in dataset.ids] if place and protocol.carry else [],
             ),
             samples=store.names[place] if samples_dir is not None else None,
+            images=store.images if samples_dir is not None and saved.ids() else None,
             **summarize([records[sample][place] for sample in dataset.ids]),
         )
         for place, eps in enumerate(how.eps)
@@ -157,8 +173,8 @@ def evaluate_zero_shot(
 
 def _measure(
     classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ids: list[int], how: RobustnessProtocol
-) -> Records:
-    """Records of one batch, for each sample one per eps in rising order."""
+) -> tuple[Records, list[dict[float, Tensor]]]:
+    """Records of one batch, for each sample one per eps in rising order, and for each row the images found."""
     with torch.no_grad():
         clean = classify(images).argmax(1)
     latest = [
@@ -167,6 +183,7 @@ def _measure(
     ]
     alive = (clean == labels).nonzero().flatten()
     records: Records = {sample: [] for sample in ids}
+    found: list[dict[float, Tensor]] = [{} for _ in ids]
     for eps in how.eps:
         if len(alive):
             ball, protocol = how.at(eps)
@@ -178,13 +195,16 @@ def _measure(
                 1, labels[alive, None]
             ).squeeze(1)
             answers, names = logits.argmax(1).tolist(), outcome.fooled_by
-            for row, answer, score, name in zip(alive.tolist(), answers, scores.tolist(), names):
+            for row, image, answer, score, name in zip(
+                alive.tolist(), outcome.images, answers, scores.tolist(), names
+            ):
+                found[row][eps] = image
                 latest[row] = replace(latest[row], adversarial=answer, score=round(score, 6), fooled_by=name)
             if protocol.carry:
                 alive = alive[torch.tensor([name is None for name in names], device=alive.device)]
         for record in latest:
             records[int(record.id)].append(record)
-    return records
+    return records, found
 
 
 def _describe(how: RobustnessProtocol, eps: float, *, resolution: int, dtype: torch.dtype) -> list[dict[str, Any]]:

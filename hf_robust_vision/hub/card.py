@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
-from hf_robust_vision.evaluation.results import RobustnessResult, write_atomically
+from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, write_atomically
+
+from .usage import usage_block
 
 
-TAGS = ("adversarial-robustness", "clip", "robust-vision-encoder")
+# The last one lists everything that this package published: `HfApi().list_models(filter="hf-robust-vision")`.
+TAGS = ("adversarial-robustness", "clip", "robust-vision-encoder", "hf-robust-vision")
+
+# Library, task and relation to the original: what makes the Hub list a repository, and offer the right lines for it.
+_KINDS = {
+    "model": ("transformers", "zero-shot-image-classification", "finetune"),
+    "tower": ("transformers", "image-feature-extraction", "finetune"),
+    "adapter": ("peft", "zero-shot-image-classification", "adapter"),
+}
+
+# Task of a result -> task of the Hub.
+_TASKS = {
+    "zero_shot": "zero-shot-image-classification",
+    "corruption": "zero-shot-image-classification",
+    "vqa": "visual-question-answering",
+    "caption": "image-to-text",
+}
 
 
 def make_card(
@@ -22,33 +41,54 @@ def make_card(
     dataset: str | None = None,
     tags: Sequence[str] = (),
     picture: str | None = None,
+    license: str | None = None,
+    paper: str | None = None,
 ) -> ModelCard:
     """A card whose table and `model-index` hold the same numbers as `robustness.json`.
 
     Args:
         results: Of the hardened model (`model="after"`) and, beside them, of the original (`model="before"`).
         model_name: Title.
-        base_model: Folder name or Hub id of the original.
-        dataset: Name of the fine-tuning data.
+        base_model: Hub id of the original. A mere folder name is told in the text only: as metadata it would link to
+            somebody else's model, or to none.
+        dataset: Hub id of the fine-tuning data; None where it is not on the Hub.
         tags: More tags, such as the method.
         picture: File name of the curve beside the card.
+        license: Such as "apache-2.0" or "mit".
+        paper: arXiv number of the method.
 
     Raises:
         ValueError: If there is no result of the hardened model.
     """
-    after = [result for result in results if result.model != "before"]
+    after = hardened(results)
     if not after:
         raise ValueError("a card needs at least one measured result of the hardened model.")
     data = ModelCardData(
         model_name=model_name,
-        library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
+        license=license,
         tags=[*TAGS, *tags],
-        base_model=base_model,
         datasets=[dataset] if dataset else None,
-        eval_results=_eval_results(after),
+        eval_results=eval_results(after),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(results, after, model_name, base_model, picture)}")
+    set_kind(data, "model", base_model)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(results, after, model_name, base_model, picture, paper)}")
+
+
+def set_kind(data: CardData, kind: str, base_model: str | None) -> None:
+    """Say in a card's metadata what the repository holds ("model", "tower" or "adapter") and what it was made from."""
+    data["library_name"], data["pipeline_tag"], relation = _KINDS[kind]
+    on_hub = base_model is not None and is_hub_id(base_model)
+    data["base_model"], data["base_model_relation"] = (base_model, relation) if on_hub else (None, None)
+
+
+def hardened(results: Sequence[RobustnessResult]) -> list[RobustnessResult]:
+    """The results that a card is about: all but those of the original."""
+    return [result for result in results if result.model != "before"]
+
+
+def is_hub_id(name: str) -> bool:
+    """Does a name look like `owner/model`, and is it no folder of this machine?"""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and name[0] not in "./" and not Path(name).exists()
 
 
 def write_card(folder: str | Path, results: Sequence[RobustnessResult], **settings: Any) -> Path:
@@ -64,13 +104,10 @@ def results_table(results: Sequence[RobustnessResult]) -> str:
     for result in results:
         clean, robust = (_percent(result, name) for name in ("clean_accuracy", "robust_accuracy"))
         attack = f"{result.protocol}, {result.norm} {pretty_eps(result)}"
+        if (result.metric, result.dataset) != (results[0].metric, results[0].dataset):
+            attack += f" ({result.metric} on {result.dataset})"
         lines.append(f"| {result.model} | {attack} | {clean} | {robust} | {result.num_samples} |")
     return "\n".join(lines)
-
-
-def pretty_eps(result: RobustnessResult) -> str:
-    """A Linf radius in 255ths, an L2 radius as it is."""
-    return f"{result.eps * 255:g}/255" if result.norm == "linf" else f"{result.eps:g}"
 
 
 def _percent(result: RobustnessResult, name: str) -> str:
@@ -78,37 +115,43 @@ def _percent(result: RobustnessResult, name: str) -> str:
     return f"{100 * getattr(result, name):.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
+def eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
+    """The rows of `model-index`: clean accuracy once per dataset, robust accuracy with its attacks per radius."""
     rows: list[EvalResult] = []
+    told = set()
     for result in results:
-        dataset: dict[str, Any] = {
+        task = _TASKS.get(result.task, result.task.replace("_", "-"))
+        about: dict[str, Any] = {
+            "task_type": task,
+            "task_name": task.replace("-", " ").capitalize(),
             "dataset_type": result.dataset,
             "dataset_name": result.dataset,
             "dataset_split": result.split,
         }
-        task: dict[str, Any] = {
-            "task_type": "zero-shot-image-classification",
-            "task_name": "Zero-shot image classification",
-        }
-        arguments = {"protocol": result.protocol, "norm": result.norm, "eps": result.eps, "attacks": result.attacks}
-        if not rows:
+        kind = result.metric.replace(" ", "_")
+        group = "" if result.group == "all" else f", {result.group} classes"
+        size: dict[str, Any] = {"group": result.group, "num_samples": result.num_samples}
+        if (what := (result.task, result.metric, result.dataset, result.split, result.group)) not in told:
+            told.add(what)
             rows.append(
                 EvalResult(
-                    **task,
-                    **dataset,
-                    metric_type="accuracy",
-                    metric_name="Clean accuracy",
+                    **about,
+                    metric_type=kind,
+                    metric_name=f"Clean {result.metric}{group}",
                     metric_value=result.clean_accuracy,
+                    metric_args=size | {"ci95": result.ci95["clean_accuracy"]},
                 )
             )
+        attack = {"protocol": result.protocol, "norm": result.norm, "eps": result.eps}
+        # What is None is not written to YAML, and would not come back.
+        attacks = [{key: value for key, value in row.items() if value is not None} for row in result.attacks]
         rows.append(
             EvalResult(
-                **task,
-                **dataset,
-                metric_type="robust_accuracy",
-                metric_name=f"Robust accuracy ({result.norm}, {pretty_eps(result)})",
+                **about,
+                metric_type=f"robust_{kind}",
+                metric_name=f"Robust {result.metric} ({result.norm}, {pretty_eps(result)}{group})",
                 metric_value=result.robust_accuracy,
-                metric_args=arguments,
+                metric_args=attack | size | {"ci95": result.ci95["robust_accuracy"], "attacks": attacks},
             )
         )
     return rows
@@ -120,6 +163,7 @@ def _body(
     model_name: str,
     base_model: str | None,
     picture: str | None,
+    paper: str | None,
 ) -> str:
     first = after[0]
     training = first.training or {}
@@ -127,16 +171,15 @@ def _body(
     attacks = "; ".join(f"{a['name']}: {a['steps']} steps, {a['restarts']} restarts" for a in first.attacks)
     image = f"![Accuracy over eps]({picture})\n\n" if picture else ""
     tuned = "vision tower was" if training.get("text_params", "none") == "none" else "vision and text towers were"
+    method = training.get("method", "unknown method")
+    source = f"Method: [{method}](https://arxiv.org/abs/{paper}).\n" if paper else ""
+    left_out = f"\nLeft out for want of classes: {', '.join(first.left_out)}." if first.left_out else ""
     return f"""# {model_name}
 
 A `CLIPModel` whose {tuned} fine-tuned against adversarial images
-({training.get("method", "unknown method")}; original: `{base_model}`). It loads without any extra package:
+({method}; original: `{base_model}`; data: {first.dataset}). It loads without any extra package:
 
-```python
-from transformers import CLIPModel
-
-model = CLIPModel.from_pretrained(".")  # or the id of this repository
-```
+{usage_block("model", ".", first, base_model)}
 
 ## Measured robustness
 
@@ -145,14 +188,16 @@ model = CLIPModel.from_pretrained(".")  # or the id of this repository
 {image}White-box attacks through normalisation, worst case per sample, on the {first.split} split of {first.dataset}
 ({first.num_samples} images, {len(first.class_names)} classes, {len(first.templates)} prompt templates, hash
 `{first.template_hash}`). First radius: {attacks}. 95 % Wilson intervals. Every sample's outcome lies in the
-`samples-*.jsonl` files, the full protocol in `robustness.json`.
+`samples-*.jsonl` files, the full protocol in `robustness.json`.{left_out}
 
 ## Training
 
+{source}
 {how}
 
 ## Limits
 
-The numbers hold for this data, these attacks and these radii. Zero-shot robustness does not show how a
-vision-language model with this tower behaves: measure the model that you deploy.
+The numbers hold for this data, these attacks and these radii; a stronger attack can only lower the robust ones.
+Zero-shot robustness does not show how a vision-language model with this tower behaves: measure the model that you
+deploy. The terms of the original (`{base_model}`) hold for what was made from it.
 """

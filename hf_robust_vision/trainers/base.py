@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -23,7 +22,6 @@ from hf_robust_vision.encoders import (
     DEFAULT_TOKEN_LAYER,
     CLIPEncoder,
     Encoder,
-    EncoderOutput,
     Reference,
     as_encoder,
     attack_mode,
@@ -34,29 +32,19 @@ from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_z
 from hf_robust_vision.pixels import PixelTransform, check_images
 from hf_robust_vision.text_bank import TextBank, make_text_bank
 
+from .adapter_checkpoints import AdapterTrainer
+from .adapters import add_adapter, has_adapter
+from .batch import Batch
 from .checkpoints import complete_checkpoint, mark_complete, rotate, unmark
 from .collapse import Spread, check_collapse
 from .config import AdversarialTrainingArguments
+from .layers import decay_learning_rates, freeze_first_blocks
+from .publishing import PublishWhenMeasured
+from .speed import compile_in_place, matmul_precision
+from .targets import TargetCache
 
 
-@dataclass
-class Batch:
-    """What the two functions of a method get.
-
-    Args:
-        images: Clean images in [0, 1], shape (batch, 3, height, width).
-        labels: Shape (batch,).
-        ids: Of the samples, shape (batch,).
-        original: Features of the original model on the clean images, without gradient.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    original: EncoderOutput
-
-
-class AdversarialTrainer(Trainer):
+class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
     """`Trainer` for adversarial fine-tuning of CLIP; a method is a subclass with two functions.
 
     A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
@@ -70,7 +58,8 @@ class AdversarialTrainer(Trainer):
         eval_dataset: `LabelledImages` for `evaluate()`.
         processing_class: `CLIPProcessor` of the model: its tokenizer embeds the class names, its image processor
             says how pixels are normalised, and both are saved with the model.
-        reference: The original model; by default a frozen copy of `model`.
+        reference: The original model; by default a frozen copy of `model` or, with `use_peft`, `model` without its
+            adapter, which takes no memory of its own.
         data_collator: Items to batches.
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
@@ -83,7 +72,6 @@ class AdversarialTrainer(Trainer):
     method: ClassVar[str] = ""
     tag_names: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str | None] = None
-    trains_text: ClassVar[bool] = False
     # Batches hold labels, and a CLIP accepts loss kwargs: Trainer would not divide by the accumulation steps.
     loss_is_scaled_for_ga = False
 
@@ -103,14 +91,22 @@ class AdversarialTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         encoder = load_encoder(model) if isinstance(model, str) else as_encoder(model, _transform(processing_class))
+        if has_adapter(encoder):
+            raise ValueError("the model holds an adapter already; start from the model that it was trained on.")
         self.token_layer = self.token_layer_of(args)
         freeze_unread(
             encoder,
             feature=getattr(args, "feature", "pooled"),
             token_layer=DEFAULT_TOKEN_LAYER if self.token_layer is None else self.token_layer,
-            text=self.trains_text,
+            text=getattr(args, "text_params", "none"),
         )
-        self.reference = reference or Reference(encoder, self.token_layer)
+        freeze_first_blocks(encoder, args.freeze_blocks)
+        self.reference = reference or Reference(encoder, self.token_layer, share_weights=args.use_peft)
+        if args.use_peft:
+            add_adapter(encoder, args)
+        self.targets = lambda images, ids: self.reference(images)
+        if args.cache_targets_mb:
+            self.targets = TargetCache(self.reference, args.cache_targets_mb, train_dataset)
         super().__init__(
             model=encoder,
             args=args,
@@ -123,6 +119,7 @@ class AdversarialTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says to newer versions
         self._refuse_wrappers()
+        compile_in_place(encoder, self.accelerator)
         self._measured: dict[str, list[Tensor]] = {}
         self._last_images: Tensor | None = None
         self._seen, self._seen_at = 0, time.time()
@@ -155,6 +152,19 @@ class AdversarialTrainer(Trainer):
 
     # The loop
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer` does, with the learning rates of `layer_decay`."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            decay_learning_rates(optimizer, self.model if model is None else model, self.args.layer_decay)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer` does, at the `matmul_precision` that was asked for."""
+        with matmul_precision(self.args.matmul_precision):
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -162,7 +172,7 @@ class AdversarialTrainer(Trainer):
         images = check_images(inputs["images"])
         encoder = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            batch = Batch(images, inputs["labels"], inputs["ids"], self.reference(images))
+            batch = Batch(images, inputs["labels"], inputs["ids"], self.targets)
             with attack_mode(encoder):
                 objective = self.attack_objective(encoder, batch)
                 adversarial = self.attack(objective, batch)
@@ -251,7 +261,9 @@ class AdversarialTrainer(Trainer):
         """Clean and robust accuracy over the whole validation split, shared out over the processes.
 
         Returns:
-            `<prefix>_clean_accuracy`, `<prefix>_robust_accuracy`, `<prefix>_runtime`, fractions and seconds.
+            `<prefix>_clean_accuracy`, `<prefix>_robust_accuracy`, `<prefix>_runtime`, fractions and seconds. With
+            several `eval_eps` the robust accuracy is that of the first, and each has its own, such as
+            `<prefix>_robust_accuracy_4_255`.
 
         Raises:
             ValueError: If there is no validation split.
@@ -260,12 +272,12 @@ class AdversarialTrainer(Trainer):
         if dataset is None:
             raise ValueError("evaluate() needs eval_dataset=LabelledImages, here or in the constructor.")
         protocol = get_protocol(self.args.eval_protocol, steps=self.args.eval_attack_steps)
-        eps = float(self.args.eval_eps if self.args.eval_eps is not None else self.args.attack_eps)
+        radii = tuple(float(eps) for eps in self.args.eval_eps or [self.args.attack_eps])
         how = RobustnessProtocol(
-            protocol, (eps,), self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
+            protocol, radii, self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
         )
         encoder = self.accelerator.unwrap_model(self.model)
-        (result,) = evaluate_zero_shot(
+        results = evaluate_zero_shot(
             encoder,
             self.text_bank(dataset),
             dataset,
@@ -274,11 +286,11 @@ class AdversarialTrainer(Trainer):
             device=self.args.device,
             progress=not self.args.disable_tqdm,
         )
-        metrics = {
-            f"{metric_key_prefix}_clean_accuracy": result.clean_accuracy,
-            f"{metric_key_prefix}_robust_accuracy": result.robust_accuracy,
-            f"{metric_key_prefix}_runtime": round(result.seconds, 2),
-        }
+        named = {"clean_accuracy": results[0].clean_accuracy}
+        named["robust_accuracy"] = next(result.robust_accuracy for result in results if result.eps == radii[0])
+        named |= {result.robust_name: result.robust_accuracy for result in results if len(results) > 1}
+        named["runtime"] = round(results[0].seconds, 2)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -336,9 +348,6 @@ class AdversarialTrainer(Trainer):
             mark_complete(folder)
             rotate(run_dir, limit, best=self.state.best_model_checkpoint)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the card alone: the one with measured numbers is written by `hub.card`, not from training logs."""
-
     def training_record(self) -> dict[str, Any]:
         """How this model was trained, for results and card."""
         args = self.args
@@ -356,9 +365,11 @@ class AdversarialTrainer(Trainer):
             "seed": args.seed,
             "world_size": args.world_size,
             "precision": "bf16" if args.bf16 else "float32",
-        }
+        } | args.tuning_record()
 
     def _refuse_wrappers(self) -> None:
+        if self.is_fsdp_enabled and self.args.use_peft:
+            raise ValueError("use_peft=true and FSDP do not go together; an adapter is small: use DDP.")
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
             raise ValueError("FSDP1 shards what the attack must read; use distributed_type: MULTI_GPU (DDP).")
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)

@@ -11,6 +11,11 @@ _MARKER = "checkpoint_complete"
 _NUMBER = re.compile(r"^checkpoint-(\d+)$")
 
 
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return _NUMBER.match(Path(folder).name) is not None
+
+
 def mark_complete(checkpoint: str | Path) -> None:
     """Say that every process has written its part of a checkpoint."""
     (Path(checkpoint) / _MARKER).touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -34,8 +35,9 @@ class AdversarialTrainingArguments(TrainingArguments):
     """`TrainingArguments` and the attacks of adversarial fine-tuning.
 
     Only the added fields are listed. Defaults that differ from `TrainingArguments`: `learning_rate` 1e-5,
-    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, and
-    `remove_unused_columns` is always False, since images, labels and ids all reach the loss.
+    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, `run_name` is that of
+    `output_dir`, and `remove_unused_columns` is always False, since images, labels and ids all reach the loss.
+    `push_to_hub` pushes once, when the run has been measured.
 
     Args:
         attack_norm: "linf" or "l2".
@@ -45,9 +47,24 @@ class AdversarialTrainingArguments(TrainingArguments):
         attack_random_start: Start inside the ball rather than at the image.
         eval_protocol: Named protocol of the attack in `evaluate()`.
         eval_attack_steps: Steps of that attack; by default the protocol's.
-        eval_eps: Radius of that attack; by default `attack_eps`.
+        eval_eps: Radius of that attack, or several; by default `attack_eps`. The first one is that of
+            `eval_robust_accuracy`, which a best checkpoint is chosen by.
         templates: Prompt templates of the zero-shot classifier, by name or text file.
         on_collapse: "stop" ends the run when the embeddings collapse to a point; "record" only logs it.
+        use_peft: Train a LoRA adapter on the linear layers that would train otherwise, and nothing else.
+        lora_r: Rank of the adapter.
+        lora_alpha: Its output is multiplied by `lora_alpha / lora_r`.
+        lora_dropout: On its input; off during attacks and evaluation.
+        lora_target_modules: Names of the linear layers that get one, such as `q_proj v_proj`; by default all.
+        layer_decay: Learning rate of a block over that of the block above it; 1 is the same rate everywhere.
+        freeze_blocks: Leave the vision tower's embeddings and this many of its first blocks as they are.
+        matmul_precision: "high" (TF32) or "medium" (bfloat16) inside float32 matrix products of a training step, by
+            `torch.set_float32_matmul_precision`; measurements always run at the precision that is set outside.
+        cache_targets_mb: MiB of memory of each process for the original's features of clean images, which then are
+            computed once a sample; 0 computes them at each step. For data that is the same at every epoch.
+
+    `torch_compile` compiles the encoder in place: the learner's pass and the attack's run compiled, weights keep their
+    names, and measurements run as they would without it.
 
     Raises:
         ValueError: If a value makes no sense; the message says what to type.
@@ -66,20 +83,35 @@ class AdversarialTrainingArguments(TrainingArguments):
     attack_random_start: bool = field(default=True, metadata={"help": "Start at a random point of the ball."})
     eval_protocol: str = field(default="quick", metadata={"help": f"Attack of evaluate(): {', '.join(PROTOCOLS)}."})
     eval_attack_steps: int | None = field(default=None, metadata={"help": "Steps of the attack of evaluate()."})
-    eval_eps: Radius | None = field(default=None, metadata={"help": "Radius in evaluate(); default attack_eps."})
+    eval_eps: list[Radius] | None = field(
+        default=None, metadata={"help": "Radii in evaluate(), that of choices first; default attack_eps."}
+    )
     templates: str = field(default="photo", metadata={"help": "Prompt templates: a name or a text file."})
     on_collapse: str = field(default="stop", metadata={"help": "stop or record, when the embeddings collapse."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the weights."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter, over its rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Linear layers that get an adapter; default: all that would train."}
+    )
+    layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a block over that of the next."})
+    freeze_blocks: int = field(default=0, metadata={"help": "First blocks of the vision tower that do not train."})
+    matmul_precision: str = field(default="highest", metadata={"help": "highest, high or medium, in training steps."})
+    cache_targets_mb: int = field(default=0, metadata={"help": "MiB for the original's features; 0: no cache."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.remove_unused_columns = False
+        # Without a name, trackio would open a second run for what is logged after training.
+        self.run_name = getattr(self, "run_name", None) or Path(self.output_dir).absolute().name
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it at every epoch
-        for name in ("attack_eps", "attack_step_size", "eval_eps"):
+        for name in ("attack_eps", "attack_step_size"):
             value = getattr(self, name)
             setattr(self, name, Radius(value) if value is not None else None)
-        for name in ("attack_eps", "eval_eps"):
-            _check_radius(name, self.attack_norm, getattr(self, name))
+        _check_radius("attack_eps", self.attack_norm, self.attack_eps)
+        self.eval_eps = _radii(self.eval_eps, self.attack_norm)
         if self.fp16:
             raise ValueError("fp16=true lets the attack's gradients underflow to zero unseen; type --bf16 true.")
         if self.attack_steps < 1:
@@ -90,11 +122,31 @@ class AdversarialTrainingArguments(TrainingArguments):
             raise ValueError(f"unknown eval_protocol {self.eval_protocol!r}; choose one of {list(PROTOCOLS)}.")
         get_templates(self.templates)
         one_of("on_collapse", self.on_collapse, ("stop", "record"))
+        self._check_tuning()
         if self.parallel_mode.value == "not_distributed" and self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs in one process would use nn.DataParallel, which adversarial training does not "
                 "support; start one process per GPU: accelerate launch <script>."
             )
+
+    def _check_tuning(self) -> None:
+        one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
+        for name, least in (("lora_r", 1), ("lora_alpha", 1), ("freeze_blocks", 0), ("cache_targets_mb", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout:g}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay:g}.")
+
+    def tuning_record(self) -> dict[str, Any]:
+        """What of the tuning is not plain full tuning, for results and card."""
+        plain = {"matmul_precision": "highest", "layer_decay": 1.0, "freeze_blocks": 0}
+        record = {name: getattr(self, name) for name, value in plain.items() if getattr(self, name) != value}
+        if self.use_peft:
+            record |= {name: getattr(self, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
+            record["lora_target_modules"] = self.lora_target_modules or "all"
+        return record
 
     def attack_ball(self) -> Ball:
         """The set that the training attack may move in."""
@@ -105,6 +157,16 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a text that is not among the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def _radii(values: Any, norm: str) -> list[Radius] | None:
+    """One radius or several as a list; None for none."""
+    listed = (
+        None if values is None else [Radius(v) for v in (values if isinstance(values, list | tuple) else [values])]
+    )
+    for radius in listed or []:
+        _check_radius("eval_eps", norm, radius)
+    return listed or None
 
 
 def _check_radius(name: str, norm: str, eps: float | None) -> None:

@@ -49,7 +49,8 @@ class TIMAArguments(AdversarialTrainingArguments):
         iakd_weight: Of the distillation that keeps the text tower's predictions on clean images.
         takd_weight: Of the distillation that keeps the image tower's predictions; by default 0 in "aaai", 1 in "v1".
         takd_student: Image whose prediction the latter draws to the original's clean one: "adversarial" or "clean".
-        text_params: What of the text tower trains: "encoder" (all of it), "projection" or "none".
+        text_params: What of the text tower trains: "encoder" (all of it, the default), "projection" or "none" (the
+            default with `use_peft`; an adapter reaches the text tower only where this asks for it).
     """
 
     variant: str = field(default="aaai", metadata={"help": "aaai (2026) or v1 (2024)."})
@@ -64,7 +65,9 @@ class TIMAArguments(AdversarialTrainingArguments):
         default=None, metadata={"help": "Weight of the image tower's distillation; default 0 (v1: 1)."}
     )
     takd_student: str = field(default="adversarial", metadata={"help": "adversarial or clean."})
-    text_params: str = field(default="encoder", metadata={"help": "encoder, projection or none."})
+    text_params: str | None = field(
+        default=None, metadata={"help": "encoder, projection or none; default encoder (use_peft: none)."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +75,8 @@ class TIMAArguments(AdversarialTrainingArguments):
             self.gate = "none" if self.variant == "v1" else "class"
         if self.takd_weight is None:
             self.takd_weight = 1.0 if self.variant == "v1" else 0.0
+        if self.text_params is None:
+            self.text_params = "none" if self.use_peft else "encoder"
         for name, choices in CHOICES.items():
             one_of(name, getattr(self, name), choices)
         for name in ("margin", *WEIGHTS):
@@ -159,7 +164,6 @@ class TIMATrainer(ClassTrainer):
     method: ClassVar[str] = "TIMA"
     tag_names: ClassVar[tuple[str, ...]] = ("tima",)
     paper: ClassVar[str | None] = "2405.17678"
-    trains_text: ClassVar[bool] = True
 
     args: TIMAArguments
 
@@ -168,9 +172,6 @@ class TIMATrainer(ClassTrainer):
         templates = get_templates(self.args.templates)
         tokenizer = getattr(self.processing_class, "tokenizer", None)
         self.prompts = tokenize(tokenizer, class_prompts(self.bank.class_names, templates), self.args.device)
-        encoder = self.accelerator.unwrap_model(self.model)
-        encoder.text_model.requires_grad_(self.args.text_params == "encoder")
-        encoder.text_projection.requires_grad_(self.args.text_params != "none")
 
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
         """Cross-entropy of the true class among the tuned class texts, which stay fixed during the attack."""

@@ -166,13 +166,13 @@ def test_later_attacks_meet_survivors_only_and_never_lose_the_stronger_image():
 )
 def test_attacks_that_can_not_target_are_refused(settings):
     with pytest.raises(ValueError, match="can not run"):
-        Attack("odd", **settings)
+        Protocol("odd", (Attack("odd", **settings),))
 
 
 @pytest.mark.parametrize("settings", [{"algorithm": "fgsm"}, {"objective": "kl"}])
 def test_unknown_parts_of_an_attack(settings):
     with pytest.raises(ValueError, match=r"unknown .*choose one of"):
-        Attack("odd", **settings)
+        Protocol("odd", (Attack("odd", **settings),))
 
 
 @pytest.mark.parametrize("name", list(PROTOCOLS))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hf_robust_vision.evaluation.comparison import paired_interval, section, spread, table, write_page
+from hf_robust_vision.evaluation.comparison import paired_interval, section, short_table, spread, table, write_page
 
 
 def content(paired=()):
@@ -78,6 +78,26 @@ def test_a_lead_is_claimed_only_where_the_interval_excludes_zero(low, high, verd
     assert verdict in section(content([pair | {"low": low, "high": high}]))
 
 
+def test_a_section_says_what_it_was_made_on():
+    """Files of the demo from before there was another benchmark name neither data nor radius."""
+    assert "Data: the demo, test split" in section(content())
+    assert "attack\n  of 2 steps at 8/255" in section(content())
+    budget = content()["budget"] | {"training": {"attack_steps": 2, "attack_eps": 4 / 255}}
+    text = section(content() | {"mode": "emoji", "about": "emoji in two styles", "budget": budget})
+    assert "Data: emoji in two styles, test split" in text
+    assert "attack\n  of 2 steps at 4/255" in text
+
+
+def test_emoji_have_a_section_and_a_plot_of_their_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_page(content() | {"mode": "emoji"}, tmp_path)
+    write_page(content(), tmp_path)
+    page = (tmp_path / "results.md").read_text()
+    assert page.index("## Methods side by side") < page.index("## Emoji")
+    assert "(results/emoji.png)" in page
+    assert (tmp_path / "results" / "emoji.png").stat().st_size > 0
+
+
 def test_page_holds_the_sections_of_every_command(tmp_path):
     pytest.importorskip("matplotlib")
     write_page(content(), tmp_path)
@@ -86,3 +106,16 @@ def test_page_holds_the_sections_of_every_command(tmp_path):
     assert page.index("## Methods side by side") < page.index("## TIMA's weights")
     assert (tmp_path / "results" / "compare.png").stat().st_size > 0
     assert json.loads((tmp_path / "results" / "sweep.json").read_text())["mode"] == "sweep"
+
+
+def test_few_seeds_are_stretched_to_their_own_spread():
+    """Of three seeds the lowest alone is drawn once in 27 times, so it is the lower end; stretched by sqrt(3 / 2)."""
+    differences = torch.tensor([[0.5] * 10, [0.0] * 10, [-0.5] * 10], dtype=torch.double)
+    _, low, high = paired_interval(differences)
+    assert (low, high) == pytest.approx((-0.5 * 1.5**0.5, 0.5 * 1.5**0.5))
+
+
+def test_short_table_has_both_groups_in_one_row():
+    lines = short_table(content(), ("tecoa",), ("8/255",)).splitlines()
+    assert lines[0] == "| method | seen, clean | seen, 8/255 | unseen, clean | unseen, 8/255 |"
+    assert lines[2:] == ["| TECOA | 60.0 ± 14.1 | 30.0 ± 7.1 | 60.0 ± 14.1 | 30.0 ± 7.1 |"]

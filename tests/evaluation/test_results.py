@@ -13,6 +13,7 @@ from hf_robust_vision.evaluation.results import (
     load_results,
     save_results,
     summarize,
+    tracked_metrics,
     wilson_interval,
     write_atomically,
 )
@@ -95,3 +96,17 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     write_atomically(path, "new")
     assert [file.name for file in tmp_path.iterdir() if not file.name.startswith(".")] == ["file"]
     assert path.read_text() == "new"
+
+
+def test_names_for_trackers():
+    """One name a radius and norm: two that met would overwrite each other's number."""
+    results = [
+        result(model="before", robust_accuracy=0.1),
+        result(eps=0.5 / 255, robust_accuracy=0.6),
+        result(),
+        result(eps=3.5, norm="l2", robust_accuracy=0.2),
+    ]
+    assert tracked_metrics(results) == {
+        "test_before_clean_accuracy": 0.75, "test_before_robust_accuracy_4_255": 0.1, "test_clean_accuracy": 0.75,
+        "test_robust_accuracy_0.5_255": 0.6, "test_robust_accuracy_4_255": 0.5, "test_robust_accuracy_l2_3.5": 0.2,
+    }  # fmt: skip

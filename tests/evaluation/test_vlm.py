@@ -20,6 +20,7 @@ from hf_robust_vision.evaluation.vlm import (
     answer_task,
     attack_example,
     evaluate_vqa,
+    vlm_inputs,
 )
 
 
@@ -43,11 +44,31 @@ def questions():
 
 @pytest.fixture
 def task(vlm, processor, questions):
-    return answer_task(vlm, processor, questions, PROMPT, torch.device("cpu"))
+    return make_task(vlm, processor, questions)
+
+
+def make_task(vlm, processor, questions):
+    prompts, answers = [PROMPT.format(q.text) for q in questions], [q.answer for q in questions]
+    return answer_task(vlm_inputs(vlm, processor), prompts, answers, (64, 64))
 
 
 def batch(task, questions):
-    return torch.stack([question.pixels(task.transform) for question in questions])
+    return torch.stack([question.pixels(task.inputs) for question in questions])
+
+
+class Killed:
+    """A question at whose image the process dies."""
+
+    def __init__(self, question):
+        self.id, self.text, self.answer = question.id, question.text, question.answer
+
+    def pixels(self, transform):
+        raise KeyboardInterrupt
+
+
+def lines(folder):
+    (file,) = folder.glob("samples-*")
+    return file.read_text().splitlines()
 
 
 def measure(vlm, processor, questions, how, **settings):
@@ -65,7 +86,7 @@ def test_splits_share_no_image():
 def test_right_answer_is_what_generate_says(vlm, processor, questions, task):
     """Half of the answers are made wrong; teacher forcing must flag exactly those that `generate` does not give."""
     asked = [replace(q, answer="circle") if place % 2 else q for place, q in enumerate(questions)]
-    flags = WrongAnswer(answer_task(vlm, processor, asked, PROMPT, torch.device("cpu")))(batch(task, questions))
+    flags = WrongAnswer(make_task(vlm, processor, asked))(batch(task, questions))
     said = []
     for question in questions:
         inputs = processor(
@@ -87,14 +108,15 @@ def test_margin_is_positive_exactly_where_the_answer_is_wrong(task, questions):
 
 def test_loss_and_success_share_one_forward_pass_also_after_take(task, questions):
     calls = 0
-    forward = task.vlm.forward
+    model = task.inputs.vlm
+    forward = model.forward
 
     def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
         return forward(*args, **kwargs)
 
-    task.vlm.forward = counted
+    model.forward = counted
     try:
         rows = torch.tensor([0, 3])
         loss, success = AnswerLoss(task).take(rows), WrongAnswer(task).take(rows)
@@ -102,7 +124,7 @@ def test_loss_and_success_share_one_forward_pass_also_after_take(task, questions
         loss(images)
         success(images)
     finally:
-        del task.vlm.forward
+        del model.forward
     assert calls == 1
 
 
@@ -127,26 +149,20 @@ def test_more_steps_raise_the_loss(task, questions):
     assert losses[1] > losses[0] > AnswerLoss(task)(images).detach().mean()
 
 
-def test_killed_and_resumed_equals_unbroken(vlm, processor, questions, tmp_path, monkeypatch):
+def test_killed_and_resumed_equals_unbroken(vlm, processor, questions, tmp_path):
     how = VLMProtocol((8 / 255,), steps=3, restarts=1, batch_size=4)
     (whole,) = measure(vlm, processor, questions, how, samples_dir=tmp_path / "whole")
-    real = torch.stack
-    calls = 0
-
-    def dies(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr("hf_robust_vision.evaluation.vlm.torch.stack", dies)
     with pytest.raises(KeyboardInterrupt):
-        measure(vlm, processor, questions, how, samples_dir=tmp_path / "broken")
-    monkeypatch.setattr("hf_robust_vision.evaluation.vlm.torch.stack", real)
+        measure(
+            vlm,
+            processor,
+            [*questions[:9], Killed(questions[9]), *questions[10:]],
+            how,
+            samples_dir=tmp_path / "broken",
+        )
+    assert len(lines(tmp_path / "broken")) == 8, "two batches were done and written down"
     (resumed,) = measure(vlm, processor, questions, how, samples_dir=tmp_path / "broken")
-    first, second = ((tmp_path / name / whole.samples).read_text() for name in ("whole", "broken"))
-    assert first == second
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
     assert resumed.robust_accuracy == whole.robust_accuracy
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_robust_vision.hub.card import make_card, pretty_eps, write_card
+from hf_robust_vision.evaluation.results import pretty_eps
+from hf_robust_vision.hub.card import eval_results, is_hub_id, make_card, write_card
 from tests.evaluation.test_results import result
 
 
@@ -36,3 +37,45 @@ def test_radii_are_written_as_people_do():
     assert pretty_eps(result(eps=8 / 255)) == "8/255"
     assert pretty_eps(result(eps=0.5 / 255)) == "0.5/255"
     assert pretty_eps(result(eps=3.5, norm="l2")) == "3.5"
+
+
+def test_rows_survive_the_round_trip():
+    """Attack arguments and intervals too; a None would not be written, and not come back."""
+    attack = {"name": "apgd-ce", "steps": 5, "restarts": 1, "target": None, "step_size": "adaptive"}
+    results = [
+        result(attacks=[attack]),
+        result(attacks=[attack], eps=8 / 255),
+        result(attacks=[attack], group="unseen"),
+        result(attacks=[attack], task="vqa", norm="l2", eps=0.5),
+    ]
+    card = ModelCard(str(make_card(results, model_name="m")))
+    assert card.data.eval_results == eval_results(results)
+    rows = [(row.task_type, row.metric_type, row.metric_name) for row in card.data.eval_results]
+    assert rows == [
+        ("zero-shot-image-classification", "accuracy", "Clean accuracy"),
+        ("zero-shot-image-classification", "robust_accuracy", "Robust accuracy (linf, 4/255)"),
+        ("zero-shot-image-classification", "robust_accuracy", "Robust accuracy (linf, 8/255)"),
+        ("zero-shot-image-classification", "accuracy", "Clean accuracy, unseen classes"),
+        ("zero-shot-image-classification", "robust_accuracy", "Robust accuracy (linf, 4/255, unseen classes)"),
+        ("visual-question-answering", "accuracy", "Clean accuracy"),
+        ("visual-question-answering", "robust_accuracy", "Robust accuracy (l2, 0.5)"),
+    ]
+    assert card.data.eval_results[1].metric_args["attacks"] == [{k: v for k, v in attack.items() if v is not None}]
+
+
+def test_only_what_is_on_the_hub_is_linked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "clip").mkdir(parents=True)
+    assert [is_hub_id(name) for name in ("openai/clip", "clip", "outputs/clip", "/srv/clip", "./clip", "a/b/c")] == [
+        True, False, False, False, False, False,
+    ]  # fmt: skip
+    training = {"method": "Sim-CLIP"}
+    settings = {"model_name": "m", "license": "mit", "paper": "2407.14971"}
+    card = make_card([result(training=training)], base_model="demo-clip", **settings)
+    assert card.data.base_model is None
+    assert "original: `demo-clip`" in card.text
+    assert "[Sim-CLIP](https://arxiv.org/abs/2407.14971)" in card.text
+    card = make_card([result(training=training)], base_model="openai/clip", dataset="imagenet-1k", **settings)
+    told = (card.data.base_model, card.data.base_model_relation, card.data.datasets, card.data.license)
+    assert told == ("openai/clip", "finetune", ["imagenet-1k"], "mit")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "zero-shot-image-classification")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from hf_robust_vision.data.benchmarks import demo_benchmark
 
 
 ROOT = Path(__file__).parents[2]
@@ -31,3 +35,36 @@ def test_compare_runs_and_goes_on_from_what_is_there(tmp_path):
     assert {row["other"] for row in content["paired"]} == {"TeCoA"}
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """The recipe as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    return importlib.import_module("compare")
+
+
+def test_a_run_is_reused_only_on_the_same_benchmark(compare, tmp_path):
+    """Another data folder or another start checkpoint under the same path is another benchmark."""
+    demo = demo_benchmark()
+    budget = compare.Budget(1, 2, 1e-3, 2, 1, demo.eps, "test")
+    others = [replace(demo, fingerprint=name) for name in ("a", "b")]
+    for method in ("tecoa", "undefended"):
+        runs = [compare.Run(compare.METHODS[method], 0, budget, each, tmp_path) for each in (demo, demo, *others)]
+        assert len({run.folder for run in runs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--benchmark", "emoji"], "--benchmark emoji needs --data and --model"),
+        (["--data", "somewhere", "--model", "somewhere"], "the demo brings its own"),
+        (["--benchmark", "emoji", "--data", "nowhere", "--model", "nowhere"], "prepare_emoji.py"),
+        (["--methods", "tima-no-gate"], "no method 'tima-no-gate'"),
+    ],
+)
+def test_what_does_not_fit_a_benchmark_is_refused(compare, words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A Sim-CLIP trainer on the tiny model, shared by the trainer tests and by the processes they start."""
+"""A trainer on the tiny model, Sim-CLIP's by default, shared by the trainer tests and by the processes they start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.encoders import load_encoder
+from hf_robust_vision.trainers.base import AdversarialTrainer
+from hf_robust_vision.trainers.config import AdversarialTrainingArguments
 from hf_robust_vision.trainers.sim_clip import SimCLIPArguments, SimCLIPTrainer
 from tests.conftest import build_processor, make_dataset
 
@@ -19,30 +21,31 @@ SGD = {
 }
 
 
-def arguments(output_dir, **changes) -> SimCLIPArguments:
+def arguments(output_dir, kind=SimCLIPArguments, **changes) -> AdversarialTrainingArguments:
     settings = {
         "output_dir": str(output_dir), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 3,
         "per_device_train_batch_size": 6, "per_device_eval_batch_size": 6, "learning_rate": 1e-4, "attack_eps": "1/255",
         "attack_steps": 2, "eval_attack_steps": 2, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no",
         "templates": "demo", "seed": 0,
     }  # fmt: skip
-    return SimCLIPArguments(**(settings | changes))
+    return kind(**(settings | changes))
 
 
 def make_trainer(
     clip_folder,
     output_dir,
     *,
+    kind=SimCLIPTrainer,
     double=False,
     train: LabelledImages | None = None,
     callbacks=None,
     reference=None,
     **changes,
-) -> SimCLIPTrainer:
+) -> AdversarialTrainer:
     encoder = load_encoder(clip_folder, dtype=torch.float64 if double else torch.float32)
-    return SimCLIPTrainer(
+    return kind(
         model=encoder,
-        args=arguments(output_dir, **changes),
+        args=arguments(output_dir, kind.args_class, **changes),
         train_dataset=train or make_dataset(24),
         eval_dataset=make_dataset(9, "validation", 100),
         processing_class=build_processor(),

@@ -27,7 +27,7 @@ def test_no_radius(text):
 def test_fractions_from_the_command_line():
     words = "--output_dir x --attack_eps 4/255 --attack_step_size 1/255 --eval_eps 2/255 --use_cpu true"
     (args,) = HfArgumentParser(SimCLIPArguments).parse_args_into_dataclasses(words.split())
-    assert (args.attack_eps, args.attack_step_size, args.eval_eps) == (4 / 255, 1 / 255, 2 / 255)
+    assert (args.attack_eps, args.attack_step_size, args.eval_eps) == (4 / 255, 1 / 255, [2 / 255])
     assert args.attack_ball() == LinfBall(4 / 255)
 
 
@@ -35,6 +35,12 @@ def test_fractions_from_yaml(tmp_path):
     (tmp_path / "a.yaml").write_text("output_dir: x\nattack_eps: 4/255\nattack_step_size: 1/255\nuse_cpu: true\n")
     (args,) = HfArgumentParser(SimCLIPArguments).parse_yaml_file(str(tmp_path / "a.yaml"))
     assert (args.attack_eps, args.attack_step_size, args.eval_eps) == (4 / 255, 1 / 255, None)
+
+
+def test_layers_of_an_adapter_from_the_command_line():
+    words = "--output_dir x --use_cpu true --use_peft true --lora_target_modules q_proj v_proj"
+    (args,) = HfArgumentParser(SimCLIPArguments).parse_args_into_dataclasses(words.split())
+    assert (args.use_peft, args.lora_target_modules) == (True, ["q_proj", "v_proj"])
 
 
 @pytest.mark.parametrize(
@@ -53,6 +59,12 @@ def test_fractions_from_yaml(tmp_path):
         ({"attack_step_size": 0}, "attack_step_size must be above 0"),
         ({"eval_protocol": "strong"}, r"unknown eval_protocol 'strong'.*quick"),
         ({"on_collapse": "ignore"}, "'stop', 'record'"),
+        ({"lora_r": 0}, "lora_r must be at least 1, got 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1"),
+        ({"layer_decay": 1.5}, "layer_decay must be above 0 and at most 1, got 1.5"),
+        ({"freeze_blocks": -1}, "freeze_blocks must be at least 0"),
+        ({"cache_targets_mb": -1}, "cache_targets_mb must be at least 0"),
+        ({"matmul_precision": "low"}, "'highest', 'high', 'medium'"),
         ({"templates": "nope"}, "neither a file nor one of the templates"),
         ({"form": "siamese"}, "'anchored'.*'paper'"),
         ({"feature": "cls"}, "'pooled', 'patch_tokens', 'both'"),

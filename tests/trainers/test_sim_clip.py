@@ -94,7 +94,7 @@ def test_objective_aims_away_from_the_embedding_that_the_form_names(form, clip_f
             parameter.add_(0.05 * torch.randn_like(parameter))
         original, own = trainer.reference(images), detached(trainer.model(images))
         target = own if form == "paper" else original
-        batch = Batch(images, torch.tensor([0, 1]), torch.tensor([0, 1]), original)
+        batch = Batch(images, torch.tensor([0, 1]), torch.tensor([0, 1]), lambda images, ids: original)
         other = torch.rand(2, 3, 32, 32)
         wanted = 1 - torch.cosine_similarity(trainer.model(other).image_embeds, target.image_embeds)
         torch.testing.assert_close(trainer.attack_objective(trainer.model, batch)(other), wanted)
@@ -109,7 +109,7 @@ def test_loss_of_each_form_by_hand(form, clip_folder, tmp_path):
         return EncoderOutput(image_embeds=table if len(images) == 2 else table[1:])
 
     original = EncoderOutput(image_embeds=torch.tensor([[0.0, 1.0]]))
-    batch = Batch(torch.zeros(1, 3, 32, 32), torch.tensor([0]), torch.tensor([0]), original)
+    batch = Batch(torch.zeros(1, 3, 32, 32), torch.tensor([0]), torch.tensor([0]), lambda images, ids: original)
     loss = trainer.robust_loss(model, batch, torch.ones(1, 3, 32, 32))
     wanted = {"paper": 0.4, "frozen": 0.2, "anchored": 0.4 + 0.7 * 1.0}[form]
     assert loss.item() == pytest.approx(wanted)
@@ -141,7 +141,7 @@ def test_speed_is_that_of_the_training(clip_folder, tmp_path, monkeypatch):
 def test_noise_follows_sample_and_step(clip_folder, tmp_path):
     trainer = make_trainer(clip_folder, tmp_path, seed=5)
     trainer.state.global_step = 9
-    batch = Batch(torch.rand(2, 3, 32, 32), torch.zeros(2), torch.tensor([4, 8]), EncoderOutput())
+    batch = Batch(torch.rand(2, 3, 32, 32), torch.zeros(2), torch.tensor([4, 8]), trainer.targets)
     ball = LinfBall(1 / 255)
     started = []
 
@@ -225,7 +225,7 @@ def test_best_robust_checkpoint_is_loaded_at_the_end(clip_folder, tmp_path, monk
     scores = iter([0.2, 0.9, 0.4])
 
     def pretend(*args, **settings):
-        return [SimpleNamespace(clean_accuracy=1.0, robust_accuracy=next(scores), seconds=0.0)]
+        return [SimpleNamespace(eps=1 / 255, clean_accuracy=1.0, robust_accuracy=next(scores), seconds=0.0)]
 
     monkeypatch.setattr(base, "evaluate_zero_shot", pretend)
     each = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}

@@ -48,7 +48,7 @@ def unit(rows, dim, seed=0):
 def batch_of(trainer, dtype=torch.float32):
     inputs = collate_images(list(trainer.train_dataset))
     images = inputs["images"].to(dtype)
-    return Batch(images, inputs["labels"], inputs["ids"], trainer.reference(images))
+    return Batch(images, inputs["labels"], inputs["ids"], trainer.targets)
 
 
 def image_gradients(trainer, inputs):

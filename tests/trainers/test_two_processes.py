@@ -30,8 +30,9 @@ def flags(output):
             "gradient_accumulation_steps": 2,
             "gradient_checkpointing": True,
         },
+        {"use_peft": True, "layer_decay": 0.5, "torch_compile": True, "torch_compile_backend": "eager"},
     ],
-    ids=["anchored", "frozen-accumulated"],
+    ids=["anchored", "frozen-accumulated", "lora-compiled"],
 )
 def test_two_processes_equal_one(settings, clip_folder, tmp_path):
     one = start(clip_folder, tmp_path / "one", per_device_train_batch_size=4, **EXACT, **settings)

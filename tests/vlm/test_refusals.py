@@ -4,9 +4,11 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers as tf
 from tiny_vlms import FAMILY, SIZE, logits, make_clip, vlm_inputs
 from torch import nn
-from transformers import CLIPImageProcessor, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+from torch.distributed.fsdp import fully_shard
+from transformers import CLIPImageProcessor
 
 from hf_robust_vision.encoders import as_encoder, weights_sha256
 from hf_robust_vision.pixels import PixelTransform
@@ -155,17 +157,61 @@ def test_tensor_subclass_in_the_tower(llava, clip):
 
     fc1 = llava.model.vision_tower.encoder.layers[0].mlp.fc1
     fc1.weight = nn.Parameter(fc1.weight.detach().as_subclass(Packed))
+    before = fc1.weight.detach().clone()
     with pytest.raises(ValueError, match=r"quantised or sharded .* is a Packed of"):
         swap_vision_encoder(llava, clip)
+    assert torch.equal(fc1.weight.detach(), before)
 
 
-def test_another_kind_of_tower(clip):
-    vision = SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    text = {"model_type": "gemma", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
-    config = PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=16, hidden_size=16)
-    model = PaliGemmaForConditionalGeneration(config)
-    assert_refused(model, clip, ["PaliGemma", "model.vision_tower: SiglipVisionModel"])
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {**SMALL, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+VIT = {**SMALL, "image_size": 32, "patch_size": 8}
+
+
+def llava_with(model_type):
+    text = {"model_type": "llama", "num_key_value_heads": 2, **TEXT}
+    config = tf.LlavaConfig(vision_config={"model_type": model_type, **VIT}, text_config=text)
+    return tf.LlavaForConditionalGeneration(config)
+
+
+def groupvit():
+    groups = {"depths": [1, 1], "num_hidden_layers": 2, "num_group_tokens": [4, 2], "num_output_groups": [4, 2]}
+    return tf.GroupViTModel(tf.GroupViTConfig(vision_config=VIT | groups, text_config=TEXT))
+
+
+def xclip():
+    vision = VIT | {f"mit_{key}": value for key, value in SMALL.items()}
+    return tf.XCLIPModel(tf.XCLIPConfig(vision_config=vision, text_config=TEXT))
+
+
+def eva():
+    timm = pytest.importorskip("timm")
+    model = nn.Module()
+    model.vision_encoder = timm.models.eva.Eva(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    return model
+
+
+OTHERS = {
+    "SiglipVisionModel": lambda: llava_with("siglip_vision_model"),
+    "Dinov2Model": lambda: llava_with("dinov2"),
+    "PixtralVisionModel": lambda: llava_with("pixtral"),
+    "InternVLVisionModel": lambda: llava_with("internvl_vision"),
+    "OwlViTVisionTransformer": lambda: tf.OwlViTModel(tf.OwlViTConfig(vision_config=VIT, text_config=TEXT)),
+    "BlipVisionModel": lambda: tf.BlipForConditionalGeneration(tf.BlipConfig(vision_config=VIT, text_config=TEXT)),
+    "GroupViTVisionTransformer": groupvit,
+    "XCLIPVisionModel": xclip,
+    "Eva": eva,
+    "MLCDVisionModel": lambda: tf.MLCDVisionModel(tf.MLCDVisionConfig(**VIT)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_kind_of_tower_is_refused_by_name(name, clip):
+    model = OTHERS[name]()
+    before = weights_sha256(model)
+    with pytest.raises(ValueError, match=name):
+        swap_vision_encoder(model, clip)
+    assert weights_sha256(model) == before
 
 
 def test_image_mean_and_std(llava, clip):
@@ -195,14 +241,33 @@ def test_failed_verification_brings_the_old_tower_back(llava, clip):
     assert_refused(llava, clip, ["differs from the source's", "brought back"], error=RuntimeError)
 
 
-def test_sharded_model(llava, clip):
+def test_sharded_by_class(llava, clip):
     class DeepSpeedEngine(nn.Module):
         def __init__(self, module):
             super().__init__()
             self.module = module
 
+    before = weights_sha256(llava)
     with pytest.raises(ValueError, match="swap first, wrap afterwards"):
         swap_vision_encoder(DeepSpeedEngine(llava), clip)
+    assert weights_sha256(llava) == before
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_fully_sharded_tower(llava, clip):
+    tower = llava.model.vision_tower
+    before = [weight.detach().clone() for weight in tower.parameters()]
+    fully_shard(tower, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="quantised or sharded .* is a DTensor"):
+        swap_vision_encoder(llava, clip)
+    assert all(torch.equal(old, new.full_tensor()) for old, new in zip(before, tower.parameters(), strict=True))
 
 
 def test_source_with_an_adapter_or_two_towers(llava, vlm_of, clip):

@@ -144,6 +144,17 @@ def test_one_of_two_towers(vlm_of, clip):
     assert weights_sha256(vlm.model.video_tower) == untouched
 
 
+def test_towers_that_are_one_module_are_swapped_once(vlm_of, clip):
+    vlm = vlm_of("video_llava")
+    vlm.model.video_tower = vlm.model.image_tower
+    before = weights_sha256(vlm)
+    report = swap_vision_encoder(vlm, clip)
+    assert len(report.towers) == 1
+    assert weights_sha256(vlm.model.video_tower) == weights_sha256(clip.vision_model)
+    report.restore()
+    assert weights_sha256(vlm) == before
+
+
 def test_report_is_saved_as_json(llava, clip, tmp_path):
     report = swap_vision_encoder(llava, clip)
     path = report.save(tmp_path / "swapped")

@@ -1,0 +1,69 @@
+"""Images with captions: a gallery that text searches, and captions that images search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_robust_vision.pixels import PixelTransform
+
+from .datasets import decode_image
+
+
+class CaptionedImages:
+    """A gallery of captioned images.
+
+    Args:
+        rows: Any sequence of mappings with an image and its caption or captions, such as a `datasets.Dataset`.
+        transform: Fits each image to the tower.
+        name: Of the dataset, for results.
+        split: Of the dataset, for results.
+        image_column: Key of the image.
+        caption_column: Key of a text or a list of texts.
+
+    Attributes:
+        captions: All captions, those of the first image first.
+        owners: For each caption the place of its image.
+
+    Raises:
+        ValueError: If there are fewer than two images, a column is missing, or an image has no caption.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        transform: PixelTransform,
+        *,
+        name: str,
+        split: str,
+        image_column: str = "image",
+        caption_column: str = "captions",
+    ):
+        if len(rows) < 2:
+            raise ValueError(f"retrieval needs at least 2 images, {name} ({split}) holds {len(rows)}.")
+        columns = list(getattr(rows, "column_names", None) or rows[0])
+        for column in (image_column, caption_column):
+            if column not in columns:
+                raise ValueError(f"{name} has no column {column!r}, only {sorted(columns)}.")
+        self.rows, self.transform, self.name, self.split = rows, transform, name, split
+        self.image_column = image_column
+        self.captions: list[str] = []
+        self.owners: list[int] = []
+        # A `datasets.Dataset` gives a column without decoding its images.
+        texts = rows[caption_column] if hasattr(rows, "column_names") else [row[caption_column] for row in rows]
+        for place, value in enumerate(texts):
+            own: Sequence[str] = [value] if isinstance(value, str) else list(value)
+            if not own:
+                raise ValueError(f"image {place} of {name} has no caption, so nothing should find it.")
+            self.captions += own
+            self.owners += [place] * len(own)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, place: int) -> Tensor:
+        """One image in [0, 1], shape (3, height, width)."""
+        decoded = decode_image(self.rows[place][self.image_column], f"image {place} of {self.name}")
+        return self.transform.fit(decoded[None])[0]

@@ -1,0 +1,342 @@
+"""Retrieval under attack: do images still find their captions, and captions their image?
+
+Only images are attacked, never text. Each sample is attacked alone, in its own worst case:
+
+- image to text: the image that searches is pushed away from its own captions, among all captions of the dataset;
+- text to image: the image that a caption should find is pushed away from that caption; the rest of the gallery is clean.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_robust_vision import __version__
+from hf_robust_vision.attacks import EmbeddingDistance, Logits, StartNoise, apgd, cosine_distance, make_ball
+from hf_robust_vision.data.captions import CaptionedImages
+from hf_robust_vision.encoders import (
+    CLIPEncoder,
+    attack_mode,
+    image_embedder,
+    tensor_sha256,
+    text_embeddings,
+    weights_sha256,
+)
+from hf_robust_vision.pixels import check_images
+from hf_robust_vision.text_bank import tokenize
+
+from .results import RobustnessResult, SampleRecord, summarize_hits, versions
+from .samples import Records, SampleStore, measure_all
+
+
+DIRECTIONS = {
+    "image_to_text": "the image that searches",
+    "text_to_image": "the image to be found, the others stay clean",
+}
+
+
+@dataclass(frozen=True)
+class RetrievalProtocol:
+    """How the robustness of retrieval is measured.
+
+    Args:
+        eps: Radii, measured in rising order; what fell stays fallen.
+        norm: "linf" or "l2".
+        steps: APGD steps of each attack.
+        restarts: Random starts of each attack.
+        ks: A sample is a hit at k if what it searches is among the first k.
+        batch_size: Images attacked at once.
+        seed: Of the random starts.
+    """
+
+    eps: tuple[float, ...]
+    norm: str = "linf"
+    steps: int = 100
+    restarts: int = 1
+    ks: tuple[int, ...] = (1, 5)
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.eps or not self.ks or min(self.ks) < 1:
+            raise ValueError(f"give at least one eps and one k of at least 1, got eps={self.eps} and ks={self.ks}.")
+        for eps in self.eps:
+            make_ball(self.norm, eps)
+
+
+@dataclass(frozen=True)
+class CaptionLoss:
+    """How far an image is from its own captions, one loss per image.
+
+    "margin" is the k-th best wrong similarity minus the best own one: positive exactly where recall at k fails. "nll"
+    is the negative log-probability that a caption drawn by the model's softmax is an own one.
+
+    Args:
+        similarities: Images to scaled cosines with all captions, shape (batch, captions).
+        own: Which captions are an image's own, same shape.
+        k: Place to be pushed out of.
+        kind: "margin" or "nll".
+    """
+
+    similarities: Callable[[Tensor], Tensor]
+    own: Tensor
+    k: int
+    kind: str = "margin"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        scores = self.similarities(images)
+        if self.kind == "nll":
+            return scores.logsumexp(1) - scores.masked_fill(~self.own, -torch.inf).logsumexp(1)
+        wrong = scores.masked_fill(self.own, -torch.inf).topk(self.k, dim=1).values[:, -1]
+        return wrong - scores.masked_fill(~self.own, -torch.inf).amax(1)
+
+    def take(self, rows: Tensor) -> CaptionLoss:
+        """The loss of some of the images."""
+        return replace(self, own=self.own[rows])
+
+
+@dataclass(frozen=True)
+class CaptionsLost:
+    """Success at k: at least k wrong captions are more similar than every own one."""
+
+    loss: CaptionLoss
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
+        with torch.no_grad():
+            return self.loss(images) > 0
+
+    def take(self, rows: Tensor) -> CaptionsLost:
+        """The criterion for some of the images."""
+        return replace(self, loss=self.loss.take(rows))
+
+
+@dataclass(frozen=True)
+class ImageLost:
+    """Success at k: at least k other images are more similar to the caption.
+
+    Args:
+        embed: Images to embeddings.
+        captions: Embeddings of the captions that search, shape (batch, dim).
+        bar: Similarity of the k-th best other image of the gallery, shape (batch,).
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    captions: Tensor
+    bar: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
+        with torch.no_grad():
+            return F.cosine_similarity(self.embed(images), self.captions, dim=1) < self.bar
+
+    def take(self, rows: Tensor) -> ImageLost:
+        """The criterion for some of the images."""
+        return replace(self, captions=self.captions[rows], bar=self.bar[rows])
+
+
+class _Gallery:
+    """Embeddings of a dataset and the attacks on it, in one direction or the other."""
+
+    def __init__(self, encoder: CLIPEncoder, tokenizer: Any, dataset: CaptionedImages, how: RetrievalProtocol):
+        self.dataset, self.how = dataset, how
+        self.device = encoder.visual_projection.weight.device
+        embed = image_embedder(encoder)
+        self.embed = Logits(lambda images: F.normalize(embed(encoder.transform.fit(images)), dim=-1))
+        self.scale = float(encoder.logit_scale.detach().exp())
+        with torch.no_grad():
+            self.captions = torch.cat([
+                F.normalize(text_embeddings(encoder, tokenize(tokenizer, part, self.device)), dim=-1)
+                for part in _parts(dataset.captions, 256)
+            ])  # fmt: skip
+            self.images = torch.cat([self.embed(self.load(p)) for p in _parts(range(len(dataset)), how.batch_size)])
+        self.owners = torch.tensor(dataset.owners, device=self.device)
+
+    def load(self, places: Sequence[int]) -> Tensor:
+        return check_images(torch.stack([self.dataset.image(place) for place in places])).to(self.device)
+
+    def image_to_text(self, images: list[int]) -> Records:
+        """Worst rank of the best own caption, for each image and radius."""
+        own = self.owners[None] == torch.tensor(images, device=self.device)[:, None]
+        similar = Logits(lambda batch: self.scale * self.embed(batch) @ self.captions.T)
+        margin = CaptionLoss(similar, own, 1)
+        stages = [
+            (f"apgd-{kind}@{k}", k, replace(margin, kind=kind, k=k), CaptionsLost(replace(margin, k=k)))
+            for k in sorted(self.how.ks)
+            for kind in ("nll", "margin")
+        ]
+        return self._attack(images, images, stages, lambda batch, rows: _caption_ranks(similar(batch), own[rows]))
+
+    def text_to_image(self, texts: list[int]) -> Records:
+        """Worst rank of the own image, for each caption and radius; one attack serves every k."""
+        captions, owners = self.captions[texts], self.owners[texts]
+        others = (captions @ self.images.T).scatter(1, owners[:, None], -torch.inf)
+        k = max(self.how.ks)
+        away = EmbeddingDistance(self.embed, captions, cosine_distance)
+        lost = ImageLost(self.embed, captions, others.topk(k, dim=1).values[:, -1])
+
+        def ranks(batch: Tensor, rows: Tensor) -> Tensor:
+            return (others[rows] > (self.embed(batch) * captions[rows]).sum(1, keepdim=True)).sum(1)
+
+        return self._attack(texts, owners.tolist(), [("apgd-cosine", k, away, lost)], ranks)
+
+    def _attack(
+        self,
+        samples: list[int],
+        places: list[int],
+        stages: Sequence[tuple[str, int, Any, Any]],
+        ranks: Callable[[Tensor, Tensor], Tensor],
+    ) -> Records:
+        """Run (name, k, objective, success) in order, each on the samples whose worst rank is still under k."""
+        how, images = self.how, self.load(places)
+        everyone = torch.arange(len(samples), device=self.device)
+        with torch.no_grad():
+            worst = ranks(images, everyone)
+        latest = [
+            SampleRecord(sample, 0, rank, fooled_by="clean" if rank else None)
+            for sample, rank in zip(samples, worst.tolist())
+        ]
+        records: Records = {sample: [] for sample in samples}
+        for eps in how.eps:
+            for name, k, objective, success in stages if eps > 0 else ():
+                rows = (worst < k).nonzero().flatten()
+                if len(rows) == 0:
+                    continue
+                found = apgd(
+                    objective.take(rows),
+                    images[rows],
+                    make_ball(how.norm, eps),
+                    steps=how.steps,
+                    noise=StartNoise(how.seed, [samples[row] for row in rows.tolist()]),
+                    restarts=how.restarts,
+                    fooled=success.take(rows),
+                )
+                with torch.no_grad():
+                    worst[rows] = torch.maximum(worst[rows], ranks(found, rows))
+                for row, rank in zip(rows.tolist(), worst[rows].tolist()):
+                    fooled_by = latest[row].fooled_by or (name if rank else None)
+                    latest[row] = replace(latest[row], adversarial=rank, fooled_by=fooled_by)
+            for record in latest:
+                records[int(record.id)].append(record)
+        return records
+
+
+def evaluate_retrieval(
+    encoder: CLIPEncoder,
+    tokenizer: Any,
+    dataset: CaptionedImages,
+    how: RetrievalProtocol,
+    *,
+    model_name: str,
+    samples_dir: str | Path | None = None,
+    progress: bool = True,
+) -> list[RobustnessResult]:
+    """Recall at k, clean and under attack, of images for captions and of captions for images.
+
+    A sample's record holds the rank of what it searches, 0 for the first place: `clean`, and `adversarial` for the
+    worst that the attacks reached. It is a hit at k where the rank is under k; `fooled_by` is about the first place.
+    Resumable and shared out over processes like `evaluate_zero_shot`; the model is left as it was.
+
+    Deviation: published image-text attacks perturb every image of the gallery at once, without knowing the query. Here
+    the caption's own image is attacked for each caption, which is a worst case per sample and needs no second pass.
+
+    Args:
+        encoder: Its dtype is the precision of the attack.
+        tokenizer: Of its text tower.
+        dataset: Images with captions.
+        how: Attacks, radii and ks.
+        model_name: "before", "after", or a path, for the results.
+        samples_dir: Folder for `samples-*.jsonl`.
+        progress: Show a bar on the main process.
+
+    Returns:
+        One result for each direction, k and eps; `metric` is such as "image_to_text_recall@1".
+
+    Raises:
+        ValueError: If the dataset is too small for the largest k to be missed.
+    """
+    if max(how.ks) >= len(dataset):
+        raise ValueError(f"recall at {max(how.ks)} of {len(dataset)} images is always 1; choose smaller ks.")
+    start, how = time.time(), replace(how, eps=tuple(sorted(how.eps)))
+    sha256, dtype = weights_sha256(encoder), encoder.visual_projection.weight.dtype
+    results = []
+    with attack_mode(encoder):
+        gallery = _Gallery(encoder, tokenizer, dataset, how)
+        identity = asdict(how) | {"weights": sha256, "data": dataset.name, "split": dataset.split, "dtype": str(dtype)}
+        identity |= {"captions": dataset.captions, "owners": dataset.owners, "texts": tensor_sha256(gallery.captions)}
+        identity |= {"rows": getattr(dataset.rows, "_fingerprint", ""), "version": __version__}
+        identity |= {"pixels": asdict(encoder.transform), "fit": asdict(dataset.transform)}
+        del identity["batch_size"]
+        for direction, measure, ids in (
+            ("image_to_text", gallery.image_to_text, range(len(dataset))),
+            ("text_to_image", gallery.text_to_image, range(len(dataset.captions))),
+        ):
+            label = f"{Path(model_name).name}-{direction}-{how.norm}"
+            store = SampleStore(samples_dir, label, how.eps, identity)
+            bar = f"{model_name}: {direction.replace('_', ' ')}"
+            records = measure_all(store, ids, measure, batch_size=how.batch_size, label=bar, progress=progress)
+            for k in how.ks:
+                for place, eps in enumerate(how.eps):
+                    rows = [records[sample][place] for sample in ids]
+                    result = RobustnessResult(
+                        task="retrieval",
+                        model=model_name,
+                        model_sha256=sha256,
+                        dataset=dataset.name,
+                        split=dataset.split,
+                        metric=f"{direction}_recall@{k}",
+                        protocol=f"retrieval-apgd-{how.steps}",
+                        eps=eps,
+                        norm=how.norm,
+                        attacks=_describe(direction, how, dataset, dtype),
+                        logit_scale=gallery.scale,
+                        samples=store.names[place] if samples_dir is not None else None,
+                        seconds=time.time() - start,
+                        versions=versions(),
+                        **summarize_hits([_rank(row) < k for row in rows], [_rank(row, True) < k for row in rows]),
+                    )
+                    results.append(result)
+    return results
+
+
+def _caption_ranks(scores: Tensor, own: Tensor) -> Tensor:
+    """How many wrong captions are more similar than the best own one, shape (batch,)."""
+    best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    return ((scores > best) & ~own).sum(1)
+
+
+def _rank(record: SampleRecord, attacked: bool = False) -> int:
+    return int(record.adversarial if attacked and record.adversarial is not None else record.clean)
+
+
+def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _describe(
+    direction: str, how: RetrievalProtocol, dataset: CaptionedImages, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    kinds = [f"{kind}@{k}" for k in sorted(how.ks) for kind in ("nll", "margin")]
+    size = dataset.transform.crop or dataset.transform.resize
+    return [
+        {
+            "name": f"apgd-{kind}",
+            "objective": kind,
+            "target": DIRECTIONS[direction],
+            "steps": how.steps,
+            "step_size": "adaptive, first 2 * eps",
+            "restarts": how.restarts,
+            "resolution": size if isinstance(size, int) else max(size),
+            "seed": how.seed,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        for kind in (kinds if direction == "image_to_text" else ["cosine"])
+    ]

@@ -1,0 +1,60 @@
+"""One attacked question, for a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_robust_vision.attacks import StartNoise, make_ball, pgd
+from hf_robust_vision.encoders import attack_mode
+
+from .answers import AnswerLoss, WrongAnswer, answer_task
+from .inputs import vlm_inputs
+from .vqa import Question, read_answers
+
+
+@dataclass(frozen=True)
+class AnswerExample:
+    """One attacked question, for a picture.
+
+    Args:
+        image: In [0, 1], shape (3, height, width).
+        adversarial: The same, attacked.
+        clean_answer: What the model says about `image`.
+        adversarial_answer: What it says about `adversarial`.
+        eps: Linf radius of the attack.
+    """
+
+    image: Tensor
+    adversarial: Tensor
+    clean_answer: str
+    adversarial_answer: str
+    eps: float
+
+
+def attack_example(
+    vlm: nn.Module, processor: Any, question: Question, prompt: str, eps: float, steps: int = 50
+) -> AnswerExample:
+    """Attack one question by PGD on the loss of its true answer.
+
+    Args:
+        vlm: The model; left as it was.
+        processor: Its processor, or a `VLMInputs` of the model.
+        question: What is asked.
+        prompt: With "{}" for the question and the processor's image token.
+        eps: Linf radius in pixels of [0, 1].
+        steps: Of the attack.
+    """
+    inputs = vlm_inputs(vlm, processor)
+    with attack_mode(vlm):
+        image = question.pixels(inputs)[None].to(inputs.device)
+        height, width = image.shape[-2:]
+        task = answer_task(inputs, [prompt.replace("{}", question.text)], [question.answer], (height, width))
+        noise = StartNoise(0, [question.id])
+        found = pgd(
+            AnswerLoss(task), image, make_ball("linf", eps), steps=steps, noise=noise, fooled=WrongAnswer(task)
+        )
+        clean, attacked = (read_answers(task, images)[0] for images in (image, found))
+    return AnswerExample(image[0].cpu(), found[0].cpu(), clean, attacked, eps)

@@ -1,0 +1,119 @@
+"""A published robust encoder, read back together with what was measured on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_tokenizer, weights_sha256
+from hf_robust_vision.evaluation.repeat import Repeat, repeat_zero_shot
+from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
+
+from .card import hardened
+from .release import ADAPTER, REPLACED
+
+
+@dataclass(frozen=True)
+class RobustEncoder:
+    """An encoder with its record.
+
+    Args:
+        encoder: Takes images in [0, 1]. A `CLIPEncoder`, or a `CLIPVisionEncoder` where only the tower was published.
+        tokenizer: For its text tower; None for a tower alone.
+        results: Of this model, as `robustness.json` holds them, with their protocol.
+        before: Of the original, under the same attacks.
+        folder: Where the files lie.
+    """
+
+    encoder: Encoder
+    tokenizer: Any
+    results: list[RobustnessResult]
+    before: list[RobustnessResult]
+    folder: Path
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How it was trained: method, attack, steps and the like; empty where that was not recorded."""
+        return next((result.training for result in self.results if result.training), {})
+
+    def repeat(
+        self, dataset: Any = None, *, max_samples: int | None = None, batch_size: int = 64, device: Any = None
+    ) -> Repeat:
+        """Measure the model again on its recorded samples; see `repeat_zero_shot`.
+
+        Args:
+            dataset: What was measured on, where the record does not tell.
+            max_samples: Measure so many; by default all.
+            batch_size: Images attacked at once.
+            device: Move the encoder there; by default it stays where it is.
+
+        Raises:
+            ValueError: If it has no text tower, or the data is not what was measured on.
+        """
+        if not isinstance(self.encoder, CLIPEncoder):
+            raise ValueError("a vision tower alone can not be measured zero-shot; load the whole model.")
+        if device is not None:
+            self.encoder.to(device)
+        data: dict[str, Any] = {"dataset": dataset, "max_samples": max_samples, "batch_size": batch_size}
+        return repeat_zero_shot(self.encoder, self.tokenizer, self.results, self.folder, **data)
+
+
+def load_robust_encoder(
+    name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> RobustEncoder:
+    """Load what `push_robust_encoder` published, or a folder that a recipe wrote.
+
+    An adapter is merged into the model that it names. The weights of a whole model are compared with the hash in its
+    record: numbers of other weights are refused.
+
+    Args:
+        name_or_path: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        token: For a private repository; by default the one of `hf auth login`, which also reads an adapter's original.
+
+    Raises:
+        ValueError: If it can not be read, has no record, or the record belongs to other weights.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        try:
+            kept = [*REPLACED, RESULTS_FILE]
+            place = snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=kept)
+            folder = Path(place)
+        except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
+            raise ValueError(
+                f"{name_or_path} is neither a folder nor a model of the Hub that can be read: {error}"
+            ) from error
+    if not (folder / RESULTS_FILE).is_file():
+        raise ValueError(f"{name_or_path} has no {RESULTS_FILE}; load_encoder reads a CLIP without a record.")
+    results = load_results(folder)
+    after = hardened(results)
+    if (folder / ADAPTER[0]).is_file():
+        encoder, base = _merged(folder)
+        tokenizer = load_tokenizer(base)
+    else:
+        encoder = load_encoder(folder, dtype="auto")
+        tokenizer = load_tokenizer(folder) if isinstance(encoder, CLIPEncoder) else None
+        if tokenizer is not None and {result.model_sha256 for result in after} != {weights_sha256(encoder)}:
+            raise ValueError(f"the {RESULTS_FILE} of {name_or_path} was measured on other weights than it holds.")
+    before = [result for result in results if result.model == "before"]
+    return RobustEncoder(encoder, tokenizer, after, before, folder)
+
+
+def _merged(folder: Path) -> tuple[Encoder, str]:
+    from peft import PeftModel
+
+    config = json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"]
+    encoder = load_encoder(base, revision=config.get("revision"))
+    transform = encoder.transform
+    with torch.no_grad():
+        merged: Any = PeftModel.from_pretrained(encoder, folder).merge_and_unload(safe_merge=True)
+    merged.transform = transform
+    return merged.eval(), base

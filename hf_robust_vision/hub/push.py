@@ -1,0 +1,246 @@
+"""Publish a measured model on the Hub: everything is checked first, one commit holds it all, and nothing is lost."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    snapshot_download,
+)
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_robust_vision.evaluation.repeat import Repeat
+
+from .load import load_robust_encoder
+from .release import CARD, REPLACED, Release, prepare_release
+
+
+class PushError(OSError):
+    """A push that did not go through; the message says why and what to type to repeat it."""
+
+
+class VerificationError(ValueError):
+    """What was published could not be read back, or gives other outcomes than those on its card."""
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push did.
+
+    Args:
+        repo_id: With its owner.
+        kind: "model", "tower" or "adapter".
+        files: Paths in the repository.
+        commit: Hash of the commit, None for a dry run.
+        url: Of the commit, or of the pull request.
+        repeat: The measurement made again on what was downloaded; None where none was asked for or possible.
+    """
+
+    repo_id: str
+    kind: str
+    files: tuple[str, ...]
+    commit: str | None = None
+    url: str | None = None
+    repeat: Repeat | None = None
+
+    def __str__(self) -> str:
+        if self.commit is None:
+            return "\n".join([f"would push the {self.kind} to {self.repo_id}:", *(f"  {name}" for name in self.files)])
+        lines = [f"pushed the {self.kind} to {self.repo_id}: {len(self.files)} files in one commit, {self.url}"]
+        return "\n".join([*lines, f"downloaded again: {self.repeat}"] if self.repeat else lines)
+
+
+def push_robust_encoder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    what: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+    dry_run: bool = False,
+    verify: bool = False,
+    verify_samples: int | None = 32,
+    dataset: Any = None,
+    device: Any = None,
+) -> PushReport:
+    """Upload a folder that a recipe wrote: weights, processor, card, curve, `robustness.json` and its samples.
+
+    Only these files are uploaded; checkpoints, optimizer state and `training_args.bin` stay at home. They arrive in one
+    commit, which also deletes the files of an earlier push that this one does not have. The folder is only read.
+
+    Args:
+        folder: With weights, `robustness.json`, its samples files and the card.
+        repo_id: `owner/name`, or a name of yours. It is created if it does not exist.
+        what: "model" (a stock `CLIPModel`), "tower" (its vision half, a `CLIPVisionModelWithProjection`), or "adapter"
+            (as peft writes it); by default what the folder holds.
+        private: Create a private repository; by default what your account says.
+        revision: Branch to push to, created if it does not exist.
+        commit_message: By default what was uploaded.
+        token: By default the one of `hf auth login` or HF_TOKEN.
+        create_pr: Open a pull request instead.
+        base_model: Hub id of the original, where card or adapter name a local folder.
+        license: For the card, such as "apache-2.0".
+        dry_run: Check everything that can be checked offline, and upload nothing.
+        verify: Download what was pushed, compare every byte, load it, and measure it again.
+        verify_samples: How many of the recorded samples to measure again; None for all.
+        dataset: Data for that; see `repeat_zero_shot`.
+        device: Where to do it; by default on the CPU.
+
+    Raises:
+        ValueError: If the folder is not complete or not measured, or the repository's id or the token is missing.
+        PushError: If the Hub can not be reached or refuses; the folder is as it was.
+        VerificationError: If what was pushed can not be read back or gives other outcomes than the recorded ones.
+    """
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"a pull request goes to the main branch, not to revision={revision!r}; leave one out.")
+    if dry_run:
+        _check_id(repo_id)
+    else:
+        check_target(repo_id, token)
+    release = prepare_release(folder, what, base_model=base_model, license=license)
+    names = tuple(sorted([*release.files, CARD]))
+    if dry_run:
+        return PushReport(repo_id, release.kind, names)
+    flags = {"--what": what, "--revision": revision, "--base_model": base_model, "--license": license}
+    words = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
+    words += [flag for flag, wanted in (("--private", private), ("--create_pr", create_pr)) if wanted]
+    again = shlex.join(["hf-robust-vision", "push", str(folder), repo_id, *words])
+    try:
+        repo, info = _upload(release, repo_id, token, private, revision, commit_message, create_pr)
+    except Exception as error:  # the client raises its own, its HTTP library's, OSError, RuntimeError and ValueError
+        raise PushError(
+            f"the push of {folder} to {repo_id} did not go through: {_reason(error)} Nothing is lost: {folder} is as it "
+            f"was, and a commit arrives whole or not at all. To repeat it: {again}"
+        ) from error
+    url = info.pr_url or info.commit_url
+    measuring = {"dataset": dataset, "max_samples": verify_samples, "device": device}
+    repeat = _verify(release, repo, info, token, measuring) if verify else None
+    return PushReport(repo, release.kind, names, info.oid, url, repeat)
+
+
+def check_target(repo_id: str, token: str | None = None) -> None:
+    """Refuse what can not be pushed to, without asking the Hub: good to know before a training of hours.
+
+    Raises:
+        ValueError: If the id has the wrong shape, there is no token, or HF_HUB_OFFLINE is set.
+    """
+    _check_id(repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it.")
+    if token is None and get_token() is None:
+        raise ValueError("there is no token to push with: type `hf auth login`, or set HF_TOKEN.")
+
+
+def _check_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(f"{repo_id!r} is no id of a repository, wanted owner/name: {error}") from error
+
+
+def _upload(
+    release: Release,
+    repo_id: str,
+    token: str | None,
+    private: bool | None,
+    revision: str | None,
+    message: str | None,
+    create_pr: bool,
+) -> tuple[str, CommitInfo]:
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision not in (None, "main") and not str(revision).startswith("refs/"):
+        api.create_branch(repo, branch=str(revision), exist_ok=True)
+    # Not `upload_folder`: it splits an upload into several commits.
+    info = api.create_commit(
+        repo,
+        _operations(release, repo, api.list_repo_files(repo, revision=revision)),
+        commit_message=message or f"Robust CLIP {release.kind} with its measurements",
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return repo, info
+
+
+def _operations(release: Release, repo: str, present: Sequence[str]) -> list[Any]:
+    """Additions, and deletions of what an earlier push left: an adapter beside a model would be loaded with it."""
+    added = [CommitOperationAdd(name, content) for name, content in sorted(release.files.items())]
+    added.append(CommitOperationAdd(CARD, release.card_for(repo)))
+    stale = [
+        name
+        for name in present
+        if name not in release.files and any(fnmatch(name, pattern) for pattern in REPLACED) and "/" not in name
+    ]
+    return [*added, *(CommitOperationDelete(name) for name in stale)]
+
+
+def _verify(
+    release: Release, repo: str, info: CommitInfo, token: str | None, measuring: dict[str, Any]
+) -> Repeat | None:
+    """Download the commit, compare every byte, load it, and measure it again where it has a text tower."""
+    told = f"{repo} was pushed ({info.pr_url or info.commit_url}), but "
+    with TemporaryDirectory() as place:
+        names = [*release.files, CARD]
+        try:
+            # Forced: the client would copy a file of that hash from its cache, and prove nothing.
+            wanted: dict[str, Any] = {"revision": info.oid, "allow_patterns": names, "force_download": True}
+            snapshot_download(repo, token=token, local_dir=place, **wanted)
+            changed = [name for name in names if _sha256(Path(place) / name) != release.sha256(name, repo)]
+            if changed:
+                raise ValueError(f"these files came back with other bytes: {changed}")
+            loaded = load_robust_encoder(place)
+            # The tower's bytes were cut from the measured model; without its text half it can not be measured.
+            repeat = None if release.kind == "tower" else loaded.repeat(**measuring)
+        except Exception as error:  # as above, and whatever loading and measuring raise
+            raise VerificationError(f"{told}could not be verified: {_reason(error)}") from error
+    if repeat is not None and repeat.differing:
+        raise VerificationError(
+            f"{told}on this machine {repeat}, such as {list(repeat.differing[:5])}. On another kind of device rounding "
+            "can tip samples at the border; otherwise the card is wrong."
+        )
+    return repeat
+
+
+def _sha256(file: Path) -> str | None:
+    return sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in the words of someone who can mend it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    said = " ".join(str(error).split())
+    if cause is None:
+        return f"{type(error).__name__}: {said.rstrip('.')}."
+    server = " ".join((cause.server_message or said).split()).rstrip(".")
+    status = cause.response.status_code
+    if status in (402, 413, 507) or re.search("quota|storage|limit reached", server, re.IGNORECASE):
+        return f"there is no room ({status}: {server}); free some, or push the adapter alone."
+    if status == 401:
+        return f"the Hub does not know the token (401: {server}); type `hf auth login`."
+    if status == 403:
+        return f"the token may not write there (403: {server}); use one with write access to that owner."
+    if status == 429:
+        return f"the Hub asks to slow down (429: {server}); wait some minutes."
+    return f"the Hub answered {status}: {server}."

@@ -1,0 +1,234 @@
+"""What goes to the Hub: chosen file by file and checked, before the first byte is sent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
+
+from hf_robust_vision.encoders import (
+    CLIPEncoder,
+    load_encoder,
+    load_image_processor,
+    load_tokenizer,
+    vision_half,
+    weights_sha256,
+)
+from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
+
+from .card import eval_results, hardened, is_hub_id, set_kind
+from .usage import KINDS, replace_usage, usage_block
+
+
+CARD = "README.md"
+PICTURE = "robustness.png"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+# Everything else stays at home: checkpoints, optimizer state, and `training_args.bin`, a pickle that can hold a token.
+_MODEL = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt",
+)  # fmt: skip
+_PAPERS = (RESULTS_FILE, PICTURE, "LICENSE*", "NOTICE*")
+
+# Of an earlier push to the same repository; what it held beside them is not ours to delete.
+REPLACED = (*_MODEL, *ADAPTER, *_PROCESSOR, *_TOKENIZER, PICTURE, "samples-*.jsonl")
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one push uploads.
+
+    Args:
+        folder: Where it was taken from.
+        kind: "model", "tower" or "adapter".
+        files: Path in the repository to a local file, or to the content itself.
+        results: Of the hardened model.
+        card: Without the repository's name; `card_for` puts it in.
+        base_model: Hub id of the original, where it is known.
+    """
+
+    folder: Path
+    kind: str
+    files: Mapping[str, Path | bytes]
+    results: Sequence[RobustnessResult]
+    card: ModelCard
+    base_model: str | None
+
+    def card_for(self, repo_id: str) -> bytes:
+        """The card whose example loads this repository."""
+        block = usage_block(self.kind, repo_id, self.results[0], self.base_model)
+        return replace_usage(str(self.card), block).encode()
+
+    def sha256(self, name: str, repo_id: str) -> str:
+        """Of a file as it is uploaded to a repository."""
+        content = self.card_for(repo_id) if name == CARD else self.files[name]
+        return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+
+
+def prepare_release(
+    folder: str | Path, what: str | None = None, *, base_model: str | None = None, license: str | None = None
+) -> Release:
+    """Check a folder and choose what of it is uploaded; the folder itself is only read.
+
+    Args:
+        folder: With weights, `robustness.json`, its samples files and the card.
+        what: "model", "tower" (the vision half of a model folder), or "adapter"; by default what the folder holds.
+        base_model: Hub id of the original; by default the one that card or adapter names.
+        license: By default the card's.
+
+    Raises:
+        ValueError: If something is missing, was not measured, or belongs to other weights.
+    """
+    folder = Path(folder)
+    kind = _kind(folder, what)
+    results = _check_results(folder)
+    card = _check_card(folder, results)
+    files: dict[str, Path | bytes] = {}
+    if kind == "adapter":
+        place = _adapter_folder(folder)
+        config, base_model = _check_adapter(place, base_model)
+        files |= {ADAPTER[0]: config, ADAPTER[1]: place / ADAPTER[1]}
+    else:
+        encoder = _check_model(folder, results)
+        files |= _matching(folder, (*_MODEL, *_PROCESSOR, *_TOKENIZER)) if kind == "model" else _tower(folder, encoder)
+    files |= _matching(folder, _PAPERS)
+    files |= {str(result.samples): folder / str(result.samples) for result in load_results(folder) if result.samples}
+    base_model = base_model or card.data.get("base_model")
+    if base_model is not None and not is_hub_id(str(base_model)):
+        raise ValueError(f"base model {base_model!r} is no Hub id; name the original as owner/model (--base_model).")
+    set_kind(card.data, kind, base_model)
+    card.data["license"] = license or card.data.get("license")
+    return Release(folder, kind, files, results, card, base_model)
+
+
+def _kind(folder: Path, what: str | None) -> str:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; save the model first, so that a push that fails can be repeated.")
+    if what not in (None, *KINDS):
+        raise ValueError(f"what={what!r} is not one of {', '.join(map(repr, KINDS))}.")
+    adapter, model = (_adapter_folder(folder) / ADAPTER[0]).is_file(), (folder / "config.json").is_file()
+    kind = what or ("adapter" if adapter and not model else "model")
+    if not (adapter if kind == "adapter" else model):
+        wanted = ADAPTER[0] if kind == "adapter" else "config.json"
+        other = "; it holds an adapter: type --what adapter" if adapter else ""
+        raise ValueError(f"{folder} has no {wanted}, so there is no {kind} to push{other}.")
+    return kind
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """Where the adapter lies: in the folder itself, or beside the merged model that a recipe with `use_peft` leaves."""
+    return folder if (folder / ADAPTER[0]).is_file() else folder / "adapter"
+
+
+def _check_results(folder: Path) -> list[RobustnessResult]:
+    if not (folder / RESULTS_FILE).is_file():
+        raise ValueError(
+            f"{folder} has no {RESULTS_FILE}: measure the model first, by a recipe or evaluate_zero_shot and "
+            "save_results; a robust model is published with its numbers."
+        )
+    results = load_results(folder)
+    after = hardened(results)
+    if not after:
+        raise ValueError(f"{folder / RESULTS_FILE} holds no result of the hardened model, only of the original.")
+    for result in results:
+        numbers = (result.clean_accuracy, result.robust_accuracy)
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+            raise ValueError(f"{folder / RESULTS_FILE} holds accuracies that are no numbers ({result.model}).")
+        if result.samples is None:
+            continue
+        path = folder / result.samples
+        lines = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+        enough = (
+            lines == result.num_samples if result.task == "zero_shot" else lines > 0
+        )  # others have several a sample
+        if path.name != result.samples or not enough:
+            raise ValueError(f"{path} should hold {result.num_samples} samples, it holds {lines}; measure again.")
+    return after
+
+
+def _check_card(folder: Path, results: Sequence[RobustnessResult]) -> ModelCard:
+    path = folder / CARD
+    advice = f"write it with hf_robust_vision.hub.card.write_card({str(folder)!r}, results, ...)"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no model card; {advice}.")
+    try:
+        card = ModelCard.load(path)
+        told = {_row(row) for row in card.data.eval_results or []}
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"the metadata of {path} can not be read ({error}); {advice}.") from error
+    missing = [row for row in eval_results(results) if _row(row) not in told]
+    if missing:
+        raise ValueError(
+            f"{path} does not tell what {RESULTS_FILE} holds: {missing[0].metric_name} = {missing[0].metric_value:g} "
+            f"is missing; {advice}."
+        )
+    return card
+
+
+def _row(row: Any) -> tuple[Any, ...]:
+    attack = json.dumps({key: (row.metric_args or {}).get(key) for key in ("norm", "eps", "attacks")}, sort_keys=True)
+    return row.metric_type, row.metric_value, row.dataset_type, row.dataset_split, attack
+
+
+def _check_model(folder: Path, results: Sequence[RobustnessResult]) -> CLIPEncoder:
+    if not (folder / "model.safetensors").is_file() and not list(folder.glob("model-*-of-*.safetensors")):
+        raise ValueError(f"{folder} has no model.safetensors; write it with save_pretrained.")
+    if not _matching(folder, ("tokenizer.json", "vocab.json")):  # transformers would make one up
+        raise ValueError(f"{folder} has no tokenizer.json; save the model's CLIPProcessor there.")
+    try:
+        encoder = load_encoder(folder, dtype="auto")
+        load_tokenizer(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} is not the whole of a CLIPModel: {error}") from error
+    if not isinstance(encoder, CLIPEncoder):
+        raise ValueError(f"{folder} holds a vision tower alone; push its CLIPModel folder with what='tower'.")
+    sha256 = weights_sha256(encoder)
+    for result in results:
+        if result.model_sha256 != sha256:
+            raise ValueError(
+                f"{folder / RESULTS_FILE} was measured on other weights ({result.model_sha256[:12]}) than those of the "
+                f"folder ({sha256[:12]}); measure these."
+            )
+    return encoder
+
+
+def _check_adapter(folder: Path, base_model: str | None) -> tuple[bytes, str]:
+    config = json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8"))
+    base = base_model or config.get("base_model_name_or_path")
+    if not base or not is_hub_id(base):
+        raise ValueError(
+            f"the adapter in {folder} names {base!r} as its original, which nobody else has; name it by its Hub id "
+            "(--base_model owner/model)."
+        )
+    try:
+        with safe_open(folder / ADAPTER[1], framework="pt") as weights:
+            keys = list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / ADAPTER[1]} can not be read: {error}") from error
+    if not keys:
+        raise ValueError(f"{folder / ADAPTER[1]} holds no weights.")
+    return (json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n").encode(), base
+
+
+def _tower(folder: Path, encoder: CLIPEncoder) -> dict[str, Path | bytes]:
+    with TemporaryDirectory() as place:
+        vision_half(encoder).save_pretrained(place)
+        files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}
+        load_image_processor(folder).save_pretrained(place)
+        return files | {path.name: path.read_bytes() for path in Path(place).iterdir() if path.name not in files}
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> dict[str, Path | bytes]:
+    return {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}

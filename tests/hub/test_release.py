@@ -1,0 +1,166 @@
+"""What is refused before the first byte is sent, and what of a folder is chosen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from hf_robust_vision import load_robust_encoder, push_robust_encoder
+from hf_robust_vision.cli import main
+from hf_robust_vision.evaluation.results import load_results
+from hf_robust_vision.hub.release import prepare_release
+from tests.hub.conftest import describe
+
+
+@pytest.fixture
+def folder(measured, tmp_path):
+    return shutil.copytree(measured, tmp_path / "run")
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def scaled(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["logit_scale"] = weights["logit_scale"] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_number(folder):
+    def change(content):
+        content["results"][-1]["robust_accuracy"] = 0.99
+
+    edit(folder / "robustness.json", change)
+
+
+def first_line_only(folder):
+    path = folder / load_results(folder)[-1].samples
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+
+
+DAMAGE = {
+    "no folder": (shutil.rmtree, "is no folder; save the model first"),
+    "no config": (lambda run: (run / "config.json").unlink(), "has no config.json, so there is no model to push"),
+    "no weights": (lambda run: (run / "model.safetensors").unlink(), "has no model.safetensors"),
+    "cut weights": (
+        lambda run: (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:9000]),
+        "not the whole of a CLIPModel",
+    ),
+    "no tokenizer": (
+        lambda run: [path.unlink() for path in run.glob("tokenizer*")],
+        "has no tokenizer.json; save the model's CLIPProcessor",
+    ),
+    "no image processor": (lambda run: (run / "processor_config.json").unlink(), "has no image processor"),
+    "not measured": (lambda run: (run / "robustness.json").unlink(), "measure the model first"),
+    "only the original": (
+        lambda run: edit(run / "robustness.json", lambda content: content.update(results=content["results"][:2])),
+        "no result of the hardened model",
+    ),
+    "no number": (
+        lambda run: edit(run / "robustness.json", lambda content: content["results"][3].update(robust_accuracy=None)),
+        "no numbers",
+    ),
+    "samples cut off": (first_line_only, "should hold 12 samples, it holds 1"),
+    "samples gone": (lambda run: [path.unlink() for path in run.glob("samples-*")], "should hold 12 samples"),
+    "other weights": (scaled, "was measured on other weights"),
+    "no card": (lambda run: (run / "README.md").unlink(), "has no model card; write it with"),
+    "card without metadata": (lambda run: (run / "README.md").write_text("# Mine"), "does not tell what"),
+    "broken metadata": (lambda run: (run / "README.md").write_text("---\na: [\n---\n"), "can not be read"),
+    "card of other numbers": (other_number, r"does not tell what robustness.json holds: Robust accuracy .* = 0.99"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_refused_before_anything_is_sent(name, folder):
+    damage, said = DAMAGE[name]
+    damage(folder)
+    with pytest.raises(ValueError, match=said):
+        prepare_release(folder)
+
+
+def test_refused_arguments(folder, monkeypatch):
+    with pytest.raises(ValueError, match="'weights' is not one of 'model', 'tower', 'adapter'"):
+        prepare_release(folder, "weights")
+    with pytest.raises(ValueError, match=r"has no adapter_config.json, so there is no adapter to push"):
+        prepare_release(folder, "adapter")
+    with pytest.raises(ValueError, match=r"'\./local' is no Hub id"):
+        prepare_release(folder, base_model="./local")
+    for wrong in ("a/b/c", "me/robust clip", "me/-x"):
+        with pytest.raises(ValueError, match="wanted owner/name"):
+            push_robust_encoder(folder, wrong, dry_run=True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        push_robust_encoder(folder, "me/robust-clip")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("hf_robust_vision.hub.push.get_token", lambda: None)
+    with pytest.raises(ValueError, match="no token to push with: type `hf auth login`"):
+        push_robust_encoder(folder, "me/robust-clip")
+
+
+def test_a_card_edited_by_hand_keeps_its_words(folder):
+    path = folder / "README.md"
+    path.write_text(path.read_text() + "\n## My words\n\nTrained on a Sunday.\n")
+    release = prepare_release(folder)
+    text = release.card_for("me/robust-clip").decode()
+    assert "Trained on a Sunday." in text
+    assert 'CLIPModel.from_pretrained("me/robust-clip")' in text
+    assert 'from_pretrained(".")' not in text
+    assert ModelCard(text).data.eval_results == ModelCard.load(path).data.eval_results
+
+
+def test_dry_run_lists_what_would_go(folder, capsys):
+    assert main(["push", str(folder), "me/robust-clip", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("would push the model to me/robust-clip:\n")
+    listed = {line.strip() for line in said.splitlines()[1:]}
+    assert {"README.md", "model.safetensors", "robustness.json", "robustness.png", "tokenizer.json"} <= listed
+    assert not [name for name in listed if "args" in name or "checkpoint" in name or "optimizer" in name]
+    assert main(["push", str(folder / "checkpoint-2"), "me/robust-clip", "--dry_run"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_load_from_a_folder(folder, seen_images):
+    loaded = load_robust_encoder(folder)
+    assert loaded.training["steps"] == 7
+    assert [result.model for result in (*loaded.before, *loaded.results)] == ["before"] * 2 + ["after"] * 2
+    assert "3 samples measured again, 9 outcomes: all as recorded" in str(loaded.repeat(seen_images, max_samples=3))
+    scaled(folder)
+    with pytest.raises(ValueError, match="measured on other weights than it holds"):
+        load_robust_encoder(folder)
+    (folder / "robustness.json").unlink()
+    with pytest.raises(ValueError, match="load_encoder reads a CLIP without a record"):
+        load_robust_encoder(folder)
+
+
+def test_results_of_other_tasks_go_along(folder, seen_images):
+    """A corruption has several records a sample; it is told on the card, and not measured again."""
+    results = load_results(folder)
+    other = replace(
+        results[-1],
+        task="corruption",
+        metric="mean corruption accuracy",
+        norm="severity",
+        eps=3.0,
+        samples="samples-c.jsonl",
+    )
+    lines = (folder / results[-1].samples).read_text()
+    (folder / "samples-c.jsonl").write_text(lines * 2)
+    describe(folder, [*results, other])
+    release = prepare_release(folder)
+    assert "samples-c.jsonl" in release.files
+    types = [row.metric_type for row in release.card.data.eval_results]
+    assert types == [
+        "accuracy",
+        *["robust_accuracy"] * 2,
+        "mean_corruption_accuracy",
+        "robust_mean_corruption_accuracy",
+    ]
+    assert "severity 3 (mean corruption accuracy on tiny-images) |" in release.card.text
+    assert load_robust_encoder(folder).repeat(seen_images, max_samples=2).flags == 6

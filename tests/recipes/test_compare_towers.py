@@ -1,0 +1,167 @@
+"""The comparison of towers on a budget of nothing: what is trained, chosen, paired, resumed and written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hf_robust_vision.evaluation.towers import write_towers
+
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--steps", "1", "--batch_size", "2", "--questions", "3", "--choice_questions", "2", "--attack_steps", "1"]
+SMALL += ["--images", "2", "--zero_shot_steps", "1", "--seeds", "0,1", "--jobs", "1"]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    pytest.importorskip("easy_vqa")
+    sys.path.insert(0, str(ROOT / "recipes"))
+    yield importlib.import_module("compare_towers")
+    sys.path.remove(str(ROOT / "recipes"))
+
+
+@pytest.fixture(scope="module")
+def measured(recipe, tmp_path_factory):
+    """The original and two towers, hardened by one step."""
+    root = tmp_path_factory.mktemp("towers")
+    measuring = recipe.Measuring("validation", recipe.EPS, 3, 1, 1, 2, 1)
+    rows = [recipe.Row(), recipe.Row("sim-clip", "pooled"), recipe.Row("sim-clip", "both")]
+    trainings = [recipe.Training(row, 0, 1e-3 if row.method else 0.0, 1, 2) for row in rows]
+    return root, measuring, {training: recipe.perform(training, measuring, root) for training in trainings}
+
+
+def test_every_tower_is_swapped_in_and_measured(recipe, measured):
+    root, measuring, done = measured
+    hashes = set()
+    for training, results in done.items():
+        assert [(result.task, result.eps) for result in results] == [
+            *(("vqa", eps) for eps in recipe.EPS),
+            ("zero_shot", recipe.DEMO_EPS),
+        ]
+        assert {result.split for result in results} <= {"validation", "train"}
+        (tower,) = json.loads((measuring.folder(training.folder(root)) / "swap_report.json").read_text())["towers"]
+        assert (tower["changed"] > 0) == bool(training.row.method)
+        hashes.add(tower["sha256_after"])
+    assert len(hashes) == 3
+    entries = recipe.summary(done)
+    assert [entry["label"] for entry in entries] == ["original", "Sim-CLIP, `pooled`", "Sim-CLIP, `both`"]
+    assert entries[0]["drift"] == [pytest.approx(1)]
+
+
+def test_a_second_call_reads_back_and_another_setting_does_not(recipe, measured, monkeypatch):
+    root, measuring, done = measured
+    training, results = list(done.items())[-1]
+    monkeypatch.setattr(recipe, "harden", None)
+    assert recipe.perform(training, measuring, root) == results
+    folders = {
+        replace(training, **change).folder(root) for change in ({}, {"seed": 1}, {"learning_rate": 2e-3}, {"steps": 2})
+    }
+    assert len(folders) == 4
+    tower = training.folder(root)
+    assert measuring.folder(tower) != replace(measuring, attack_steps=2).folder(tower)
+
+
+def test_a_tower_is_not_trained_again_for_another_measurement(recipe, measured, monkeypatch):
+    root, _, done = measured
+    training, results = list(done.items())[-1]
+    monkeypatch.setitem(
+        recipe.METHODS, "sim-clip", (*recipe.METHODS["sim-clip"][:1], recipe.SimCLIPTrainer, {"form": "frozen"})
+    )
+    monkeypatch.setattr(recipe.SimCLIPTrainer, "train", None)
+    assert recipe.harden(training, training.folder(root))["cpu_seconds"] == results[0].training["cpu_seconds"]
+
+
+def test_the_rate_with_the_most_standing_answers_is_chosen(recipe, measured):
+    _, _, done = measured
+    (training, results), tried = list(done.items())[-1], {}
+    for rate, share in ((1e-3, 0.2), (2e-3, 0.6), (4e-3, 0.4)):
+        tried[replace(training, learning_rate=rate)] = [replace(r, robust_accuracy=share) for r in results]
+    rates, seen = recipe.choose(tried)
+    assert rates == {training.row: 2e-3}
+    assert [entry["robust_accuracy"] for entry in seen] == [0.2, 0.6, 0.4]
+
+
+def test_pairs_are_differences_of_the_same_questions(recipe, measured):
+    root, measuring, done = measured
+    rows = recipe.pairs(done, measuring, root)
+    assert [row["eps"] for row in rows] == ["clean", "4/255", "8/255", "16/255"]
+    assert {(row["one"], row["other"]) for row in rows} == {("Sim-CLIP, `both`", "Sim-CLIP, `pooled`")}
+    _, pooled, both = done.values()
+    assert rows[0]["difference"] == pytest.approx(both[0].clean_accuracy - pooled[0].clean_accuracy)
+    for row, one, other in zip(rows[1:], both, pooled):
+        assert row["difference"] == pytest.approx(one.robust_accuracy - other.robust_accuracy)
+        assert row["low"] <= row["difference"] <= row["high"]
+
+
+def test_the_page_says_what_the_numbers_say(tmp_path):
+    row = {
+        "label": "Sim-CLIP, `both`",
+        "learning_rate": 2e-3,
+        "answers_clean": [0.9, 0.8],
+        "answers": {"4/255": [0.5, 0.5]},
+    }
+    row |= {"zero_shot_clean": [1.0, 1.0], "zero_shot": [0.25, 0.75], "drift": [0.9, 0.8], "cpu_seconds": [60, 70]}
+    pair = {"one": "both", "other": "pooled", "eps": "8/255"}
+    content = {
+        "command": "python recipes/compare_towers.py",
+        "seeds": [0, 1],
+        "training": {
+            "max_steps": 7,
+            "per_device_train_batch_size": 8,
+            "attack_steps": 2,
+            "lr_scheduler_type": "cosine",
+        },
+        "measuring": {"attack_steps": 9, "restarts": 1, "zero_shot_steps": 11},
+        "hashes": {"clip": "c" * 64, "llava": "d" * 64},
+        "versions": {"torch": "1"},
+        "num_questions": 123,
+        "num_images": 45,
+        "rows": [row | {"source": ["abc"]}],
+        "paired": [
+            pair | {"difference": 0.1, "low": 0.05, "high": 0.15},
+            pair | {"difference": -0.1, "low": -0.15, "high": -0.05},
+            pair | {"difference": 0.1, "low": -0.05, "high": 0.15},
+        ],
+        "choice": [{"label": "x", "learning_rate": 1e-3, "clean_accuracy": 0.5, "robust_accuracy": 0.25}],
+        "choice_questions": 67,
+    }
+    text = write_towers(content, tmp_path).read_text()
+    assert "| Sim-CLIP, `both` | 0.002 | 85.0 ± 7.1 | 50.0 ± 0.0 | 100.0 ± 0.0 | 50.0 ± 35.4 | 0.850 | 65 |" in text
+    assert [line.split("|")[-2].strip() for line in text.splitlines() if line.startswith("| both - pooled")] == [
+        "higher",
+        "lower",
+        "not distinguished",
+    ]
+    assert "67 validation questions" in text
+    assert json.loads((tmp_path / "results" / "towers.json").read_text()) == content
+    assert "validation" not in write_towers(content | {"choice": []}, tmp_path).read_text()
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_page_and_goes_on_from_what_is_there(tmp_path):
+    pytest.importorskip("easy_vqa")
+    command = [sys.executable, str(ROOT / "recipes" / "compare_towers.py"), *SMALL]
+    command += ["--output_dir", str(tmp_path / "towers"), "--docs", str(tmp_path / "docs")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "towers").rglob("robustness.json")}
+    assert len(written) == 4 + 1 + 4  # the choice, the original, two features with two seeds
+    content = json.loads((tmp_path / "docs" / "results" / "towers.json").read_text())
+    assert [row["label"] for row in content["rows"]] == ["original", "Sim-CLIP, `pooled`", "Sim-CLIP, `both`"]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_unknown_words_are_refused(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare_towers.py", "--features", "cls"])
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert "no feature 'cls'; there are 'pooled'" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""The list of datasets: it is read strictly, runs offline on two, and resumes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_robust_vision.evaluation.results import load_results
+from recipes.evaluate import read_list
+
+
+ROOT = Path(__file__).parents[2]
+LISTS = sorted((ROOT / "recipes" / "datasets").glob("*.yaml"))
+
+
+@pytest.fixture
+def two(image_folder, tmp_path):
+    """The demo and a folder of images."""
+    pytest.importorskip("easy_vqa")
+    demo = {"name": "easy-vqa", "max_samples": 6}
+    folder = {"name": "folder", "dataset": str(image_folder), "templates": "photo"}
+    content = {"protocol": "quick", "steps": 1, "eps": ["8/255"], "batch_size": 6, "datasets": [demo, folder]}
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def run(*words, cwd):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), *map(str, words)]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+
+
+def test_two_datasets_offline(two, tmp_path):
+    done = run("demo-clip", "--datasets", two, "--save_examples", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "outputs" / "evaluate-demo-clip"
+    results = load_results(folder)
+    assert [(result.dataset, result.num_samples) for result in results] == [("easy-vqa", 6), ("folder", 6)]
+    assert [len(result.class_names) for result in results] == [24, 3]
+    assert "Mean over 2 datasets" in (folder / "report.md").read_text()
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("images-*/*")}
+    assert len(written) == 2
+    run("demo-clip", "--datasets", two, "--save_examples", "1", "--only", "folder", cwd=tmp_path)
+    assert [result.dataset for result in load_results(folder)] == ["easy-vqa", "folder"]  # the other one stays
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # nothing is measured twice
+
+
+@pytest.mark.parametrize("file", LISTS, ids=lambda file: file.stem)
+def test_shipped_lists_are_read(file):
+    how, sets = read_list(file, None)
+    assert how.eps
+    assert len({part.name for part in sets}) == len(sets)
+
+
+def test_the_thirteen():
+    how, sets = read_list(ROOT / "recipes" / "datasets" / "zero_shot_13.yaml", None)
+    assert len(sets) == 13
+    assert how.eps == (2 / 255, 4 / 255)
+    assert [attack.objective for attack in how.protocol.attacks] == ["cross-entropy", "targeted-dlr"]
+    assert {part.name: part.resolution for part in sets if part.resolution} == {
+        "CIFAR-10": 32, "CIFAR-100": 32, "STL-10": 96,
+    }  # fmt: skip
+    assert all(part.dataset.startswith("clip-benchmark/wds_") for part in sets)
+    _, some = read_list(ROOT / "recipes" / "datasets" / "zero_shot_13.yaml", ["Pets"])
+    assert [part.name for part in some] == ["Pets"]
+
+
+def test_misspelt_names_are_refused(two, tmp_path):
+    content = yaml.safe_load(two.read_text())
+    for change in ({"step": 3}, {"datasets": [{"dataset": "x", "tempaltes": "photo"}]}):
+        two.write_text(yaml.safe_dump(content | change))
+        with pytest.raises(ValueError, match=r"are no settings"):
+            read_list(two, None)
+    two.write_text(yaml.safe_dump({"datasets": content["datasets"]}))
+    with pytest.raises(ValueError, match=r"lacks \['eps', 'protocol'\]"):
+        read_list(two, None)
+    two.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="'folder'"):
+        read_list(two, ["nope"])
