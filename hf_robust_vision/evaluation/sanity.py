@@ -127,31 +127,34 @@ def add_sanity(
     dataset: LabelledImages,
     how: RobustnessProtocol,
     **settings: Any,
-) -> str:
+) -> None:
     """Fill `sanity` of results, each model checked with another one, if there is one, as its surrogate.
 
     Args:
-        results: Of these models on this dataset; where a check can not run, they say why.
+        results: Of these models on this dataset. Where nothing can be checked they say why, and stand.
         models: Encoder and classifier by the `model` of the results, on one device.
         dataset: What was measured on.
         how: How it was measured.
         settings: Passed on to `check_sanity`.
-
-    Returns:
-        A line a model for a person.
     """
-    lines = []
     for name, (encoder, bank) in models.items():
         surrogate, other = next((pair for key, pair in models.items() if key != name), (None, None))
         try:
             sanity = check_sanity(encoder, bank, dataset, how, surrogate=surrogate, surrogate_bank=other, **settings)
-        except ValueError as error:  # the measurement stands; only nothing vouches for it
+        except ValueError as error:
             sanity = {"verdict": "not run", "flagged": [], "checks": [], "why": str(error)}
         for result in results:
             if result.model == name:
                 result.sanity = sanity
-        lines.append(f"sanity checks, {name}: {sanity.get('why') or ', '.join(sanity['flagged']) or 'all passed'}")
-    return "\n".join(lines)
+
+
+def sanity_text(results: Sequence[RobustnessResult]) -> str:
+    """A line for each model and dataset whose results were checked."""
+    found = {(result.model, result.dataset): result.sanity for result in results if result.sanity is not None}
+    return "\n".join(
+        f"sanity checks, {model} on {dataset}: {sanity.get('why') or ', '.join(sanity['flagged']) or 'all passed'}"
+        for (model, dataset), sanity in found.items()
+    )
 
 
 def _same_answer(bench: Bench) -> dict[str, Any]:

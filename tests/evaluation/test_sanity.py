@@ -17,7 +17,7 @@ from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.encoders import as_encoder, image_embedder, load_encoder, load_tokenizer, weights_sha256
 from hf_robust_vision.evaluation import sanity
 from hf_robust_vision.evaluation.bench import AttackedBench, Bench
-from hf_robust_vision.evaluation.sanity import add_sanity, check_sanity
+from hf_robust_vision.evaluation.sanity import add_sanity, check_sanity, sanity_text
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.text_bank import make_text_bank
 from tests.conftest import NAMES, TEMPLATE, build_clip, build_processor, make_dataset
@@ -211,16 +211,16 @@ def test_steps(fallen, flagged):
 @pytest.mark.parametrize(
     ("fallen", "flagged"),
     [
-        ((5, 15, 20, 20), set()),
-        ((15, 5, 20, 20), {"larger radii help"}),
-        ((5, 10, 10, 10), {"falls at a large radius"}),
-        ((4, 4, 4, 4), {"falls at a large radius", "stronger than noise"}),
+        ((5, 15, 20), set()),
+        ((15, 5, 20), {"larger radii help"}),
+        ((5, 10, 10), {"falls at a large radius"}),
+        ((4, 4, 4), {"falls at a large radius", "stronger than noise"}),
     ],
 )
 def test_radii(fallen, flagged, monkeypatch):
     monkeypatch.setattr(sanity, "_lost_to_noise", lambda bench, ball: torch.arange(20) < 1)
     attacked = AttackedBench(bench(linear), get_protocol("quick", steps=40), HOW)
-    radii = (16 / 255, 32 / 255, 64 / 255, 0.5)
+    radii = (32 / 255, 64 / 255, 0.5)
     for eps, count in zip(radii, fallen):
         attacked._flags[eps, 40] = torch.arange(20) < count
     checks = sanity._radii(attacked, make_dataset(3))
@@ -264,8 +264,9 @@ def test_add_sanity_fills_the_results_of_each_model(honest, smooth, images):
         for name, (encoder, _) in models.items()
         for result in evaluate_zero_shot(encoder, bank, few, how, model_name=name, progress=False)
     ]
-    said = add_sanity(results, models, few, how, queries=5)
-    assert [line.split(":")[0] for line in said.splitlines()] == ["sanity checks, before", "sanity checks, after"]
+    add_sanity(results, models, few, how, queries=5)
+    said = [line.split(":")[0] for line in sanity_text(results).splitlines()]
+    assert said == ["sanity checks, before on tiny", "sanity checks, after on tiny"]
     assert all(verdicts(result.sanity)["as strong as a transfer"] != "not run" for result in results)
     assert results[0].sanity == results[1].sanity != results[2].sanity
 
@@ -278,7 +279,9 @@ def test_a_measurement_without_a_gradient_says_why_nothing_was_checked(honest, s
     few = images.select(range(4))
     how = replace(HOW, protocol=black)
     results = evaluate_zero_shot(honest["clean"], bank, few, how, model_name="before", progress=False)
-    assert "follows no gradient" in add_sanity(results, {"before": (honest["clean"], bank)}, few, how)
+    assert sanity_text(results) == ""
+    add_sanity(results, {"before": (honest["clean"], bank)}, few, how)
+    assert "before on tiny: nothing to check" in sanity_text(results)
     assert results[0].sanity["verdict"] == "not run"
 
 
