@@ -61,6 +61,7 @@ class Killed:
 
     def __init__(self, question):
         self.id, self.text, self.answer = question.id, question.text, question.answer
+        self.fingerprint = question.fingerprint
 
     def pixels(self, transform):
         raise KeyboardInterrupt
