@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_vlms import make_clip
-from transformers import AutoImageProcessor, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import AutoImageProcessor, CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from hf_robust_vision.cli import main
 from hf_robust_vision.data.demo import demo_checkpoint
@@ -70,7 +70,10 @@ def test_vision_half_without_projection_is_no_open_clip_tower(vision_folder, tmp
 
 
 def test_vision_half_with_projection_is_exported_whole(demo, tmp_path):
-    CLIPVisionModelWithProjection.from_pretrained(demo).save_pretrained(tmp_path / "half")
+    config = CLIPConfig.from_pretrained(demo)
+    config.vision_config.projection_dim = config.projection_dim
+    half = CLIPVisionModelWithProjection.from_pretrained(demo, config=config.vision_config)
+    half.save_pretrained(tmp_path / "half")
     for folder, name in ((demo, "whole.pt"), (str(tmp_path / "half"), "half.pt")):
         assert main(["export", folder, "--to", "open_clip", "--output", str(tmp_path / name)]) == 0
     whole, half = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "half.pt"))
