@@ -13,6 +13,7 @@ import yaml
 from hf_robust_vision import pipeline
 from hf_robust_vision.cli import make_parser
 from hf_robust_vision.evaluation.comparison import make_page, short_table
+from hf_robust_vision.evaluation.towers import towers_page
 from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
 
 
@@ -152,3 +153,13 @@ def test_swap_table_is_what_was_measured():
     }.items():
         _, values = cells(group, "clean")
         assert f"| {name} | {values[0].split(' (')[0]} | {values[1].split(' (')[0]} |" in page
+
+
+def test_towers_page_is_what_its_numbers_say():
+    content = json.loads((ROOT / "docs" / "results" / "towers.json").read_text())
+    assert (ROOT / "docs" / "results" / "towers.md").read_text() == towers_page(content)
+    row = next(row for row in content["paired"] if row["eps"] == "8/255")
+    mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
+    readme = (ROOT / "README.md").read_text()
+    assert f"keeps {mean:.1f} points more answers" in readme
+    assert f"paired interval {low:+.1f} to {high:+.1f}]" in readme
