@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ def meet() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group()
+        dist.init_process_group(timeout=timedelta(days=1))  # one may be done with its samples hours before the last
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -6,6 +6,7 @@ A comparison is a plain dictionary, as that command writes it to `docs/results/<
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,9 @@ PLOTTED = ("compare", "emoji")
 def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
     """Mean difference of two methods with its 95 % bootstrap interval over seeds and images.
 
-    Each draw takes seeds with replacement, and images with replacement, the same images for every seed.
+    Each draw takes seeds with replacement, and images with replacement, the same images for every seed. What a seed
+    deviates from the others is stretched by `sqrt(seeds / (seeds - 1))`, without which drawing from so few of them
+    would show too little of their spread. With three seeds the interval is still a rough one.
 
     Args:
         differences: Hit of the one minus hit of the other, shape (seeds, images).
@@ -39,7 +42,10 @@ def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, fl
     """
     generator = torch.Generator().manual_seed(0)
     seeds, images = differences.shape
-    per_image = differences[torch.randint(seeds, (draws, seeds), generator=generator)].mean(1)
+    common = differences.mean(0)
+    stretch = math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
+    drawn = (differences - common)[torch.randint(seeds, (draws, seeds), generator=generator)].mean(1)
+    per_image = common + stretch * drawn
     means = per_image.gather(1, torch.randint(images, (draws, images), generator=generator)).mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return differences.mean().item(), low, high
@@ -104,9 +110,12 @@ Classes never seen in it ({counts["unseen"]} images: {", ".join(content["unseen"
 
 {table(content, "unseen")}
 """
+    if content["split"] == "validation":
+        text += "\nThe unseen classes are those of the test, so no choice may rest on their rows.\n"
     if content.get("paired"):
         text += (
-            f"\nDifferences in points, with paired 95 % intervals over images and seeds:\n\n{paired_table(content)}\n"
+            "\nDifferences in points, with paired 95 % intervals over images and seeds, not corrected for their number:"
+            f"\n\n{paired_table(content)}\n"
         )
     return text
 
@@ -150,9 +159,14 @@ def write_page(content: Mapping[str, Any], docs: Path) -> None:
     write_atomically(folder / f"{content['mode']}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     if content["mode"] in PLOTTED:
         plot(content, folder / f"{content['mode']}.png")
+    write_atomically(docs / "results.md", make_page(docs))
+
+
+def make_page(docs: Path) -> str:
+    """The page of all numbers that lie in `docs/results`."""
     page = "# Results\n\nWritten by `recipes/compare.py`; do not edit. The numbers lie in `docs/results/*.json`.\n"
     for mode in TITLES:
-        if (file := folder / f"{mode}.json").is_file():
+        if (file := docs / "results" / f"{mode}.json").is_file():
             page += f"\n{section(json.loads(file.read_text()))}"
             page += f"\n![Robust accuracy over eps](results/{mode}.png)\n" if mode in PLOTTED else ""
-    write_atomically(docs / "results.md", page)
+    return page

@@ -108,6 +108,13 @@ def test_page_holds_the_sections_of_every_command(tmp_path):
     assert json.loads((tmp_path / "results" / "sweep.json").read_text())["mode"] == "sweep"
 
 
+def test_few_seeds_are_stretched_to_their_own_spread():
+    """Of three seeds the lowest alone is drawn once in 27 times, so it is the lower end; stretched by sqrt(3 / 2)."""
+    differences = torch.tensor([[0.5] * 10, [0.0] * 10, [-0.5] * 10], dtype=torch.double)
+    _, low, high = paired_interval(differences)
+    assert (low, high) == pytest.approx((-0.5 * 1.5**0.5, 0.5 * 1.5**0.5))
+
+
 def test_short_table_has_both_groups_in_one_row():
     lines = short_table(content(), ("tecoa",), ("8/255",)).splitlines()
     assert lines[0] == "| method | seen, clean | seen, 8/255 | unseen, clean | unseen, 8/255 |"
