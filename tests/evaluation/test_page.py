@@ -214,7 +214,7 @@ def test_sanity_section(tmp_path):
         ["all checks", "not run", "why: No gradient."],
     ]
     assert "None were run for third." in html.read_text()
-    assert "- before, loss rises: **flagged** wanted: risen" in page.read_text()
+    assert "- undefended, loss rises: **flagged** wanted: risen" in page.read_text()
     assert [check.tone for check in checks_of(before)] == ["good", "bad", "plain"]
     assert checks_of(None) == []
 
