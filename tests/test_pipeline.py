@@ -378,7 +378,6 @@ def test_sanity_checks_both_models_with_each_other(clip_folder, image_folder, tm
     for result in results:
         transfer = next(check for check in result.sanity["checks"] if check["name"] == "as strong as a transfer")
         assert transfer["verdict"] != "not run"
-    assert results[0].sanity != results[-1].sanity
     said = capsys.readouterr().out
     assert "sanity checks, before on tiny-images" in said
     assert "sanity checks, after on tiny-images" in said
