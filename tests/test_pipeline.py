@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel, CLIPModel
 from hf_robust_vision import pipeline
 from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.encoders import weights_sha256
+from hf_robust_vision.evaluation import rivals
 from hf_robust_vision.evaluation.results import load_results
 from hf_robust_vision.trainers.fare import FARETrainer
 from hf_robust_vision.trainers.pmg_aft import PMGAFTTrainer
@@ -367,3 +368,16 @@ def test_overwrite_deletes_nothing_but_runs(clip_folder, image_folder, tmp_path)
     with pytest.raises(ValueError, match="would delete"):
         pipeline.run(SimCLIPTrainer, options, args)
     assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_sanity_checks_both_models_with_each_other(clip_folder, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rivals, "square", lambda objective, images, *_, **__: images)  # a thousand queries otherwise
+    more = ("--sanity", "true", "--test_eps", "1/255", "--max_steps", "1")
+    run_recipe(monkeypatch, words(clip_folder, image_folder, tmp_path / "out", *more))
+    results = load_results(tmp_path / "out")
+    for result in results:
+        transfer = next(check for check in result.sanity["checks"] if check["name"] == "as strong as a transfer")
+        assert transfer["verdict"] != "not run"
+    said = capsys.readouterr().out
+    assert "sanity checks, before on tiny-images" in said
+    assert "sanity checks, after on tiny-images" in said

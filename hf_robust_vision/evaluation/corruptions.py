@@ -227,6 +227,7 @@ def _summary(work: _Work, records: Sequence[SampleRecord], row: dict[str, Any]) 
         hits = sum(record.robust_hit for record in records[place * count : (place + 1) * count])
         interval = list(wilson_interval(hits, count))
         rows.append({"name": family} | row | {"accuracy": hits / count, "ci95": interval})
+    # Not `clean_hit`: it reads the blame, which a hit on the corrupted image has none of.
     clean = sum(record.clean == record.label for record in records[:count])
     mean = sum(record.robust_hit for record in records) / len(records)
     return {
