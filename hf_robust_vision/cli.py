@@ -112,6 +112,8 @@ def _evaluation_commands(commands: Any) -> None:
     evaluate.add_argument("--output_dir", default="outputs/evaluate", help="results are added to what it holds")
     evaluate.add_argument("--save_examples", type=int, default=4, metavar="N", help="images kept for the report")
     evaluate.add_argument("--save_adversarial", action="store_true", help="keep the images of all samples")
+    evaluate.add_argument("--sanity", action="store_true", help="check the numbers for gradient masking")
+    evaluate.add_argument("--corruptions", action="store_true", help="accuracy on corrupted images, too")
     report = commands.add_parser("report", help="results to a Markdown page and one self-contained HTML file")
     report.set_defaults(run=_report)
     report.add_argument("results", nargs="+", help="robustness.json files, or their folders; LABEL=FILE names a model")
@@ -132,6 +134,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from hf_robust_vision.attacks import get_protocol
     from hf_robust_vision.evaluation.measure import EvaluationSet, measure_model
     from hf_robust_vision.evaluation.page import results_text, write_report
+    from hf_robust_vision.evaluation.sanity import sanity_text
     from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol
     from hf_robust_vision.trainers.config import Radius
 
@@ -155,8 +158,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         dtype=getattr(torch, args.dtype),
         examples=args.save_examples,
         save_adversarial=args.save_adversarial,
+        sanity=args.sanity,
+        corruptions=args.corruptions,
     )
     print(results_text(results))
+    if args.sanity:
+        print(sanity_text(results))
     for path in write_report([args.output_dir], args.output_dir):
         print(path)
     return 0

@@ -25,7 +25,7 @@ from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_i
 from hf_robust_vision.evaluation.report import plot_curve
 from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
 from hf_robust_vision.evaluation.samples import barrier, rank_and_world
-from hf_robust_vision.evaluation.sanity import add_sanity
+from hf_robust_vision.evaluation.sanity import add_sanity, sanity_text
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.hub.push import PushError, VerificationError
@@ -209,7 +209,8 @@ def run(
         if options.sanity:
             models = {"before": trainer.reference.encoder, "after": hardened}
             banked = {model: (encoder, trainer.text_bank(test, encoder)) for model, encoder in models.items()}
-            print(add_sanity(results, banked, test, how))
+            add_sanity(results, banked, test, how)
+            print(sanity_text(results))
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
     barrier()

@@ -86,6 +86,11 @@ class PixelTransform:
     std: tuple[float, ...] = OPENAI_STD
     mode: str = "bicubic"
 
+    @property
+    def resample(self) -> int:
+        """PIL's code of `mode`."""
+        return next(code for code, mode in _RESAMPLE.items() if mode == self.mode)
+
     @classmethod
     def from_image_processor(cls, processor: Any) -> PixelTransform:
         """Read the settings of a Hugging Face image processor.

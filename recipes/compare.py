@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from hf_robust_vision.attacks import Objective, get_protocol
 from hf_robust_vision.data.benchmarks import Benchmark, demo_benchmark, emoji_benchmark
-from hf_robust_vision.data.splits import only_classes, relabel, seeded_subset
+from hf_robust_vision.data.splits import only_classes, seeded_subset
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import Encoder, load_encoder, weights_sha256
 from hf_robust_vision.evaluation.comparison import paired_interval, write_page
@@ -197,7 +197,7 @@ def perform(run: Run) -> list[RobustnessResult]:
     encoder = load_encoder(benchmark.checkpoint)
     record: dict[str, Any] = {"method": "none", "seed": run.seed, "cpu_seconds": 0.0, "wall_seconds": 0.0}
     if run.method.trainer is not None:
-        train = relabel(benchmark.load("train", encoder.transform), benchmark.groups()["seen"])
+        train = benchmark.training_images(encoder.transform)
         quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
         settings = run.budget.training(benchmark) | quiet | dict(run.method.options)
         settings |= {"use_cpu": True, "seed": run.seed}

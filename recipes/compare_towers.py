@@ -23,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,16 @@ class Training:
         }
 
     def folder(self, root: Path) -> Path:
-        """Named by a hash of every setting, so that a tower is only used again for the same settings."""
+        """Named by a hash of every setting and of the CLIP it starts from: a tower is only used again for the same."""
         if not self.row.method:
             return root / "original"
         defaults = {item.name: item.default for item in fields(METHODS[self.row.method][1].args_class)}
         known = {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
-        return root / f"{self.row.method}-{self.row.feature}-{_digest(known | self.arguments())}" / f"seed{self.seed}"
+        return (
+            root
+            / f"{self.row.method}-{self.row.feature}-{_digest(known | self.arguments() | {'clip': _sha256(demo_checkpoint())})}"
+            / f"seed{self.seed}"
+        )
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,14 @@ class Measuring:
     zero_shot_steps: int
 
     def folder(self, tower: Path) -> Path:
-        """Below the tower's, named by a hash of every setting."""
-        return tower / f"{self.split}-{_digest(asdict(self))}"
+        """Below the tower's, named by a hash of every setting and of both checkpoints."""
+        checkpoints = {name: _sha256(demo_checkpoint(name)) for name in ("demo-clip", "demo-llava")}
+        return tower / f"{self.split}-{_digest(asdict(self) | checkpoints)}"
+
+
+@cache
+def _sha256(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

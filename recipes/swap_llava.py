@@ -15,6 +15,7 @@ the first `--num_questions` questions (50 are enough), and stops.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from hf_robust_vision.evaluation.report import draw_answers
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results
 from hf_robust_vision.evaluation.vlm import VLMProtocol, attack_example, evaluate_targeted, evaluate_vqa
 from hf_robust_vision.trainers.config import Radius
+from hf_robust_vision.vlm.source import load_source
 
 
 CHECK_STEPS = (1, 5, 10, 50)
@@ -105,6 +107,20 @@ def check_attack(vlm: Any, processor: Any, args: argparse.Namespace) -> list[Rob
     return results
 
 
+def check_inputs(tower: str) -> None:
+    """Find out now, and not after the first measurement, what the second one and the picture need.
+
+    Raises:
+        SystemExit: If the tower can not be read, or matplotlib is not installed.
+    """
+    try:
+        load_source(tower)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: --tower {tower}: {error}")
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.exit('error: the picture of the answers needs matplotlib: pip install "hf-robust-vision[report]"')
+
+
 def main() -> None:
     """Measure, swap, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,6 +136,8 @@ def main() -> None:
     parser.add_argument("--target", help="Also attack towards this text.")
     parser.add_argument("--check_attack", action="store_true", help="Print accuracy over steps and eps, and stop.")
     args = parser.parse_args()
+    if not args.check_attack:
+        check_inputs(args.tower)
     vlm = AutoModelForImageTextToText.from_pretrained(args.vlm, dtype=torch.float32).eval()
     vlm.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(args.vlm)

@@ -13,6 +13,7 @@ import yaml
 from hf_robust_vision import pipeline
 from hf_robust_vision.cli import make_parser
 from hf_robust_vision.evaluation.comparison import make_page, short_table
+from hf_robust_vision.evaluation.towers import towers_page
 from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
 
 
@@ -124,3 +125,41 @@ def test_readme_compares_what_was_measured():
     )
     mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
     assert f"({mean:+.1f} points there, paired\n95 % interval {low:+.1f} to {high:+.1f})" in readme
+
+
+def test_swap_table_is_what_was_measured():
+    results = json.loads((ROOT / "docs" / "results" / "swap_llava.json").read_text())["results"]
+    page = (ROOT / "docs" / "how-to-swap-llava.md").read_text()
+
+    def cells(group, kind):
+        rows = [row for row in results if row["group"].strip() == group]
+        assert [row["model"] for row in rows] == ["before", "after"]
+        return rows, [
+            "{:.1f} % ({:.1f} to {:.1f})".format(
+                100 * row[f"{kind}_accuracy"], *(100 * end for end in row["ci95"][f"{kind}_accuracy"])
+            )
+            for row in rows
+        ]
+
+    rows, clean = cells("colour/shape", "clean")
+    _, robust = cells("colour/shape", "robust")
+    assert f"| colour and shape, clean | {clean[0]} | {clean[1]} |" in page
+    assert f"| colour and shape, attacked at 8/255 | {robust[0]} | {robust[1]} |" in page
+    assert all(row["num_samples"] == 300 and row["eps"] == 8 / 255 for row in rows)
+    for name, group in {
+        "the same on a blank image": "blank image",
+        "yes/no, clean": "yes/no",
+        "yes/no on a blank image": "yes/no, blank",
+    }.items():
+        _, values = cells(group, "clean")
+        assert f"| {name} | {values[0].split(' (')[0]} | {values[1].split(' (')[0]} |" in page
+
+
+def test_towers_page_is_what_its_numbers_say():
+    content = json.loads((ROOT / "docs" / "results" / "towers.json").read_text())
+    assert (ROOT / "docs" / "results" / "towers.md").read_text() == towers_page(content)
+    row = next(row for row in content["paired"] if row["eps"] == "8/255")
+    mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
+    readme = (ROOT / "README.md").read_text()
+    assert f"keeps {mean:.1f} points more answers" in readme
+    assert f"paired interval {low:+.1f} to {high:+.1f}]" in readme

@@ -22,13 +22,24 @@ from hf_robust_vision import pipeline
 from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.encoders import weights_sha256
 from hf_robust_vision.evaluation.results import load_results
+from hf_robust_vision.trainers.fare import FARETrainer
+from hf_robust_vision.trainers.pmg_aft import PMGAFTTrainer
 from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
+from hf_robust_vision.trainers.tecoa import TeCoATrainer
+from hf_robust_vision.trainers.tima import TIMATrainer
 from tests.conftest import NAMES
 
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sim_clip.py"
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("sim_clip*.yaml"))
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+TRAINERS = {
+    "fare": FARETrainer,
+    "pmg_aft": PMGAFTTrainer,
+    "sim_clip": SimCLIPTrainer,
+    "tecoa": TeCoATrainer,
+    "tima": TIMATrainer,
+}
 SHORT_TEXT = """--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 6 --attack_steps 2 --test_steps 3
 --validation_split validation --test_eps 1/255 2/255 --attack_eps 1/255 --report_to none --use_cpu true
 --templates demo --eval_attack_steps 2 --logging_steps 1 --save_strategy no --disable_tqdm true"""
@@ -264,9 +275,8 @@ def test_measure_false_only_trains(monkeypatch, clip_folder, image_folder, tmp_p
 class TestConfigs:
     @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
     def test_names_and_values_are_read(self, config):
-        options, args = pipeline.parse(
-            SimCLIPTrainer, ["--config", str(config), "--bf16", "false", "--use_cpu", "true"]
-        )
+        (trainer,) = (trainer for recipe, trainer in TRAINERS.items() if config.stem.startswith(f"{recipe}_"))
+        options, args = pipeline.parse(trainer, ["--config", str(config), "--bf16", "false", "--use_cpu", "true"])
         for key, value in yaml.safe_load(config.read_text()).items():
             holder = options if hasattr(options, key) else args
             got = getattr(holder, key)
@@ -278,6 +288,18 @@ class TestConfigs:
                 assert got == float(value)
             elif isinstance(got, str | int | float | bool):
                 assert str(getattr(got, "value", got)) == str(value) or got == value, key
+
+    @pytest.mark.parametrize("recipe", TRAINERS)
+    def test_a_recipe_without_arguments_is_the_demo_of_its_method(self, recipe, monkeypatch):
+        ran = []
+        monkeypatch.setattr(pipeline, "run", lambda *args: ran.append(args))
+        monkeypatch.setattr(sys, "argv", [f"{recipe}.py", "--use_cpu", "true"])
+        runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
+        ((trainer, _, args),) = ran
+        wanted = yaml.safe_load((ROOT / "recipes" / "configs" / f"{recipe}_demo.yaml").read_text())
+        assert trainer is TRAINERS[recipe]
+        assert isinstance(args, trainer.args_class)
+        assert (args.output_dir, args.max_steps) == (wanted["output_dir"], wanted["max_steps"])
 
     def test_published_setting_on_a_stand_in(self, monkeypatch, clip_folder, image_folder, tmp_path):
         """Every path of the published file, with model and data swapped for tiny ones."""

@@ -13,6 +13,7 @@ from hf_robust_vision.pixels import PixelTransform
 
 from .datasets import LabelledImages, load_labelled_images
 from .demo import CLASS_NAMES, DEMO_EPS, UNSEEN, demo_checkpoint, load_demo
+from .splits import relabel
 from .templates import read_class_names
 
 
@@ -47,6 +48,14 @@ class Benchmark:
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Class names that are fine-tuned on ("seen") and those that are held out ("unseen")."""
         return {"seen": tuple(name for name in self.class_names if name not in self.unseen), "unseen": self.unseen}
+
+    def training_images(self, transform: PixelTransform) -> LabelledImages:
+        """What a fine-tuning may see: the images of the seen classes, as a dataset that knows no other name.
+
+        Args:
+            transform: Fits each image to the tower.
+        """
+        return relabel(self.load("train", transform), self.groups()["seen"])
 
 
 def demo_benchmark() -> Benchmark:

@@ -87,11 +87,6 @@ def load_demo_captions(split: str, transform: PixelTransform) -> CaptionedImages
     return CaptionedImages(rows, transform, name=f"{DEMO_NAME}-captions", split=split)
 
 
-def demo_groups() -> dict[str, tuple[str, ...]]:
-    """Class names that a comparison of methods fine-tunes on ("seen") and those that it holds out ("unseen")."""
-    return {"seen": tuple(name for name in CLASS_NAMES if name not in UNSEEN), "unseen": UNSEEN}
-
-
 @lru_cache(maxsize=2)
 def demo_rows(source: str) -> Sequence[dict[str, Any]]:
     """Path and class of every image of "train" or "test" whose colour and shape are both known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,6 +37,11 @@ class Question:
     answer: str
     yes_no: bool
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the image's file."""
+        return _file_sha256(self.image)
+
     def pixels(self, transform: Fitting) -> torch.Tensor:
         """The image in [0, 1], shape (3, height, width)."""
         return transform.fit(decode_image(self.image, self.image)[None])[0]
@@ -59,6 +65,11 @@ def load_questions(split: str, *, yes_no: bool | None = None, limit: int | None 
         return questions
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(0))[:limit]
     return [questions[index] for index in sorted(order.tolist())]
+
+
+@lru_cache(maxsize=4096)
+def _file_sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=3)

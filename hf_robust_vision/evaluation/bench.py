@@ -1,9 +1,11 @@
-"""The samples that sanity checks look at, and the attacks on them that several checks share."""
+"""What sanity checks have in common: the samples, the attacks on them that several checks share, and a verdict."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,12 @@ from hf_robust_vision.pixels import check_images
 from hf_robust_vision.text_bank import TextBank
 
 from .zero_shot import RobustnessProtocol
+
+
+# Set, like the thresholds of `sanity`, before any model was looked at.
+# Share of the samples by which a comparison may come out on the wrong side. Of 100 samples five turn on luck; a model
+# that masks its gradients loses tens of points.
+TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,15 @@ class Bench:
         whole = values.new_zeros(len(self.labels), *values.shape[1:])
         whole[rows] = values
         return whole
+
+    def attacked(self, protocol: Protocol, ball: Ball, rows: Tensor | None = None) -> Tensor:
+        """Which samples a protocol fools; False for those not in `rows`."""
+
+        def run(images: Tensor, labels: Tensor, noise: StartNoise) -> Tensor:
+            outcome = run_protocol(protocol, self.classify, images, labels, ball, noise)
+            return torch.tensor([name is not None for name in outcome.fooled_by])
+
+        return self.each(run, rows)
 
     def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
         """One flag an image."""
@@ -84,13 +101,7 @@ class AttackedBench:
     def __call__(self, ball: Ball, steps: int) -> Tensor:
         """Which samples fall, independent of every other radius and budget."""
         if (ball.eps, steps) not in self._flags:
-            protocol = self.white.with_budget(steps=steps)
-
-            def run(images: Tensor, labels: Tensor, noise: StartNoise) -> Tensor:
-                outcome = run_protocol(protocol, self.bench.classify, images, labels, ball, noise)
-                return torch.tensor([name is not None for name in outcome.fooled_by])
-
-            self._flags[ball.eps, steps] = self.bench.each(run)
+            self._flags[ball.eps, steps] = self.bench.attacked(self.white.with_budget(steps=steps), ball)
         return self._flags[ball.eps, steps]
 
 
@@ -126,3 +137,39 @@ def pick_bench(
         raise ValueError(f"the model is right about none of {len(dataset)} images: there is nothing to attack.")
     picked = torch.cat(images)[:samples], torch.cat(labels)[:samples]
     return Bench(classify, *picked, StartNoise(how.seed, ids[:samples]), how.batch_size)
+
+
+def standing(fooled: Tensor) -> float:
+    """Share of the samples that stand."""
+    return 1 - fooled.double().mean().item()
+
+
+def check(
+    name: str,
+    why: str,
+    numbers: dict[str, Any] | None,
+    key: str,
+    *,
+    most: float | None = None,
+    least: float | None = None,
+) -> dict[str, Any]:
+    """One check: what its name says holds where it passed. Without numbers it was not run."""
+    sign, limit = ("<=", most) if most is not None else (">=", least)
+    assert limit is not None
+    if numbers is None:
+        verdict = "not run"
+    else:
+        # A value that is not a number satisfies neither.
+        holds = numbers[key] <= limit + 1e-9 if most is not None else numbers[key] >= limit - 1e-9
+        verdict = "passed" if holds else "flagged"
+    plain = {word: _plain(value) for word, value in (numbers or {}).items()}
+    return {"name": name, "verdict": verdict, "numbers": plain, "threshold": f"{key} {sign} {limit:.3g}", "why": why}
+
+
+def _plain(value: Any) -> Any:
+    """Rounded; None for what JSON can not hold."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value

@@ -79,7 +79,7 @@ def corrupt(image: Tensor, family: str, severity: int, *, seed: int = 0, sample:
     own = {"seed": draw} if "seed" in inspect.signature(library.corruption_dict[family]).parameters else {}
     with _numpy_seeded(draw):
         found = library.corrupt(np.ascontiguousarray(pixels), severity=severity, corruption_name=family, **own)
-    return (torch.from_numpy(np.ascontiguousarray(found)).permute(2, 0, 1).float() / 255).to(image)
+    return (torch.from_numpy(np.array(found)).permute(2, 0, 1).float() / 255).to(image)
 
 
 def evaluate_corruptions(
@@ -227,7 +227,7 @@ def _summary(work: _Work, records: Sequence[SampleRecord], row: dict[str, Any]) 
         hits = sum(record.robust_hit for record in records[place * count : (place + 1) * count])
         interval = list(wilson_interval(hits, count))
         rows.append({"name": family} | row | {"accuracy": hits / count, "ci95": interval})
-    clean = sum(record.clean_hit for record in records[:count])
+    clean = sum(record.clean == record.label for record in records[:count])
     mean = sum(record.robust_hit for record in records) / len(records)
     return {
         "num_samples": count,

@@ -18,8 +18,10 @@ from hf_robust_vision.encoders import CLIPEncoder, load_encoder, load_tokenizer,
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.text_bank import TextBank, make_text_bank
 
+from .corruptions import evaluate_corruptions
 from .results import RobustnessResult, add_results
 from .samples import barrier, rank_and_world
+from .sanity import add_sanity
 from .zero_shot import RobustnessProtocol, evaluate_zero_shot
 
 
@@ -128,6 +130,8 @@ def measure_model(
     dtype: torch.dtype = torch.float32,
     examples: int = 0,
     save_adversarial: bool = False,
+    sanity: bool = False,
+    corruptions: bool = False,
 ) -> list[RobustnessResult]:
     """Measure a model on datasets and add the results to `output_dir/robustness.json`, one dataset at a time.
 
@@ -145,6 +149,8 @@ def measure_model(
         dtype: Precision of the model under attack.
         examples: Samples of each dataset whose images are kept for the report, spread evenly over it.
         save_adversarial: Keep the images of all samples.
+        sanity: Check the numbers for gradient masking (`check_sanity`).
+        corruptions: Measure accuracy on corrupted images, too (`evaluate_corruptions`).
 
     Returns:
         The results of this call.
@@ -155,23 +161,37 @@ def measure_model(
     encoder, folder = load_model(model, revision=revision, device=device, dtype=dtype)
     tokenizer, sha256 = load_tokenizer(folder, revision=revision), weights_sha256(encoder)
     opened = [part.load(encoder.transform) for part in sets]
-    results = []
+    label, results = name or (Path(model).resolve().name if Path(model).is_dir() else model), []
     for images, templates in opened:
         count = len(images) if save_adversarial else min(examples, len(images))
-        found = evaluate_zero_shot(
+        bank = make_text_bank(encoder, tokenizer, images.class_names, templates)
+        attacked = evaluate_zero_shot(
             encoder,
-            make_text_bank(encoder, tokenizer, images.class_names, templates),
+            bank,
             images,
             how,
-            model_name=name or (Path(model).resolve().name if Path(model).is_dir() else model),
+            model_name=label,
             samples_dir=output_dir,
             model_sha256=sha256,
             save_images={images.ids[place * len(images) // count] for place in range(count)},
         )
+        corrupted = []
+        if corruptions:
+            corrupted = evaluate_corruptions(
+                encoder,
+                bank,
+                images,
+                model_name=label,
+                seed=how.seed,
+                batch_size=how.batch_size,
+                samples_dir=output_dir,
+            )
         if rank_and_world()[0] == 0:
-            add_results(found, output_dir)
+            if sanity:
+                add_sanity(attacked, {label: (encoder, bank)}, images, how)
+            add_results(attacked + corrupted, output_dir)
         barrier()
-        results += found
+        results += attacked + corrupted
     return results
 
 

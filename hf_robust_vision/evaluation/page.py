@@ -23,8 +23,8 @@ TASKS = {
     "corruption": "corruptions",
 }
 # Of an attack: said by its name, changing with each radius, or found by it rather than set.
-_NO_SETTINGS = ("algorithm", "step_size", "robust_accuracy")
-_GOOD, _BAD = {"pass", "passed", "ok", "honest", "true"}, {"fail", "failed", "flagged", "masked", "warning", "false"}
+_NO_SETTINGS = ("algorithm", "step_size", "robust_accuracy", "accuracy", "ci95", "severity")
+_TONES = {"passed": "good", "flagged": "bad"}
 
 
 @dataclass(frozen=True)
@@ -161,17 +161,17 @@ def read_sources(files: Sequence[str | Path]) -> list[Source]:
 
 
 def checks_of(sanity: Mapping[str, Any] | None) -> list[Check]:
-    """Named sanity checks, each a dictionary with a `verdict` and numbers, as a page shows them."""
+    """Sanity checks, as `check_sanity` gives them, as a page shows them."""
+    if sanity is None:
+        return []
     checks = []
-    for name, value in (sanity or {}).items():
-        numbers = dict(value) if isinstance(value, Mapping) else {"value": value}
-        verdict = numbers.pop("verdict", None)
-        word = (
-            {True: "pass", False: "fail", None: ""}.get(verdict, verdict) if not isinstance(verdict, str) else verdict
-        )
-        tone = "good" if str(word).lower() in _GOOD else "bad" if str(word).lower() in _BAD else "plain"
-        texts = [(_words(key), _text(number)) for key, number in numbers.items()]
-        checks.append(Check(_words(name), str(word), tone, texts))
+    for check in sanity["checks"] or [{"name": "all checks", "verdict": sanity["verdict"], "why": sanity["why"]}]:
+        numbers = [(_words(key), _text(number)) for key, number in check.get("numbers", {}).items()]
+        if check["verdict"] != "not run":
+            numbers.insert(0, ("wanted", _words(check["threshold"])))
+        if check["verdict"] != "passed":
+            numbers.append(("why", check["why"]))
+        checks.append(Check(check["name"], check["verdict"], _TONES.get(check["verdict"], "plain"), numbers))
     return checks
 
 
@@ -284,7 +284,8 @@ def _notes(sources: Sequence[Source]) -> list[str]:
         notes.append("The numbers are the shares of images that resist: the attacker's target is not said on them.")
     left_out = sorted({name for source in sources for name in source.result.left_out})
     if left_out:
-        notes.append(f"Left out, because they are not defined for so few classes: {', '.join(left_out)}.")
+        why = "were not asked for" if sources[0].result.task == "corruption" else "are not defined for so few classes"
+        notes.append(f"Left out, because they {why}: {', '.join(left_out)}.")
     for eps in sorted({source.result.eps for source in sources}):
         here = [source for source in sources if source.result.eps == eps]
         if len({str([_settings(attack) for attack in source.result.attacks]) for source in here}) > 1:

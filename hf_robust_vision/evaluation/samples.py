@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -112,7 +113,15 @@ def measure_all(
         batch_size: Samples measured at once.
         label: Of the progress bar.
         progress: Show it on the main process.
+
+    Raises:
+        ValueError: If two samples share an id: one record would count for both.
     """
+    if twice := [sample for sample, count in Counter(ids).items() if count > 1]:
+        raise ValueError(
+            f"{len(twice)} ids name more than one sample ({', '.join(map(repr, twice[:3]))}): give every sample, that "
+            "is every question about an image, an id of its own."
+        )
     mine = [index for index in range(store.rank, len(ids), store.world) if ids[index] not in store.records]
     bar = tqdm(total=len(mine), desc=label, disable=not progress or store.rank > 0)
     for at in range(0, len(mine), batch_size):

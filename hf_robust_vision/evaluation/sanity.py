@@ -17,32 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_robust_vision.attacks import (
-    Ball,
-    CrossEntropy,
-    Margin,
-    Misclassified,
-    StartNoise,
-    apgd,
-    make_ball,
-    pgd,
-    square,
-)
+from hf_robust_vision.attacks import Ball, CrossEntropy, StartNoise, make_ball, pgd
 from hf_robust_vision.attacks.pgd import value_and_gradient
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.encoders import Encoder, attack_mode
 from hf_robust_vision.text_bank import TextBank
 
-from .bench import AttackedBench, Bench, classifier, pick_bench
+from .bench import TOLERANCE, AttackedBench, Bench, check, pick_bench, standing
 from .results import RobustnessResult
+from .rivals import another_loss, black_box, transfer
 from .zero_shot import RobustnessProtocol
 
 
 # The thresholds were written down before any model, masked or honest, was looked at.
 
-# Share of the samples by which a comparison may come out on the wrong side. Of 100 samples five turn on luck; a model
-# that masks its gradients loses tens of points.
-TOLERANCE = 0.05
 # Passes over one image may differ by rounding: in float32 by a millionth of the logits' range, less than this; in
 # a lower precision by its own last digit.
 SAME_ANSWER = 1e-3
@@ -115,8 +103,9 @@ def check_sanity(
             _loss_rises(bench, attacked.ball),
             *_steps(attacked),
             *_radii(attacked, dataset),
-            _black_box(attacked, queries),
-            _transfer(attacked, surrogate, surrogate_bank or bank),
+            another_loss(attacked, len(bank.class_names)),
+            black_box(attacked, queries),
+            transfer(attacked, surrogate, surrogate_bank or bank),
         ]
     flagged = [check["name"] for check in checks if check["verdict"] == "flagged"]
     return {
@@ -137,30 +126,35 @@ def add_sanity(
     models: Mapping[str, tuple[Encoder, TextBank]],
     dataset: LabelledImages,
     how: RobustnessProtocol,
-) -> str:
+    **settings: Any,
+) -> None:
     """Fill `sanity` of results, each model checked with another one, if there is one, as its surrogate.
 
     Args:
-        results: Of these models on this dataset; where a check can not run, they say why.
+        results: Of these models on this dataset. Where nothing can be checked they say why, and stand.
         models: Encoder and classifier by the `model` of the results, on one device.
         dataset: What was measured on.
         how: How it was measured.
-
-    Returns:
-        A line a model for a person.
+        settings: Passed on to `check_sanity`.
     """
-    lines = []
     for name, (encoder, bank) in models.items():
         surrogate, other = next((pair for key, pair in models.items() if key != name), (None, None))
         try:
-            sanity = check_sanity(encoder, bank, dataset, how, surrogate=surrogate, surrogate_bank=other)
-        except ValueError as error:  # the measurement stands; only nothing vouches for it
+            sanity = check_sanity(encoder, bank, dataset, how, surrogate=surrogate, surrogate_bank=other, **settings)
+        except ValueError as error:
             sanity = {"verdict": "not run", "flagged": [], "checks": [], "why": str(error)}
         for result in results:
             if result.model == name:
                 result.sanity = sanity
-        lines.append(f"sanity checks, {name}: {sanity.get('why') or ', '.join(sanity['flagged']) or 'all passed'}")
-    return "\n".join(lines)
+
+
+def sanity_text(results: Sequence[RobustnessResult]) -> str:
+    """A line for each model and dataset whose results were checked."""
+    found = {(result.model, result.dataset): result.sanity for result in results if result.sanity is not None}
+    return "\n".join(
+        f"sanity checks, {model} on {dataset}: {sanity.get('why') or ', '.join(sanity['flagged']) or 'all passed'}"
+        for (model, dataset), sanity in found.items()
+    )
 
 
 def _same_answer(bench: Bench) -> dict[str, Any]:
@@ -175,7 +169,7 @@ def _same_answer(bench: Bench) -> dict[str, Any]:
     moved, turned = bench.each(change).unbind(1)
     with torch.no_grad():
         precision = torch.finfo(bench.classify(bench.images[:1]).dtype).eps
-    return _check(
+    return check(
         "same answer twice",
         "The same image must give the same logits, up to rounding. A model that draws random numbers hides behind one "
         "draw: average the gradient over many (expectation over transformation), and report the mean over draws.",
@@ -206,7 +200,7 @@ def _gradients(bench: Bench) -> dict[str, Any]:
         "underflow. Replace such a step by the identity in the backward pass, and attack a loss that no scale changes "
         "(DLR)."
     )
-    return _check("gradients", why, numbers, "unusable", most=TOLERANCE)
+    return check("gradients", why, numbers, "unusable", most=TOLERANCE)
 
 
 def _loss_rises(bench: Bench, ball: Ball) -> dict[str, Any]:
@@ -218,26 +212,26 @@ def _loss_rises(bench: Bench, ball: Ball) -> dict[str, Any]:
 
     share = bench.each(rises).double().mean().item()
     why = f"{PROBE_STEPS} gradient steps must raise the cross-entropy. Where they do not, the gradient points nowhere."
-    return _check("loss rises", why, {"risen": share}, "risen", least=LOSS_RISES)
+    return check("loss rises", why, {"risen": share}, "risen", least=LOSS_RISES)
 
 
 def _steps(attacked: AttackedBench) -> list[dict[str, Any]]:
     budgets = sorted({1, max(attacked.steps // 4, 1), attacked.steps, 2 * attacked.steps})
-    standing = [_standing(attacked(attacked.ball, steps)) for steps in budgets]
-    curve = {"steps": budgets, "robust": standing}
-    stronger = _check(
+    robust = [standing(attacked(attacked.ball, steps)) for steps in budgets]
+    curve = {"steps": budgets, "robust": robust}
+    stronger = check(
         "more steps help",
         "More steps can only help an attack that follows a gradient. Where one step fools more than many do, the "
         "gradient is good for nothing but its first step.",
-        curve | {"largest_rise": _largest_rise(standing)},
+        curve | {"largest_rise": _largest_rise(robust)},
         "largest_rise",
         most=TOLERANCE,
     )
-    converged = _check(
+    converged = check(
         "steps converged",
         "Twice the steps must find next to nothing new. Where they do, the reported robust accuracy is the budget's, not "
         "the model's: raise the steps.",
-        curve | {"found_by_doubling": standing[-2] - standing[-1]},
+        curve | {"found_by_doubling": robust[-2] - robust[-1]},
         "found_by_doubling",
         most=TOLERANCE,
     )
@@ -254,12 +248,12 @@ def _radii(attacked: AttackedBench, dataset: LabelledImages) -> list[dict[str, A
         radii.add(doubled)
         doubled *= 2
     balls = [make_ball(attacked.how.norm, eps) for eps in sorted(radii)]
-    attack = [_standing(attacked(ball, attacked.steps)) for ball in balls]
-    noise = [_standing(_lost_to_noise(bench, ball)) for ball in balls]
+    attack = [standing(attacked(ball, attacked.steps)) for ball in balls]
+    noise = [standing(_lost_to_noise(bench, ball)) for ball in balls]
     curve = {"eps": [round(ball.eps, 6) for ball in balls], "robust": attack}
     commonest = bench.labels.bincount().max().item() / len(bench.labels)
     chance = max(commonest, 1 / len(dataset.class_names))
-    grey = _check(
+    grey = check(
         "falls at a large radius",
         "At half the pixel range every image can be turned into the same grey one, which has one answer: robust accuracy "
         "must fall to the share of the commonest class or below. What stands there, stands because the attack fails.",
@@ -267,14 +261,14 @@ def _radii(attacked: AttackedBench, dataset: LabelledImages) -> list[dict[str, A
         "at_largest",
         most=chance,
     )
-    larger = _check(
+    larger = check(
         "larger radii help",
         "A larger ball holds every attack of a smaller one.",
         curve | {"largest_rise": _largest_rise(attack)},
         "largest_rise",
         most=TOLERANCE,
     )
-    lead = _check(
+    lead = check(
         "stronger than noise",
         f"The worst of {NOISE_DRAWS} random perturbations of the same radius must not fool as many as the attack, at "
         "every radius: an attack that leads nowhere over noise has no direction to go.",
@@ -296,89 +290,5 @@ def _lost_to_noise(bench: Bench, ball: Ball) -> Tensor:
     return bench.each(worst)
 
 
-def _black_box(attacked: AttackedBench, queries: int) -> dict[str, Any]:
-    bench, ball = attacked.bench, attacked.ball
-
-    def search(images: Tensor, labels: Tensor, noise: StartNoise) -> Tensor:
-        fooled = Misclassified(bench.classify, labels)
-        objective = Margin(bench.classify, labels)
-        found = square(objective, images, ball, queries=queries, noise=noise, fooled=fooled)
-        return bench.fooled(found, labels)
-
-    white = attacked(ball, attacked.steps)
-    only = bench.each(search, (~white).nonzero().flatten())
-    return _check(
-        "as strong as a black box",
-        "Square asks for logits only. What it fools, an attack that knows the whole model should have fooled.",
-        {"robust": _standing(white), "only_by_black_box": only.double().mean().item(), "queries": queries},
-        "only_by_black_box",
-        most=TOLERANCE,
-    )
-
-
-def _transfer(attacked: AttackedBench, surrogate: Encoder | None, bank: TextBank) -> dict[str, Any]:
-    name = "as strong as a transfer"
-    why = (
-        "Images that fool another model fool this one by accident. What they fool, an attack on the model itself should "
-        "have fooled."
-    )
-    if surrogate is None:
-        return _check(
-            name, f"{why} Pass surrogate=, such as the undefended model.", None, "only_by_transfer", most=TOLERANCE
-        )
-    bench, ball = attacked.bench, attacked.ball
-    classify = classifier(surrogate, bank)
-
-    def carry(images: Tensor, labels: Tensor, noise: StartNoise) -> Tensor:
-        # To the highest loss, not to the first image that fools: what barely fools one model fools no other.
-        found = apgd(CrossEntropy(classify, labels), images, ball, steps=attacked.steps, noise=noise)
-        return bench.fooled(found, labels)
-
-    with attack_mode(surrogate):
-        carried = bench.each(carry)
-    white = attacked(ball, attacked.steps)
-    numbers = {
-        "robust": _standing(white),
-        "robust_to_transfer": _standing(carried),
-        "only_by_transfer": (carried & ~white).double().mean().item(),
-    }
-    return _check(name, why, numbers, "only_by_transfer", most=TOLERANCE)
-
-
-def _standing(fooled: Tensor) -> float:
-    return 1 - fooled.double().mean().item()
-
-
 def _largest_rise(values: list[float]) -> float:
     return max((later - earlier for earlier, later in pairwise(values)), default=0.0)
-
-
-def _check(
-    name: str,
-    why: str,
-    numbers: dict[str, Any] | None,
-    key: str,
-    *,
-    most: float | None = None,
-    least: float | None = None,
-) -> dict[str, Any]:
-    """One check: what its name says holds where it passed. Without numbers it was not run."""
-    sign, limit = ("<=", most) if most is not None else (">=", least)
-    assert limit is not None
-    if numbers is None:
-        verdict = "not run"
-    else:
-        # A value that is not a number satisfies neither.
-        holds = numbers[key] <= limit + 1e-9 if most is not None else numbers[key] >= limit - 1e-9
-        verdict = "passed" if holds else "flagged"
-    plain = {word: _plain(value) for word, value in (numbers or {}).items()}
-    return {"name": name, "verdict": verdict, "numbers": plain, "threshold": f"{key} {sign} {limit:.3g}", "why": why}
-
-
-def _plain(value: Any) -> Any:
-    """Rounded; None for what JSON can not hold."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    return value

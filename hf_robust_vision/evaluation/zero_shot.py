@@ -97,11 +97,7 @@ def evaluate_zero_shot(
     """
     if save_images and samples_dir is None:
         raise ValueError("save_images needs a samples_dir to save them in.")
-    if tuple(dataset.class_names) != bank.class_names:
-        raise ValueError(
-            f"the dataset has classes {list(dataset.class_names)[:3]}..., the text bank {list(bank.class_names)[:3]}"
-            "...; build the bank from dataset.class_names."
-        )
+    bank.need_classes(dataset.class_names)
     start = time.time()
     sha256 = model_sha256 or weights_sha256(encoder)
     dtype = encoder.visual_projection.weight.dtype

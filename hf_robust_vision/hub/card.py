@@ -104,6 +104,8 @@ def results_table(results: Sequence[RobustnessResult]) -> str:
     for result in results:
         clean, robust = (_percent(result, name) for name in ("clean_accuracy", "robust_accuracy"))
         attack = f"{result.protocol}, {result.norm} {pretty_eps(result)}"
+        if (result.metric, result.dataset) != (results[0].metric, results[0].dataset):
+            attack += f" ({result.metric} on {result.dataset})"
         lines.append(f"| {result.model} | {attack} | {clean} | {robust} | {result.num_samples} |")
     return "\n".join(lines)
 
@@ -126,6 +128,7 @@ def eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
             "dataset_name": result.dataset,
             "dataset_split": result.split,
         }
+        kind = result.metric.replace(" ", "_")
         group = "" if result.group == "all" else f", {result.group} classes"
         size: dict[str, Any] = {"group": result.group, "num_samples": result.num_samples}
         if (what := (result.task, result.metric, result.dataset, result.split, result.group)) not in told:
@@ -133,7 +136,7 @@ def eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
             rows.append(
                 EvalResult(
                     **about,
-                    metric_type=result.metric,
+                    metric_type=kind,
                     metric_name=f"Clean {result.metric}{group}",
                     metric_value=result.clean_accuracy,
                     metric_args=size | {"ci95": result.ci95["clean_accuracy"]},
@@ -145,7 +148,7 @@ def eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
         rows.append(
             EvalResult(
                 **about,
-                metric_type=f"robust_{result.metric}",
+                metric_type=f"robust_{kind}",
                 metric_name=f"Robust {result.metric} ({result.norm}, {pretty_eps(result)}{group})",
                 metric_value=result.robust_accuracy,
                 metric_args=attack | size | {"ci95": result.ci95["robust_accuracy"], "attacks": attacks},

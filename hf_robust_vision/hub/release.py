@@ -97,8 +97,9 @@ def prepare_release(
     card = _check_card(folder, results)
     files: dict[str, Path | bytes] = {}
     if kind == "adapter":
-        config, base_model = _check_adapter(folder, base_model)
-        files |= {ADAPTER[0]: config, ADAPTER[1]: folder / ADAPTER[1]}
+        place = _adapter_folder(folder)
+        config, base_model = _check_adapter(place, base_model)
+        files |= {ADAPTER[0]: config, ADAPTER[1]: place / ADAPTER[1]}
     else:
         encoder = _check_model(folder, results)
         files |= _matching(folder, (*_MODEL, *_PROCESSOR, *_TOKENIZER)) if kind == "model" else _tower(folder, encoder)
@@ -117,13 +118,18 @@ def _kind(folder: Path, what: str | None) -> str:
         raise ValueError(f"{folder} is no folder; save the model first, so that a push that fails can be repeated.")
     if what not in (None, *KINDS):
         raise ValueError(f"what={what!r} is not one of {', '.join(map(repr, KINDS))}.")
-    adapter, model = ((folder / name).is_file() for name in (ADAPTER[0], "config.json"))
+    adapter, model = (_adapter_folder(folder) / ADAPTER[0]).is_file(), (folder / "config.json").is_file()
     kind = what or ("adapter" if adapter and not model else "model")
-    wanted = ADAPTER[0] if kind == "adapter" else "config.json"
-    if not (folder / wanted).is_file():
+    if not (adapter if kind == "adapter" else model):
+        wanted = ADAPTER[0] if kind == "adapter" else "config.json"
         other = "; it holds an adapter: type --what adapter" if adapter else ""
         raise ValueError(f"{folder} has no {wanted}, so there is no {kind} to push{other}.")
     return kind
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """Where the adapter lies: in the folder itself, or beside the merged model that a recipe with `use_peft` leaves."""
+    return folder if (folder / ADAPTER[0]).is_file() else folder / "adapter"
 
 
 def _check_results(folder: Path) -> list[RobustnessResult]:
@@ -144,7 +150,10 @@ def _check_results(folder: Path) -> list[RobustnessResult]:
             continue
         path = folder / result.samples
         lines = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
-        if path.name != result.samples or lines != result.num_samples:
+        enough = (
+            lines == result.num_samples if result.task == "zero_shot" else lines > 0
+        )  # others have several a sample
+        if path.name != result.samples or not enough:
             raise ValueError(f"{path} should hold {result.num_samples} samples, it holds {lines}; measure again.")
     return after
 

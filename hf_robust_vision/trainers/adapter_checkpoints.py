@@ -40,10 +40,18 @@ class AdapterTrainer(Trainer):
                 self.model = trained
             self.model.save_pretrained(folder / ADAPTER_FOLDER)
 
+    def check_adapter(self, checkpoint: str) -> None:
+        """Refuse a checkpoint with an adapter for a model without one, and the reverse.
+
+        Raises:
+            ValueError: If one of them holds an adapter and the other does not.
+        """
+        if holds_adapter(checkpoint) != has_adapter(self.model):
+            flag, verb = ("true", "holds") if holds_adapter(checkpoint) else ("false", "does not hold")
+            raise ValueError(f"{checkpoint} {verb} an adapter; go on with --use_peft {flag}.")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if holds_adapter(resume_from_checkpoint) != has_adapter(self.model):
-            flag, verb = ("true", "holds") if holds_adapter(resume_from_checkpoint) else ("false", "does not hold")
-            raise ValueError(f"{resume_from_checkpoint} {verb} an adapter; go on with --use_peft {flag}.")
+        self.check_adapter(resume_from_checkpoint)
         if has_adapter(self.model):
             load_adapter(self.model, resume_from_checkpoint)
         else:

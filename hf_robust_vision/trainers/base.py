@@ -35,7 +35,7 @@ from hf_robust_vision.text_bank import TextBank, make_text_bank
 from .adapter_checkpoints import AdapterTrainer
 from .adapters import add_adapter, has_adapter
 from .batch import Batch
-from .checkpoints import complete_checkpoint, mark_complete, rotate, unmark
+from .checkpoints import complete_checkpoint, mark_complete, need_settings, rotate, unmark
 from .collapse import Spread, check_collapse
 from .config import AdversarialTrainingArguments
 from .layers import decay_learning_rates, freeze_first_blocks
@@ -301,13 +301,16 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
 
         Raises:
-            ValueError: If there is no complete checkpoint to go on from.
+            ValueError: If there is no complete checkpoint to go on from, or it was trained with other settings of method,
+                attack, loss or optimiser.
         """
         if resume_from_checkpoint:
             place = self.args.output_dir if resume_from_checkpoint is True else str(resume_from_checkpoint)
             found = complete_checkpoint(place)
             if found is None:
                 raise ValueError(f"{place} holds no complete checkpoint; start without resume_from_checkpoint.")
+            self.check_adapter(found)
+            need_settings(found, self._settings())
             resume_from_checkpoint = found
             if (state := TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))) and self._is_over(
                 state
@@ -315,6 +318,9 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
                 return self._take_up(found, state)
         self._seen, self._seen_at = 0, time.time()  # not since the construction: a measurement may lie between
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"method": self.method} | self.args.method_settings()
 
     def _is_over(self, state: TrainerState) -> bool:
         wanted = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
@@ -345,7 +351,7 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(folder)
+            mark_complete(folder, self._settings())
             rotate(run_dir, limit, best=self.state.best_model_checkpoint)
 
     def training_record(self) -> dict[str, Any]:

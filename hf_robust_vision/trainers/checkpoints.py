@@ -1,13 +1,17 @@
-"""Which checkpoints were written to their end."""
+"""Which checkpoints were written to their end, and with which settings."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 _MARKER = "checkpoint_complete"
+_SETTINGS = "method_settings.json"
 _NUMBER = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -16,9 +20,36 @@ def is_checkpoint(folder: str | Path) -> bool:
     return _NUMBER.match(Path(folder).name) is not None
 
 
-def mark_complete(checkpoint: str | Path) -> None:
-    """Say that every process has written its part of a checkpoint."""
+def mark_complete(checkpoint: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Say that every process has written its part of a checkpoint, and with which settings it was trained."""
+    if settings is not None:
+        (Path(checkpoint) / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     (Path(checkpoint) / _MARKER).touch()
+
+
+def need_settings(checkpoint: str | Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint under other settings: what the run's record says would hold for a part of it.
+
+    Args:
+        checkpoint: A complete one; without a file of settings nothing is compared.
+        settings: What to type to its value, as `mark_complete` got it.
+
+    Raises:
+        ValueError: If a value differs.
+    """
+    file = Path(checkpoint) / _SETTINGS
+    old = json.loads(file.read_text()) if file.is_file() else {}
+    new = json.loads(json.dumps(settings))
+    if differing := [name for name, value in old.items() if name in new and new[name] != value]:
+        was, now = (", ".join(f"{name} {_typed(each[name])}" for name in differing) for each in (old, new))
+        raise ValueError(
+            f"{checkpoint} was trained with {was}, and this run has {now}; go on with {was}, or start anew in another "
+            "--output_dir."
+        )
+
+
+def _typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def unmark(checkpoint: str | Path) -> None:

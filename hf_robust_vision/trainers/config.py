@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,10 @@ from transformers import TrainingArguments
 
 from hf_robust_vision.attacks import PROTOCOLS, Ball, make_ball
 from hf_robust_vision.data.templates import get_templates
+
+
+MAY_CHANGE = ("eval_protocol", "eval_attack_steps", "eval_eps", "on_collapse", "matmul_precision", "cache_targets_mb")
+OPTIMISATION = ("learning_rate", "weight_decay", "max_grad_norm", "seed")
 
 
 class Radius(float):
@@ -147,6 +151,12 @@ class AdversarialTrainingArguments(TrainingArguments):
             record |= {name: getattr(self, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
             record["lora_target_modules"] = self.lora_target_modules or "all"
         return record
+
+    def method_settings(self) -> dict[str, Any]:
+        """What to type to its value, for all that decides what is learnt: it may not change where a run goes on."""
+        free = {item.name for item in fields(TrainingArguments)} | set(MAY_CHANGE)
+        own = [item.name for item in fields(self) if item.name not in free]
+        return {f"--{name}": getattr(self, name) for name in (*own, *OPTIMISATION)}
 
     def attack_ball(self) -> Ball:
         """The set that the training attack may move in."""

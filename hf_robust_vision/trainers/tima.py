@@ -120,12 +120,14 @@ def confusable(original: Tensor, labels: Tensor, *, eta: float, scale: float, ga
         labels: True classes, shape (batch,).
         eta: Threshold.
         scale: Of the logits.
-        gate: "class": the class is at least `eta` times as close as the true one. "sample": the original gives the
+        gate: "class": the class's cosine is below the true one by at most `1 - eta` of the latter's size. "sample": the original gives the
             true class a probability below `eta`. "none": everywhere. Never for the true class itself.
     """
     true = labels[:, None]
     if gate == "class":
-        applies = original >= eta * original.gather(1, true)
+        cosine = original.gather(1, true)
+        # Below, also where the true cosine is negative and `eta` times it would lie above.
+        applies = original >= cosine - (1 - eta) * cosine.abs()
     elif gate == "sample":
         applies = ((scale * original).softmax(1).gather(1, true) < eta).expand_as(original)
     else:
@@ -151,7 +153,7 @@ class TIMATrainer(ClassTrainer):
     cross-entropy without margin, with the texts held fixed.
 
     No public code exists and the full texts were not available to us: which of this the papers state and which is our
-    reading is said line by line in docs/methods/tima.md. Every reading is an option.
+    reading is said line by line in docs/methods/tima.md, which also lists the readings that an option switches.
 
     Relations:
         With `margin=0`, all weights 0 and `text_params="none"` it is TeCoA.
@@ -187,12 +189,14 @@ class TIMATrainer(ClassTrainer):
         texts = self._classes(output.text_embeds)
         original, fixed = batch.original.image_embeds, texts.detach()
         attacked, student = output.image_embeds[: len(adversarial)], output.image_embeds[-len(adversarial) :]
-        terms = {
+        terms: dict[str, tuple[float | None, Tensor]] = {
             "margin": (1.0, self._margin_loss(attacked, texts, batch)),
             "mhe": (args.mhe_weight, hyperspherical_energy(texts)),
             "iakd": (args.iakd_weight, divergence(self.logits(original), self.logits(original, texts))),
-            "takd": (args.takd_weight, divergence(self.logits(original, fixed), self.logits(student, fixed))),
         }
+        if needs_clean or args.takd_student == "adversarial":  # else nobody has encoded the student's image
+            distance = divergence(self.logits(original, fixed), self.logits(student, fixed))
+            terms["takd"] = (args.takd_weight, distance)
         for name, (_, value) in terms.items():
             self.record(f"loss_{name}", value)
         return torch.stack([weight * value for weight, value in terms.values() if weight]).sum()

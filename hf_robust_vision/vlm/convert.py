@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from .open_clip import PROJECTION, clip_state, hf_to_openclip, load_state_dict
+from .source import load_model
+from .towers import find_towers
 
 
 def convert_checkpoint(
@@ -35,10 +37,11 @@ def convert_checkpoint(
         num_attention_heads: Refuse a base with another number of heads.
 
     Raises:
-        ValueError: If a setting or a shape differs, naming both; or if the file can not be read safely.
+        ValueError: If a setting or a shape differs, naming both; if the base lacks a weight; or if the file can not be
+            read safely.
     """
     state = clip_state(load_state_dict(checkpoint))
-    model = CLIPModel.from_pretrained(base)
+    model = load_model(base, whole=True)
     config = model.config.vision_config
     for name, wanted in (("hidden_act", hidden_act), ("num_attention_heads", num_attention_heads)):
         if wanted is not None and getattr(config, name) != wanted:
@@ -64,12 +67,18 @@ def export_open_clip(model_folder: str, output: str | Path) -> str:
     """Write the vision tower of a `CLIPModel` as an open_clip state dict; returns the lines to paste there.
 
     Args:
-        model_folder: Folder or Hub id of a `CLIPModel`.
+        model_folder: Folder or Hub id of a `CLIPModel` or a `CLIPVisionModelWithProjection`.
         output: `.pt` file to write.
+
+    Raises:
+        ValueError: If the model has no projection, which open_clip's tower ends in, or lacks a weight.
     """
-    model = CLIPModel.from_pretrained(model_folder)
-    config = model.config.vision_config
-    state = dict(model.vision_model.state_dict()) | {PROJECTION: model.visual_projection.weight}
+    config, state = _vision_half(model_folder)
+    if PROJECTION not in state:
+        raise ValueError(
+            f"{model_folder} has no projection ({PROJECTION}), which open_clip's tower ends in: name the CLIPModel that "
+            "the tower belongs to, or export with --to v4."
+        )
     torch.save({name: value.detach().clone() for name, value in hf_to_openclip(state).items()}, output)
     quick = config.hidden_act == "quick_gelu"
     heads = config.num_attention_heads
@@ -78,9 +87,11 @@ def export_open_clip(model_folder: str, output: str | Path) -> str:
             f"# open_clip: width {config.hidden_size}, {config.num_hidden_layers} layers, patch {config.patch_size}, "
             f"{config.image_size} px, {heads} heads (open_clip derives heads from head_width={config.hidden_size // heads})",
             "model, _, _ = open_clip.create_model_and_transforms("
-            f"'<the same architecture>', pretrained=None, force_quick_gelu={quick})",
+            f"'<the same architecture>', pretrained='<that of its text tower>', force_quick_gelu={quick})",
+            "# with pretrained=None the text tower is random: then only model.visual is of use",
             f"model.visual.load_state_dict(torch.load({Path(output).name!r}, weights_only=True), strict=True)",
-            "# OpenFlamingo: model.vision_encoder.load_state_dict(...) with the same file",
+            "# OpenFlamingo: model.vision_encoder.load_state_dict(...) with the same file; its activation, "
+            f"model.vision_encoder.transformer.resblocks[0].mlp.gelu, must be {'QuickGELU' if quick else 'GELU'}",
         ]
     )
 
@@ -91,22 +102,30 @@ def export_v4(model_folder: str, output: str | Path) -> str:
     The original LLaVA code loads its tower by name from `config.mm_vision_tower`.
 
     Args:
-        model_folder: Folder or Hub id of a `CLIPModel`.
+        model_folder: Folder or Hub id of a `CLIPModel`, or of its vision half.
         output: Folder to write.
+
+    Raises:
+        ValueError: If the folder holds another model, or lacks a weight.
     """
     folder = Path(output)
+    own, weights = _vision_half(model_folder)
+    state = {f"vision_model.{name}": value.contiguous() for name, value in weights.items() if name != PROJECTION}
     folder.mkdir(parents=True, exist_ok=True)
-    model = CLIPModel.from_pretrained(model_folder)
-    state = {f"vision_model.{name}": value.contiguous() for name, value in model.vision_model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
-    config["model_type"] = "clip_vision_model"
+    config = own.to_dict() | {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     processor = AutoImageProcessor.from_pretrained(model_folder).to_dict()
     # transformers 4 reads this file, and knows the class by the name that it had there.
     processor |= {"image_processor_type": "CLIPImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2, default=str) + "\n")
     return f"config.mm_vision_tower = {folder.name!r}  # the folder's path; then load_pretrained_model(...) as usual"
+
+
+def _vision_half(model_folder: str) -> tuple[Any, dict[str, Tensor]]:
+    """Config and weights, under CLIP keys, of the vision tower in a folder."""
+    (tower,) = find_towers(load_model(model_folder))
+    return tower.module.config, tower.clip_state()
 
 
 def _check_shapes(state: dict[str, Tensor], wanted: dict[str, Any], got_name: str, wanted_name: str) -> None:

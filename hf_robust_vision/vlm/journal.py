@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 
 _ABSENT: Any = object()
+_SIGNATURE = "_robust_vision_swap"  # the attribute of a module that was changed
 
 
 class Journal:
@@ -20,6 +21,17 @@ class Journal:
     def __init__(self) -> None:
         self._weights: list[tuple[nn.Parameter, Tensor]] = []
         self._values: list[tuple[Any, str, Any]] = []
+        self._signature, self._signed = object(), list[nn.Module]()
+
+    def sign(self, module: nn.Module) -> None:
+        """Mark a module as changed by this journal; a later journal may put its own mark over it."""
+        self._signed.append(module)
+        self.set(module, _SIGNATURE, self._signature)
+
+    @property
+    def latest(self) -> bool:
+        """Whether no other journal has changed the signed modules since."""
+        return all(getattr(module, _SIGNATURE, None) is self._signature for module in self._signed)
 
     def copy(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Copy `value` into `parameter`, which keeps its dtype, device, flags and hooks."""
@@ -43,9 +55,10 @@ class Journal:
             if isinstance(owner, dict):
                 owner.pop(name) if value is _ABSENT else owner.update({name: value})
             elif value is _ABSENT:
-                delattr(owner, name)
+                if hasattr(owner, name):
+                    delattr(owner, name)
             else:
-                now = getattr(owner, name)
+                now = getattr(owner, name, None)
                 if isinstance(value, nn.Parameter) and isinstance(now, Tensor):
                     value.data = value.data.to(device=now.device, dtype=now.dtype)
                 elif isinstance(value, Tensor) and isinstance(now, Tensor):

@@ -74,8 +74,29 @@ class Tower:
 
     @property
     def geometry(self) -> Geometry:
-        """Sizes and settings, from the config."""
-        return Geometry.of(self.module.config)
+        """Sizes and settings, from the config.
+
+        Raises:
+            ValueError: If the modules compute with other settings than the config says. In low precision the outputs
+                of two activations are too close to tell them apart.
+        """
+        told = Geometry.of(self.module.config)
+        for place, block in enumerate(self.blocks):
+            layer: Any = block
+            module = layer.mlp.activation_fn
+            same = type(module) is type(ACT2FN[told.hidden_act]) if told.hidden_act in ACT2FN else False
+            found = {
+                "hidden_act": told.hidden_act if same else _ACTIVATIONS.get(type(module).__name__, repr(module)),
+                "num_attention_heads": layer.self_attn.num_heads,
+                "layer_norm_eps": layer.layer_norm1.eps,
+            }
+            for name, value in found.items():
+                if value != getattr(told, name):
+                    raise ValueError(
+                        f"{self}: the config says {name}={getattr(told, name)!r}, block {place} computes with {value!r}: "
+                        f"set config.{name} to what the tower computes, or load the model anew from its config."
+                    )
+        return told
 
     @property
     def patch_weight(self) -> Tensor:

@@ -129,18 +129,41 @@ def check_pixels(source: Source, processor: Any) -> bool:
     """Whether means and standard deviations of source and processor are both known.
 
     Raises:
-        ValueError: If they are, and differ.
+        ValueError: If they are, and differ, or if one of the two does not bring pixels to [0, 1] as the other does.
     """
-    known = processor_pixels(processor) if processor is not None else None
-    if known is None or source.pixels is None:
+    known, wanted = processor_pixels(processor) if processor is not None else None, source.pixels
+    if known is None or wanted is None:
         return False
-    if known != source.pixels:
+    if (known.mean, known.std) != (wanted.mean, wanted.std):
         raise ValueError(
-            f"the source was trained with image mean and std {source.pixels}, the processor uses {known}: set "
-            "image_mean and image_std of the processor's image processor to the source's, or pass the weights alone "
-            "(a state dict) if you know better."
+            f"the source was trained with image mean and std {(wanted.mean, wanted.std)}, the processor uses "
+            f"{(known.mean, known.std)}: set image_mean and image_std of the processor's image processor to the "
+            "source's (and do_normalize), or pass the weights alone (a state dict) if you know better."
+        )
+    if None not in (known.rescale, wanted.rescale) and known.rescale != wanted.rescale:
+        raise ValueError(
+            f"the source's image processor multiplies pixels by {wanted.rescale:g}, the VLM's by {known.rescale:g}: set "
+            "do_rescale and rescale_factor of the processor's image processor to the source's."
         )
     return True
+
+
+def pixel_notes(source: Source, processor: Any, plan: Plan) -> list[str]:
+    """What of the processor does not go with the source or the tower, though the swap may stand."""
+    known, wanted = processor_pixels(processor) if processor is not None else None, source.pixels
+    notes: list[str] = []
+    if known is None:
+        return notes
+    if wanted is not None and None not in (known.resample, wanted.resample) and known.resample != wanted.resample:
+        notes.append(
+            f"images are resized with resample={known.resample} (PIL's code) by the processor, with {wanted.resample} "
+            "by the source's."
+        )
+    side = plan.new.image_size
+    if "image_size" not in plan.switched and known.size is not None and known.size != (side, side):
+        height, width = known.size
+        notes.append(f"the processor makes images of {height} x {width} pixels, the tower takes {side} x {side}.")
+    return notes
 
 
 def _check_geometry(tower: Tower, want: Geometry, got: Geometry, settled: set[str]) -> None:

@@ -92,9 +92,13 @@ class SwapReport:
         """Bring the old tower back bit for bit, with its settings, its processor's sizes and the VLM's config.
 
         Raises:
-            RuntimeError: If it was brought back before.
+            RuntimeError: If it was brought back before, or another swap has changed the tower since.
         """
         if self._journal is None:
             raise RuntimeError("nothing to restore: the old tower was brought back already.")
+        if not self._journal.latest:
+            raise RuntimeError(
+                "another swap has changed the tower since: call restore() of the latest report first, then this one's."
+            )
         self._journal.undo()
         self._journal = None

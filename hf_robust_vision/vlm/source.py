@@ -31,6 +31,25 @@ _CLASSES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class PixelSettings:
+    """What an image processor does to pixels; None where it is not told.
+
+    Args:
+        mean: Of the normalisation, zeros without one.
+        std: Likewise, ones without one.
+        rescale: Factor from whole numbers to fractions, 1 without one.
+        resample: PIL's code of the resize.
+        size: Height and width of the result.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale: float | None = None
+    resample: int | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Weights of a hardened encoder.
 
@@ -38,13 +57,13 @@ class Source:
         name: Where they come from, for the report; never a whole local path.
         state: CLIP keys to tensors, `visual_projection.weight` among them if there is one.
         geometry: Sizes and settings, or None for a bare state dict, which does not tell the settings.
-        pixels: Mean and standard deviation of the image processor, or None where unknown.
+        pixels: Settings of the image processor, or None where unknown.
     """
 
     name: str
     state: dict[str, Tensor]
     geometry: Geometry | None = None
-    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    pixels: PixelSettings | None = None
 
     def completed(self, donor: Geometry, *, hidden_act: str | None, num_attention_heads: int | None) -> Geometry:
         """The whole geometry; the sizes are read from the weights, missing settings are those of `donor`."""
@@ -95,7 +114,7 @@ def load_source(source: Any, *, base: Any = None) -> Source:
         return _from_adapter(str(source), name, base)
     if base is not None:
         raise ValueError(f"base= belongs to a PEFT adapter folder, but {name} has no adapter_config.json.")
-    return _from_model(_load_model(str(source)), name, pixels=_pixels(str(source)))
+    return _from_model(load_model(str(source)), name, pixels=_pixels(str(source)))
 
 
 def reference_tower(state: dict[str, Tensor], geometry: Geometry) -> Tower:
@@ -109,16 +128,24 @@ def reference_tower(state: dict[str, Tensor], geometry: Geometry) -> Tower:
     return Tower("", model.eval())
 
 
-def processor_pixels(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of an image processor, or of the one inside a processor; None where unknown."""
+def processor_pixels(processor: Any) -> PixelSettings | None:
+    """Settings of an image processor, or of the one inside a processor; None where mean or std is unknown."""
     images = getattr(processor, "image_processor", processor)
     mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
-    return (tuple(mean), tuple(std)) if mean is not None and std is not None else None
+    if mean is None or std is None:
+        return None
+    if getattr(images, "do_normalize", None) is False:
+        mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+    rescales = getattr(images, "do_rescale", None)
+    rescale = None if rescales is None else getattr(images, "rescale_factor", None) if rescales else 1.0
+    resample = getattr(images, "resample", None)
+    sides = getattr(images, "crop_size" if getattr(images, "do_center_crop", False) else "size", None)
+    height, width = (dict(sides or {}).get(side) for side in ("height", "width"))
+    size = (int(height), int(width)) if height and width else None
+    return PixelSettings(tuple(mean), tuple(std), rescale, None if resample is None else int(resample), size)
 
 
-def _from_model(
-    model: nn.Module, name: str, pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-) -> Source:
+def _from_model(model: nn.Module, name: str, pixels: PixelSettings | None = None) -> Source:
     towers = find_towers(model)
     if len(towers) > 1:
         raise ValueError(
@@ -127,19 +154,28 @@ def _from_model(
     check_writable(towers[0])
     transform = getattr(model, "transform", None)
     if pixels is None and isinstance(transform, PixelTransform):
-        pixels = (tuple(transform.mean), tuple(transform.std))
+        pixels = PixelSettings(
+            tuple(transform.mean), tuple(transform.std), resample=transform.resample, size=transform.crop
+        )
     return Source(name, towers[0].clip_state(), towers[0].geometry, pixels)
 
 
-def _load_model(name: str) -> Any:
+def load_model(name: str, *, whole: bool = False) -> Any:
+    """Load a CLIP model, or its vision half, with no weight left random.
+
+    Args:
+        name: Folder or Hub id.
+        whole: Wanted is a `CLIPModel`, with its text tower.
+
+    Raises:
+        ValueError: If it holds another model, or lacks a weight.
+    """
     config = AutoConfig.from_pretrained(name)
-    if config.model_type not in ("clip", "clip_vision_model"):
-        raise ValueError(
-            f"{name} holds a {config.model_type!r} model; wanted a CLIPModel, CLIPVisionModel or "
-            "CLIPVisionModelWithProjection."
-        )
+    if config.model_type not in (("clip",) if whole else ("clip", "clip_vision_model")):
+        wanted = "CLIPModel" if whole else "CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection"
+        raise ValueError(f"{name} holds a {config.model_type!r} model; wanted a {wanted}.")
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    kind = _CLASSES.get(architecture, CLIPVisionModel)
+    kind = CLIPModel if whole else _CLASSES.get(architecture, CLIPVisionModel)
     model, info = kind.from_pretrained(name, dtype="auto", output_loading_info=True)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
@@ -150,7 +186,7 @@ def _load_model(name: str) -> Any:
     return model
 
 
-def _pixels(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _pixels(name: str) -> PixelSettings | None:
     auto: Any = AutoImageProcessor
     try:
         return processor_pixels(auto.from_pretrained(name))
@@ -171,7 +207,7 @@ def _from_adapter(folder: str, name: str, base: Any) -> Source:
     if not base:
         raise ValueError(f"the adapter {name} does not name the model that it was trained on: pass base=.")
     pixels = None if isinstance(base, nn.Module) else _pixels(str(base))
-    model = copy.deepcopy(base) if isinstance(base, nn.Module) else _load_model(str(base))
+    model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_model(str(base))
     before = [weights_sha256(tower.module) for tower in find_towers(model)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

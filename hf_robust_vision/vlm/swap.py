@@ -16,7 +16,7 @@ from hf_robust_vision.pixels import OPENAI_MEAN, OPENAI_STD, PixelTransform
 from .journal import Journal
 from .layouts import tell_config
 from .open_clip import POSITIONS, PROJECTION, square_side
-from .plan import RESIZE, Plan, check_native, check_pixels, check_shared, make_plan
+from .plan import RESIZE, Plan, check_native, check_pixels, check_shared, make_plan, pixel_notes
 from .report import SwapReport, TowerReport
 from .source import Source, load_source
 from .towers import check_writable, find_towers, model_config
@@ -53,7 +53,7 @@ def swap_vision_encoder(
         hidden_act: The activation that the source was trained with, where that differs from what it or the tower
             says; the tower is switched to it.
         num_attention_heads: The number of heads of the source, likewise.
-        processor: The VLM's processor: its mean and std are compared, and "native" sets its sizes.
+        processor: The VLM's processor: its settings are compared with the source's, and "native" sets its sizes.
         verify: Compare the new tower's output with the source's, and measure the drift from the old one.
         base: The model that a PEFT adapter was trained on, if the adapter does not name it.
 
@@ -87,7 +87,7 @@ def swap_vision_encoder(
         image_size=plans[0].new.image_size,
         towers=[],
         checks=_checks(compared, verify),
-        warnings=_warnings(config, loaded, plans, compared),
+        warnings=[*_warnings(config, loaded, plans, compared), *pixel_notes(loaded, processor, plans[0])],
         versions={"transformers": transformers.__version__, "torch": torch.__version__},
     )
     journal = Journal()
@@ -113,6 +113,7 @@ def _commit(plan: Plan, journal: Journal, *, verify: bool) -> TowerReport:
         int((old[name] != value).sum()) if old[name].shape == value.shape else value.numel()
         for name, value in state.items()
     )
+    journal.sign(tower.module)
     tower.adapt(plan.old, plan.new, journal)
     weights = tower.weights()
     for name, value in state.items():

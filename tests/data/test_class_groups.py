@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
+from hf_robust_vision.data.benchmarks import demo_benchmark
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.data.demo import CLASS_NAMES, COLOURS, SHAPES, demo_groups
+from hf_robust_vision.data.demo import CLASS_NAMES, COLOURS, SHAPES
 from hf_robust_vision.data.splits import only_classes, relabel
 from hf_robust_vision.pixels import PixelTransform
 
@@ -19,7 +20,7 @@ def animals():
 
 
 def test_demo_groups_are_a_partition_that_shows_every_colour_and_shape():
-    groups = demo_groups()
+    groups = demo_benchmark().groups()
     assert sorted(groups["seen"] + groups["unseen"]) == sorted(CLASS_NAMES)
     assert len(groups["unseen"]) == 6
     words = {word for name in groups["seen"] for word in name.split()}

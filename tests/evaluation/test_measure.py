@@ -9,7 +9,7 @@ import pytest
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.cli import main
 from hf_robust_vision.data.templates import get_templates
-from hf_robust_vision.evaluation import zero_shot
+from hf_robust_vision.evaluation import corruptions, rivals, zero_shot
 from hf_robust_vision.evaluation.adversarial import AdversarialImages
 from hf_robust_vision.evaluation.measure import EvaluationSet, measure_model
 from hf_robust_vision.evaluation.results import load_results, load_samples
@@ -54,6 +54,24 @@ def test_evaluate_report_and_remeasure(evaluate, clip_folder, tmp_path, capsys):
     images.write(ids[0], clean, {results[0].eps: 1 - clean})
     assert main(["remeasure", str(clip_folder), str(tmp_path / "out" / "robustness.json")]) == 1
     assert f"outside the ball: [{ids[0]}]" in capsys.readouterr().out
+
+
+def test_sanity_and_corruptions_from_the_command_line(evaluate, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("imagecorruptions")
+    monkeypatch.setattr(corruptions, "FAMILIES", ("contrast", "pixelate"))
+    monkeypatch.setattr(rivals, "square", lambda objective, images, *_, **__: images)  # a thousand queries otherwise
+    assert evaluate("--eps", "1/255", "0.5/255", "--sanity", "--corruptions") == 0
+    assert "sanity checks, tiny-clip on tiny-images: " in capsys.readouterr().out
+    results = load_results(tmp_path / "out")
+    attacked = [result for result in results if result.task == "zero_shot"]
+    assert [len(result.sanity["checks"]) for result in attacked] == [11, 11]
+    damaged = [result for result in results if result.task == "corruption"]
+    assert [result.eps for result in damaged] == [1, 2, 3, 4, 5]
+    assert all(result.sanity is None for result in damaged)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "tiny-clip, same answer twice: **passed**" in page
+    assert "mean corruption accuracy" in page
+    assert "they were not asked for: gaussian_blur, saturate" in page
 
 
 def test_results_of_other_models_stay(evaluate, clip_folder, tmp_path):

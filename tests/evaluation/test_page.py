@@ -186,21 +186,36 @@ def test_a_missing_radius_is_said(tmp_path):
 
 
 def test_sanity_section(tmp_path):
-    sanity = {"large_eps": {"verdict": "pass", "robust_accuracy": [0.5, 0.0], "eps": 64 / 255}, "zero_gradients": 0.25}
-    flagged = {"square": {"verdict": "flagged", "gap": 0.123456}}
-    rows = measured("before", (0.4, 0.2), sanity=sanity) + measured("after", (0.6, 0.4), sanity=flagged)
+    """In the shape of `check_sanity`: what is wanted, the numbers, and why where a check did not pass."""
+    passed = {
+        "name": "gradients",
+        "verdict": "passed",
+        "numbers": {"zero_entries": 0.123456},
+        "threshold": "zero <= 0.05",
+    }
+    flagged = {
+        "name": "loss rises",
+        "verdict": "flagged",
+        "numbers": {"risen": [0.5, 0.0]},
+        "threshold": "risen >= 0.9",
+    }
+    skipped = {"name": "as strong as a transfer", "verdict": "not run", "numbers": {}, "threshold": "only <= 0.05"}
+    checks = [check | {"why": f"Why {check['name']}."} for check in (passed, flagged, skipped)]
+    before = {"verdict": "flagged", "flagged": ["loss rises"], "checks": checks}
+    after = {"verdict": "not run", "flagged": [], "checks": [], "why": "No gradient."}
+    rows = measured("before", (0.4, 0.2), sanity=before) + measured("after", (0.6, 0.4), sanity=after)
     save_results(rows + measured("third", (0.6, 0.4)), tmp_path)
     html, page, _ = write_report([tmp_path], tmp_path)
-    checks = [row for table in Reader(html.read_text()).tables[2:] for row in table]
-    assert [[cell.strip() for cell in row] for row in checks] == [
-        ["large eps", "pass", "robust accuracy: 0.5, 0; eps: 0.251"],
-        ["zero gradients", "", "value: 0.25"],
-        ["square", "flagged", "gap: 0.1235"],
+    cells = [row for table in Reader(html.read_text()).tables[2:] for row in table]
+    assert [[cell.strip() for cell in row] for row in cells] == [
+        ["gradients", "passed", "wanted: zero <= 0.05; zero entries: 0.1235"],
+        ["loss rises", "flagged", "wanted: risen >= 0.9; risen: 0.5, 0; why: Why loss rises."],
+        ["as strong as a transfer", "not run", "why: Why as strong as a transfer."],
+        ["all checks", "not run", "why: No gradient."],
     ]
     assert "None were run for third." in html.read_text()
-    assert "- after, square: **flagged** gap: 0.1235" in page.read_text()
-    assert [check.tone for check in checks_of(sanity | flagged)] == ["good", "plain", "bad"]
-    assert [check.tone for check in checks_of({"a": {"verdict": True}, "b": {"verdict": False}})] == ["good", "bad"]
+    assert "- undefended, loss rises: **flagged** wanted: risen" in page.read_text()
+    assert [check.tone for check in checks_of(before)] == ["good", "bad", "plain"]
     assert checks_of(None) == []
 
 

@@ -61,6 +61,7 @@ class Killed:
 
     def __init__(self, question):
         self.id, self.text, self.answer = question.id, question.text, question.answer
+        self.fingerprint = question.fingerprint
 
     def pixels(self, transform):
         raise KeyboardInterrupt
@@ -130,11 +131,11 @@ def test_loss_and_success_share_one_forward_pass_also_after_take(task, questions
 
 def test_attack_breaks_answers_more_at_larger_eps_and_leaves_no_trace(vlm, processor, questions):
     before = weights_sha256(vlm)
-    how = VLMProtocol((4 / 255, 64 / 255), steps=10, restarts=1, batch_size=6)
-    small, large = measure(vlm, processor, questions, how)
+    hows = [VLMProtocol((eps,), steps=10, restarts=1, batch_size=6) for eps in (4 / 255, 64 / 255)]
+    small, large = (measure(vlm, processor, questions, how)[0] for how in hows)  # two attacks: nothing is carried over
     assert small.clean_accuracy >= 0.9
     assert large.robust_accuracy <= 0.25
-    assert small.robust_accuracy >= large.robust_accuracy
+    assert small.robust_accuracy > large.robust_accuracy
     assert weights_sha256(vlm) == before
     assert all(parameter.grad is None for parameter in vlm.parameters())
 

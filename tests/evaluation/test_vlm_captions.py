@@ -76,6 +76,14 @@ def test_a_caption_counts_with_its_worst_score(vlm, processor, samples, tmp_path
     assert large.robust_accuracy == pytest.approx(sum(scores) / len(scores))
 
 
+def test_each_larger_radius_alone_lowers_the_score(vlm, processor, samples):
+    """Each attacked on its own, because a joint run carries the worst score to the larger radii."""
+    means = [run(vlm, processor, samples, replace(HOW, eps=(eps,)))[0].robust_accuracy for eps in (0.0, 0.01, 0.9)]
+    assert means[0] == 1
+    assert means[2] < 1
+    assert means[2] <= means[1]
+
+
 def test_worst_over_attacks_is_the_minimum_of_each_alone(vlm, processor, samples, tmp_path):
     """Against runs of one attack: no sample here is at score 0, where further attacks would be left out."""
     how = replace(HOW, eps=(0.1,))

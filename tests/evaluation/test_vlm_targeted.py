@@ -57,12 +57,14 @@ def generated(vlm, processor, question):
 def test_target_is_heard_under_attack_and_not_before(vlm, processor, questions, tmp_path):
     """The clean rate is the control."""
     before = weights_sha256(vlm)
-    how = VLMProtocol((1 / 255, 64 / 255), steps=10, restarts=1, batch_size=4, objectives=("nll",))
+    hows = [
+        VLMProtocol((eps,), steps=10, restarts=1, batch_size=4, objectives=("nll",)) for eps in (1 / 255, 64 / 255)
+    ]  # two attacks: nothing is carried over
     settings = {**ABOUT, "max_new_tokens": 6, "samples_dir": tmp_path}
-    small, large = evaluate_targeted(vlm, processor, questions, "BLUE", how, **settings)
+    small, large = (evaluate_targeted(vlm, processor, questions, "BLUE", how, **settings)[0] for how in hows)
     assert large.attack_success["clean"] == 0
     assert large.attack_success["attacked"] >= 0.75
-    assert small.attack_success["attacked"] <= large.attack_success["attacked"]
+    assert small.attack_success["attacked"] < large.attack_success["attacked"]
     assert large.robust_accuracy == pytest.approx(1 - large.attack_success["attacked"])
     assert (large.task, large.metric, large.attacks[0]["target"]) == ("vqa", "targeted_success", "BLUE")
     assert weights_sha256(vlm) == before

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from hashlib import sha256
 
 import pytest
 
 from hf_robust_vision.evaluation.results import load_results
 from hf_robust_vision.trainers import publishing
 from tests.hub import client as remote
-from tests.hub.server import Fault
+from tests.hub.server import Fault, Repo
 from tests.test_pipeline import words
 from tests.trainers.helpers import arguments, make_trainer
 
@@ -50,6 +51,29 @@ def test_pushed_and_verified_at_the_end(hub, client, clip_folder, image_folder, 
     assert error is None, error
     assert "pushed the model to me/tiny-robust: " in said
     assert "downloaded again: 6 samples measured again, 18 outcomes: all as recorded" in said
+
+
+def test_lora_as_merged_model_and_as_adapter(hub, client, clip_folder, image_folder, tmp_path):
+    output = tmp_path / "lora"
+    said, error = client(remote.recipe, words(clip_folder, image_folder, output, "--use_peft", "true"))
+    assert error is None, error
+    data = ("--verify", "--dataset", image_folder)
+    status, said = client(remote.command, "push", output, "me/merged", *data)
+    assert status == 0, said
+    assert "all as recorded" in said
+    assert not [name for name in hub.files("me/merged") if "adapter" in name]
+    hub.repos["me/base"] = Repo(refs={"main": "original"})
+    hub.repos["me/base"].commits["original"] = {
+        path.name: (path.read_bytes(), path.suffix == ".safetensors") for path in clip_folder.iterdir()
+    }
+    hub.objects.update({sha256(f).hexdigest(): f for f, _ in hub.repos["me/base"].commits["original"].values()})
+    status, said = client(
+        remote.command, "push", output, "me/lora", "--what", "adapter", "--base_model", "me/base", *data
+    )
+    assert status == 0, said
+    assert "pushed the adapter to me/lora" in said
+    assert "all as recorded" in said
+    assert "model.safetensors" not in hub.files("me/lora")
 
 
 @pytest.mark.parametrize(

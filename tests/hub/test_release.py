@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -13,6 +14,7 @@ from hf_robust_vision import load_robust_encoder, push_robust_encoder
 from hf_robust_vision.cli import main
 from hf_robust_vision.evaluation.results import load_results
 from hf_robust_vision.hub.release import prepare_release
+from tests.hub.conftest import describe
 
 
 @pytest.fixture
@@ -135,3 +137,30 @@ def test_load_from_a_folder(folder, seen_images):
     (folder / "robustness.json").unlink()
     with pytest.raises(ValueError, match="load_encoder reads a CLIP without a record"):
         load_robust_encoder(folder)
+
+
+def test_results_of_other_tasks_go_along(folder, seen_images):
+    """A corruption has several records a sample; it is told on the card, and not measured again."""
+    results = load_results(folder)
+    other = replace(
+        results[-1],
+        task="corruption",
+        metric="mean corruption accuracy",
+        norm="severity",
+        eps=3.0,
+        samples="samples-c.jsonl",
+    )
+    lines = (folder / results[-1].samples).read_text()
+    (folder / "samples-c.jsonl").write_text(lines * 2)
+    describe(folder, [*results, other])
+    release = prepare_release(folder)
+    assert "samples-c.jsonl" in release.files
+    types = [row.metric_type for row in release.card.data.eval_results]
+    assert types == [
+        "accuracy",
+        *["robust_accuracy"] * 2,
+        "mean_corruption_accuracy",
+        "robust_mean_corruption_accuracy",
+    ]
+    assert "severity 3 (mean corruption accuracy on tiny-images) |" in release.card.text
+    assert load_robust_encoder(folder).repeat(seen_images, max_samples=2).flags == 6

@@ -11,8 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hf_robust_vision.data.benchmarks import demo_benchmark
+from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.data.demo import CLASS_NAMES
+from hf_robust_vision.trainers.tecoa import TeCoATrainer
 
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +56,32 @@ def test_a_run_is_reused_only_on_the_same_benchmark(compare, tmp_path):
     for method in ("tecoa", "undefended"):
         runs = [compare.Run(compare.METHODS[method], 0, budget, each, tmp_path) for each in (demo, demo, *others)]
         assert len({run.folder for run in runs}) == 3
+
+
+@pytest.fixture
+def every_class():
+    """The demo benchmark on two plain images of every class, the held-out ones among them."""
+    rows = [{"image": Image.new("RGB", (64, 64), (label, 0, 0)), "label": label} for label in range(24)] * 2
+    return replace(
+        demo_benchmark(),
+        load=lambda split, transform: LabelledImages(rows, CLASS_NAMES, transform, name="plain", split=split),
+    )
+
+
+def test_a_method_sees_no_image_and_no_name_of_a_held_out_class(compare, every_class, tmp_path):
+    class Stop(TeCoATrainer):
+        def train(self, *args, **kwargs):
+            raise KeyboardInterrupt(self)
+
+    budget = compare.Budget(1, 2, 1e-3, 2, 1, every_class.eps, "test")
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        compare.perform(compare.Run(compare.Method("stopped", Stop), 0, budget, every_class, tmp_path))
+    trainer = stopped.value.args[0]
+    seen, train = every_class.groups()["seen"], trainer.train_dataset
+    assert train.class_names == trainer.bank.class_names == seen
+    reds = {round(item["images"][0].mean().item() * 255) for item in train}
+    assert {CLASS_NAMES[red] for red in reds} == set(seen)
+    assert len(train) == 2 * len(seen) == 36
 
 
 @pytest.mark.parametrize(

@@ -165,3 +165,20 @@ def test_unknown_words_are_refused(recipe, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         recipe.main()
     assert "no feature 'cls'; there are 'pooled'" in capsys.readouterr().err
+
+
+def test_other_checkpoints_have_folders_of_their_own(recipe, monkeypatch, tmp_path):
+    """What was trained or measured with one checkpoint is not read back for the next."""
+    training = recipe.Training(recipe.Row("sim-clip", "pooled"), 0, 1e-3, 2, 4)
+    measuring = recipe.Measuring("test", (0.1,), 1, 1, 1, 1, 1)
+    folders = []
+    for place, (clip, llava) in enumerate((("a", "a"), ("b", "a"), ("a", "b"), ("a", "a"))):
+        for name, content in (("demo-clip", clip), ("demo-llava", llava)):
+            (tmp_path / str(place) / name).mkdir(parents=True)
+            (tmp_path / str(place) / name / "model.safetensors").write_text(content)
+        monkeypatch.setattr(recipe, "demo_checkpoint", lambda name="demo-clip", at=place: tmp_path / str(at) / name)
+        folders.append((training.folder(tmp_path), measuring.folder(tmp_path)))
+    (first, other_clip, other_llava, again) = folders
+    assert again == first
+    assert other_clip[0] != first[0] == other_llava[0]
+    assert len({measured for _, measured in folders}) == 3

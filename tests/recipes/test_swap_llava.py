@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
 from hf_robust_vision.data.demo import demo_checkpoint
+from hf_robust_vision.encoders import weights_sha256
 from hf_robust_vision.evaluation.results import load_results
+from hf_robust_vision.vlm import find_towers
 
 
 pytest.importorskip("easy_vqa")
@@ -32,6 +38,42 @@ def test_check_attack_prints_every_cell_and_stops(monkeypatch, tmp_path, capsys)
     assert [line.split()[-2:] for line in shown if " step" in line] == [cells[:2], cells[2:]]
     assert results[3].robust_accuracy < results[0].robust_accuracy
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_tower_that_can_not_be_read_stops_before_the_measurement(monkeypatch, tmp_path):
+    monkeypatch.setattr(swap_llava, "measure", lambda *_: pytest.fail("measured before the tower was looked at"))
+    for tower in (tmp_path / "nothing", demo_checkpoint("demo-llava")):
+        with pytest.raises(SystemExit, match="error: --tower .*"):
+            run(monkeypatch, "--tower", str(tower), "--output_dir", str(tmp_path / "output"))
+    monkeypatch.setattr(swap_llava.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="needs matplotlib: pip install"):
+        run(monkeypatch, "--tower", str(demo_checkpoint()), "--output_dir", str(tmp_path / "output"))
+
+
+def test_perturbed_tower_is_measured_swapped_and_saved(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    tower, output = CLIPModel.from_pretrained(demo_checkpoint()), tmp_path / "output"
+    with torch.no_grad():
+        for weight in tower.vision_model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    tower.save_pretrained(tmp_path / "tower")
+    AutoProcessor.from_pretrained(demo_checkpoint()).save_pretrained(tmp_path / "tower")
+    words = ["--tower", str(tmp_path / "tower"), "--output_dir", str(output), "--num_questions", "2"]
+    run(monkeypatch, *words, "--steps", "1", "--restarts", "1", "--eps", "4/255")
+    again = AutoModelForImageTextToText.from_pretrained(output)
+    (swapped,) = find_towers(again)
+    assert weights_sha256(swapped.module) == weights_sha256(tower.vision_model)
+    report = json.loads((output / "swap_report.json").read_text())
+    assert report["towers"][0]["sha256_after"] == weights_sha256(tower.vision_model)
+    assert report["towers"][0]["sha256_before"] != report["towers"][0]["sha256_after"]
+    assert (output / "answers.png").stat().st_size > 1000
+    results = {(r.group, r.model, r.eps): r for r in load_results(output)}
+    (radius,) = {eps for _, _, eps in results if eps}
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("colour/shape")]
+    for line, name, kind in zip(rows, ("clean", "4/255"), ("clean", "robust"), strict=True):
+        values = [getattr(results["colour/shape", m, radius], f"{kind}_accuracy") for m in ("before", "after")]
+        assert line.split()[1] == name
+        assert [float(cell) for cell in re.findall(r"([\d.]+) %", line)] == [round(100 * value, 1) for value in values]
 
 
 def test_target_is_measured_before_and_after(monkeypatch, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from hf_robust_vision.trainers.checkpoints import complete_checkpoint, mark_complete, rotate
+from hf_robust_vision.trainers.tecoa import TeCoATrainer
+from hf_robust_vision.trainers.tima import TIMATrainer
 from tests.trainers.helpers import largest_gap, make_trainer, weights
 
 
@@ -68,6 +71,27 @@ def test_resume_within_an_epoch_and_a_limit(clip_folder, tmp_path):
     again = make_trainer(clip_folder, tmp_path / "b", **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))
     assert largest_gap(weights(again), weights(whole)) == 0
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["stopped", "over"])
+def test_other_settings_than_those_of_the_checkpoint_are_refused(over, clip_folder, tmp_path):
+    """A record that says margin 0.2 of a run that had 0.1 until its second step would be wrong."""
+    settings = {"kind": TIMATrainer, "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "margin": 0.1}
+    make_trainer(clip_folder, tmp_path, **settings).train()
+    steps = {"max_steps": 2 if over else 3}
+    for other, typed in (({"margin": 0.2}, "--margin 0.1"), ({"attack_eps": 0.5}, f"--attack_eps {1 / 255}")):
+        trainer = make_trainer(clip_folder, tmp_path, **(settings | steps | other))
+        before = weights(trainer)
+        (name, new), message = next(iter(other.items())), f"trained with {typed}, and this run has "
+        with pytest.raises(ValueError, match=re.escape(f"{message}--{name} {new}; go on with {typed}, or start anew")):
+            trainer.train(resume_from_checkpoint=True)
+        assert largest_gap(weights(trainer), before) == 0
+    with pytest.raises(ValueError, match="trained with method TIMA, and this run has method TeCoA"):
+        make_trainer(clip_folder, tmp_path, kind=TeCoATrainer, **steps).train(resume_from_checkpoint=True)
+    free = {"save_steps": 1, "eval_attack_steps": 1, "logging_steps": 2}
+    again = make_trainer(clip_folder, tmp_path, **(settings | steps | free))
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps["max_steps"]
 
 
 def test_resuming_a_finished_run_takes_no_step(clip_folder, tmp_path):

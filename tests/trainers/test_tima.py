@@ -110,6 +110,12 @@ def test_gate_opens_for_confusable_classes_only():
     assert confusable(original, labels, eta=0.95, scale=10.0, gate="none").sum().item() == 6
 
 
+def test_gate_stays_open_for_a_closer_class_where_the_true_cosine_is_negative():
+    original = torch.tensor([[-0.50, -0.51, -0.49, -0.54, 0.10]])
+    found = confusable(original, torch.tensor([0]), eta=0.95, scale=10.0)
+    assert found.tolist() == [[False, True, True, False, True]]
+
+
 def test_margin_is_added_on_the_scale_of_the_cosine(build):
     """On the scale of the logits m = 0.1 would do nothing."""
     trainer = build(margin=0.2, margin_mode="constant", gate="none", mhe_weight=0.0, iakd_weight=0.0)
@@ -160,16 +166,116 @@ def test_distillation_of_an_untouched_text_tower_is_zero_and_so_is_its_gradient(
     assert max(g.abs().max().item() for g in gradients if g is not None) < 1e-6
 
 
+# Who is who: both towers moved, so that T is not T0 and z is not z0
+
+
+@pytest.fixture
+def moved(build):
+    """A trainer whose two towers have left the original, a batch, and other images in the place of adversarial ones."""
+
+    def make(**options):
+        trainer = build(dtype=torch.float64, eta=0.9, **options)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for value in trainer.model.parameters():
+                if value.requires_grad:
+                    value += (
+                        0.2 * value.abs().mean() * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+                    )
+        batch = batch_of(trainer, torch.float64)
+        return trainer, batch, batch.images.flip(-1)
+
+    return make
+
+
+def by_hand(trainer, batch, adversarial, margin_text="tuned", student="adversarial"):
+    """The four terms as the class docstring writes them, and the gate, from one embedding at a time."""
+    scale, labels = trainer.bank.logit_scale, batch.labels
+
+    def embed(encoder, **inputs):
+        output = encoder(**inputs)
+        return F.normalize(output.image_embeds if "images" in inputs else output.text_embeds, dim=-1).detach()
+
+    def classes(encoder):
+        prompts = embed(encoder, prompts=trainer.prompts)
+        return F.normalize(prompts.view(len(CLASS_NAMES), -1, prompts.shape[-1]).mean(1), dim=-1)
+
+    def kl(teacher, student):
+        p, q = (scale * teacher).softmax(1), (scale * student).softmax(1)
+        return (p * (p / q).log()).sum(1).mean()
+
+    tuned, original = classes(trainer.model), classes(trainer.reference.encoder)
+    clean, attacked = embed(trainer.model, images=batch.images), embed(trainer.model, images=adversarial)
+    frozen = embed(trainer.reference.encoder, images=batch.images)
+    judged = frozen @ original.T
+    others = ~F.one_hot(labels, len(CLASS_NAMES)).bool()
+    true = judged[torch.arange(len(labels)), labels][:, None]
+    gate = (judged >= true - (1 - trainer.args.eta) * true.abs()) & others
+    spread = {"tuned": tuned, "original": original}[margin_text]
+    gap = trainer.args.margin * (1 - spread[labels] @ spread.T)
+    distances = torch.cdist(tuned, tuned).square()
+    pairs = ~torch.eye(len(tuned), dtype=torch.bool)
+    seen = {"adversarial": attacked, "clean": clean}[student]
+    return gate, {
+        "margin": F.cross_entropy(scale * (attacked @ tuned.T + gate * gap), labels),
+        "mhe": (1 / (1 + distances))[pairs].mean(),
+        "iakd": kl(frozen @ original.T, frozen @ tuned.T),
+        "takd": kl(frozen @ tuned.T, seen @ tuned.T),
+    }
+
+
+@pytest.mark.parametrize("margin_text", ["tuned", "original"])
 @pytest.mark.parametrize("student", ["adversarial", "clean"])
-def test_image_distillation_reaches_the_image_tower_only(build, student):
-    trainer = build(variant="v1", takd_student=student)
+def test_each_term_is_what_is_written(moved, margin_text, student):
+    trainer, batch, adversarial = moved(takd_weight=1.0, margin=1.0, margin_text=margin_text, takd_student=student)
+    loss = trainer.robust_loss(trainer.model, batch, adversarial)
+    gate, wanted = by_hand(trainer, batch, adversarial, margin_text, student)
+    assert 0.05 < gate.double().mean() < 0.95
+    assert trainer._measured["gate_open"][0].item() == pytest.approx(gate.sum().item() / gate.numel() * 24 / 23)
+    for name, value in wanted.items():
+        assert trainer._measured[f"loss_{name}"][0].item() == pytest.approx(value.item(), rel=1e-5), name
+    assert loss.item() == pytest.approx(sum(wanted.values()).item(), rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "logged"),
+    [({}, True), ({"takd_student": "clean"}, False), ({"takd_student": "clean", "takd_weight": 0.5}, True)],
+)
+def test_a_distillation_that_is_not_computed_is_not_logged(build, options, logged):
+    trainer = build(**options)
     batch = batch_of(trainer)
-    adversarial = (batch.images + 0.05).clamp(0, 1)
-    trainer.robust_loss(trainer.model, batch, adversarial)
-    seen = trainer.logits(trainer.model(adversarial if student == "adversarial" else batch.images).image_embeds)
-    p, q = trainer.logits(batch.original.image_embeds).log_softmax(1), seen.log_softmax(1)
-    wanted = (p.exp() * (p - q)).sum(1).mean().item()
-    assert trainer._measured["loss_takd"][0].item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    trainer.robust_loss(trainer.model, batch, batch.images)
+    assert ("loss_takd" in trainer._measured) is logged
+
+
+@pytest.mark.parametrize("name", ["mhe", "iakd", "takd"])
+def test_each_term_reaches_one_tower_only(moved, name):
+    """What one weight changes in the gradient of the whole loss."""
+    trainer, batch, adversarial = moved()
+    gradients = []
+    for weight in (0.0, 1.0):
+        for each in ("mhe", "iakd", "takd"):
+            setattr(trainer.args, f"{each}_weight", weight if each == name else 0.0)
+        trainer.model.zero_grad()
+        trainer.robust_loss(trainer.model, batch, adversarial).backward()
+        gradients.append({key: p.grad.clone() for key, p in trainer.model.named_parameters() if p.grad is not None})
+    change = {"image": 0.0, "text": 0.0}
+    for key, gradient in gradients[1].items():
+        tower = "text" if key.startswith("text") else "image"
+        change[tower] = max(change[tower], (gradient - gradients[0][key]).abs().max().item())
+    reached, untouched = ("image", "text") if name == "takd" else ("text", "image")
+    assert change[untouched] < 1e-12
+    assert change[reached] > 1e-5
+
+
+def test_attack_raises_the_cross_entropy_of_the_tuned_texts(moved):
+    trainer, batch, adversarial = moved(margin=0.0)
+    _, wanted = by_hand(trainer, batch, adversarial)
+    found = trainer.attack_objective(trainer.model, batch)(adversarial)
+    assert found.mean().item() == pytest.approx(wanted["margin"].item(), rel=1e-9)
+
+
+# What trains, and what is saved
 
 
 def test_variants_differ_in_gate_and_image_distillation(tmp_path):

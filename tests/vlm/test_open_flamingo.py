@@ -22,6 +22,7 @@ open_flamingo = pytest.importorskip("open_flamingo", reason="installed by .ci/ru
 
 VISION = {"image_size": SIZE, "layers": LAYERS, "width": 32, "head_width": 8, "patch_size": 8, "mlp_ratio": 1.5}
 TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
+AS_RELEASED: list = []  # the defaults of the mixin's forward before they are changed
 WORDS = {word: i for i, word in enumerate(["<unk>", *(f"w{i}" for i in range(20))])}
 
 
@@ -41,6 +42,7 @@ def built(tmp_path_factory):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **shape)).save_pretrained(folder / "lm")
     # transformers 5 calls the language model without a mask, which the mixin of 2.0.1 asks for.
+    AS_RELEASED.append(FlamingoLMMixin.forward.__defaults__)
     FlamingoLMMixin.forward.__defaults__ = (None,)
     language_model = str(folder / "lm")
     model, processor, tokenizer = open_flamingo.create_model_and_transforms(
@@ -162,3 +164,17 @@ def test_the_evaluation_reads_the_same_logits_and_says_the_same(flamingo, built,
     said = flamingo.generate(vision, ids, mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert torch.equal(wrapped.generate(images, ids, mask, 3), said[:, ids.shape[1] :])
     assert torch.equal(wrapped.logits(images, ids, mask, 2), flamingo(vision, ids, mask).logits[:, -2:])
+
+
+@torch.no_grad()
+def test_generation_through_the_forward_that_demands_a_mask(flamingo, built, inputs, monkeypatch):
+    """As the package was released; what is said is the same."""
+    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
+
+    wrapped = FlamingoInputs(flamingo, built[1], built[2])
+    images = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    ids, mask = inputs["lang_x"], inputs["attention_mask"]
+    expected = wrapped.generate(images, ids, mask, 3)
+    monkeypatch.setattr(FlamingoLMMixin.forward, "__defaults__", AS_RELEASED[0])
+    assert torch.equal(wrapped.generate(images, ids, mask, 3), expected)
+    assert not any("forward" in vars(part) for part in flamingo.modules())

@@ -226,6 +226,30 @@ def test_image_mean_and_std(llava, clip):
     assert_refused(llava, other, ["0.48145466", "(0.5, 0.5, 0.5)", "image_mean"], processor=Processor())
 
 
+def test_processor_that_does_not_rescale(llava, clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    words = ["by 0.00392157", "the VLM's by 1:", "do_rescale"]
+    assert_refused(llava, tmp_path, words, processor=CLIPImageProcessor(do_rescale=False))
+    assert_refused(llava, tmp_path, ["(1.0, 1.0, 1.0)"], processor=CLIPImageProcessor(do_normalize=False))
+
+
+def test_other_resize_and_size_of_the_processor_are_told(llava, clip, tmp_path):
+    """They do not keep the swap from being right."""
+    clip.save_pretrained(tmp_path)
+    CLIPImageProcessor(crop_size=SIZE).save_pretrained(tmp_path)
+    same = swap_vision_encoder(llava, tmp_path, processor=CLIPImageProcessor(crop_size=SIZE))
+    assert same.warnings == []
+    other = swap_vision_encoder(llava, tmp_path, processor=CLIPImageProcessor(crop_size=48, resample=2))
+    assert other.warnings == [
+        "images are resized with resample=2 (PIL's code) by the processor, with 3 by the source's.",
+        f"the processor makes images of 48 x 48 pixels, the tower takes {SIZE} x {SIZE}.",
+    ]
+    encoder = as_encoder(clip, PixelTransform(SIZE, (SIZE, SIZE), mode="bilinear"))
+    (warning,) = swap_vision_encoder(llava, encoder, processor=CLIPImageProcessor(crop_size=SIZE)).warnings
+    assert "with 2 by the source's" in warning
+
+
 def test_settings_that_towers_share(vlm_of):
     options = {"hidden_act": "gelu", "towers": ["model.image_tower"]}
     words = ["hidden_act", "model.video_tower", "towers='all'"]
@@ -233,11 +257,7 @@ def test_settings_that_towers_share(vlm_of):
 
 
 def test_failed_verification_brings_the_old_tower_back(llava, clip):
-    class Louder(nn.Module):
-        def forward(self, hidden):
-            return 1.2 * torch.relu(hidden)
-
-    llava.model.vision_tower.encoder.layers[2].mlp.activation_fn = Louder()
+    llava.model.vision_tower.encoder.layers[2].mlp.register_forward_hook(lambda *call: 1.2 * call[2])
     assert_refused(llava, clip, ["differs from the source's", "brought back"], error=RuntimeError)
 
 
@@ -274,3 +294,21 @@ def test_source_with_an_adapter_or_two_towers(llava, vlm_of, clip):
     assert_refused(llava, vlm_of("video_llava"), ["2 CLIP towers", "model.image_tower"])
     wrapped = peft.get_peft_model(clip, peft.LoraConfig(target_modules=r".*vision_model.*\.v_proj"))
     assert_refused(llava, wrapped, ["merge_and_unload"])
+
+
+@pytest.mark.parametrize("name", ["hidden_act", "num_attention_heads", "layer_norm_eps"])
+@pytest.mark.parametrize("changed", ["tower", "source"])
+def test_module_that_its_config_does_not_describe_is_refused(llava, clip, name, changed):
+    """In bfloat16, where the outputs of the two activations are closer than the precision."""
+    model = llava.bfloat16() if changed == "tower" else clip
+    layer = (llava.model.vision_tower if changed == "tower" else clip.vision_model).encoder.layers[1]
+    if name == "hidden_act":
+        layer.mlp.activation_fn = torch.nn.GELU()
+    elif name == "num_attention_heads":
+        layer.self_attn.num_heads = 2
+    else:
+        layer.layer_norm1.eps = 1e-3
+    before = weights_sha256(model)
+    with pytest.raises(ValueError, match=f"the config says {name}=.* block 1 computes with .*: set config.{name}"):
+        swap_vision_encoder(llava, clip)
+    assert weights_sha256(model) == before

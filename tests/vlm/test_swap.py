@@ -85,6 +85,11 @@ def test_restore(name, vlm_of):
     first = swap_vision_encoder(vlm, make_clip(hidden_act="gelu"), hidden_act="gelu")
     second = swap_vision_encoder(vlm, make_clip(9, hidden_act="gelu"))
     assert first.towers[0].sha256_after == second.towers[0].sha256_before
+    swapped, swapped_config = weights_sha256(vlm), vlm.config.to_dict()
+    with pytest.raises(RuntimeError, match="restore\\(\\) of the latest report first"):
+        first.restore()
+    assert weights_sha256(vlm) == swapped
+    assert vlm.config.to_dict() == swapped_config
     second.restore()
     first.restore()
     assert weights_sha256(vlm) == before

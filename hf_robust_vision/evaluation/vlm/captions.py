@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +27,22 @@ class CaptionMetric:
     Args:
         name: What results call it.
         score: A caption and its references to a fraction in [0, 1], 1 for the best.
-        settings: What else decides the score, for the results.
+        settings: What else decides the score, for the results. Records on disk are used again only for the same
+            settings and the same source text of `score`; a score that reads other values has to name them here.
     """
 
     name: str
     score: Callable[[str, Sequence[str]], float]
     settings: dict[str, str] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, str]:
+        """What tells this metric from others of its name."""
+        code: Any = self.score if inspect.isroutine(self.score) else type(self.score)
+        try:
+            source = inspect.getsource(code)
+        except (OSError, TypeError):  # typed at a prompt, or written in C
+            source = f"{code.__module__}.{code.__qualname__}"
+        return {"name": self.name, "source": hashlib.sha256(source.encode()).hexdigest(), **self.settings}
 
 
 def chrf() -> CaptionMetric:
@@ -194,7 +206,12 @@ def evaluate_captions(
         lambda inputs, rows, images: WorseCaption(inputs, prompt, rows, images, metric, attacks, max_new_tokens),
         kind="caption",
         attacks=attacks,
-        identity=shared | {"references": [list(sample.references) for sample in samples], "attacked": len(attacks)},
+        identity=shared
+        | {
+            "score": metric.identity(),
+            "references": [list(sample.references) for sample in samples],
+            "attacked": len(attacks),
+        },
         summary=summarize_scores,
         task="caption",
         metric=metric.name,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.attacks import StartNoise, make_ball, pgd
 from hf_robust_vision.encoders import attack_mode
 
-from .answers import AnswerLoss, WrongAnswer, answer_task
 from .inputs import vlm_inputs
-from .vqa import Question, read_answers
+from .protocol import VLMProtocol
+from .vqa import AnotherAnswer, Question
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,10 @@ def attack_example(
     inputs = vlm_inputs(vlm, processor)
     with attack_mode(vlm):
         image = question.pixels(inputs)[None].to(inputs.device)
-        height, width = image.shape[-2:]
-        task = answer_task(inputs, [prompt.replace("{}", question.text)], [question.answer], (height, width))
+        goal, row = AnotherAnswer(inputs, prompt, [question], image), torch.tensor([0], device=image.device)
+        (attack,) = VLMProtocol((eps,), steps=steps, restarts=1, objectives=("nll",)).attacks()
+        objective, fooled = goal.aim(attack, row)
         noise = StartNoise(0, [question.id])
-        found = pgd(
-            AnswerLoss(task), image, make_ball("linf", eps), steps=steps, noise=noise, fooled=WrongAnswer(task)
-        )
-        clean, attacked = (read_answers(task, images)[0] for images in (image, found))
+        found = pgd(objective, image, make_ball("linf", eps), steps=steps, noise=noise, fooled=fooled)
+        clean, attacked = (goal.judge(row, images)[0].text for images in (image, found))
     return AnswerExample(image[0].cpu(), found[0].cpu(), clean, attacked, eps)

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -60,6 +61,18 @@ class FlamingoInputs(VLMInputs):
             compare(
                 self.transform.normalize(self.fit(images))[0], image_processor(picture), self.transform, "transform"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """See `VLMInputs.identity`; what the model has no config for is read from its modules."""
+        model: Any = self.vlm
+        (tower,) = find_towers(model, ["vision_encoder"])
+        language: Any = model.lang_encoder
+        parts = {name: getattr(language, name, None) for name in ("config", "generation_config")}
+        plain = {name: part.to_dict() if part is not None else {} for name, part in parts.items()}
+        switches = {k: v for k, v in vars(tower.module).items() if isinstance(v, bool | int | str) and k[0] != "_"}
+        del switches["training"]
+        stop = {"eoc_token_id": getattr(model, "eoc_token_id", None)}
+        return super().identity() | {"tower": asdict(tower.geometry), "switches": switches, "language": plain} | stop
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> list[list[int]]:
         """See `VLMInputs.encode`; an image takes one place.

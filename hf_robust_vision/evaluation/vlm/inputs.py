@@ -50,7 +50,10 @@ class VLMInputs:
         """Plain values beside the weights that decide what the model says about an image."""
         config = getattr(self.vlm, "config", None)
         values = config.to_dict() if config is not None else {}
-        return {"pixels": asdict(self.transform), "config": {k: v for k, v in values.items() if k[0] != "_"}}
+        generation = getattr(self.vlm, "generation_config", None)
+        decoding = generation.to_dict() if generation is not None else {}
+        plain = [{k: v for k, v in part.items() if k[0] != "_"} for part in (values, decoding)]
+        return {"pixels": asdict(self.transform), "config": plain[0], "generation": plain[1]}
 
     def fit(self, images: Tensor) -> Tensor:
         """Images in [0, 1] of any size to the size at which they are attacked."""

@@ -19,11 +19,15 @@ from hf_robust_vision.evaluation.samples import Records, SampleStore, measure_al
 from hf_robust_vision.pixels import Fitting, check_images
 
 from .inputs import VLMInputs, vlm_inputs
-from .protocol import VLMProtocol, describe, run_attack
+from .protocol import OBJECTIVES, VLMProtocol, describe, run_attack
 
 
 class Sample(Protocol):
-    """An image with a text that goes into the prompt."""
+    """An image with a text that goes into the prompt.
+
+    A sample may have a `fingerprint`, a string that changes with the image's content: records on disk are then only
+    used again for the same image. Without it the id has to stand for the image.
+    """
 
     id: int
     text: str
@@ -133,12 +137,13 @@ class Evaluation:
     def _identity(self, inputs: VLMInputs, how: VLMProtocol) -> dict[str, Any]:
         identity = asdict(how) | inputs.identity() | {"data": self.dataset, "split": self.split, "blank": self.blank}
         del identity["batch_size"]
-        samples = [(sample.id, sample.text) for sample in self.samples]
+        samples = [(sample.id, sample.text, getattr(sample, "fingerprint", "")) for sample in self.samples]
         return identity | {
             "prompt": self.prompt,
             "samples": samples,
             "dtype": str(inputs.dtype),
             "version": __version__,
+            "starts": "by objective",
         }
 
 
@@ -177,7 +182,7 @@ def worst_case(goal: Goal, how: VLMProtocol, attacks: Sequence[Attack], images: 
             if len(alive) == 0 or eps == 0 or attack.steps == 0:
                 break
             objective, fooled = goal.aim(attack, alive)
-            noise = StartNoise(how.seed, [ids[row] for row in alive.tolist()])
+            noise = start_noise(how.seed, attack, [ids[row] for row in alive.tolist()])
             found = run_attack(attack, objective, fooled, images[alive], ball, noise)
             verdicts = goal.judge(alive, found)
             for row, verdict in zip(alive.tolist(), verdicts):
@@ -186,6 +191,12 @@ def worst_case(goal: Goal, how: VLMProtocol, attacks: Sequence[Attack], images: 
         for sample, record in zip(ids, latest):
             records[sample].append(record)
     return records
+
+
+def start_noise(seed: int, attack: Attack, ids: Sequence[int]) -> StartNoise:
+    """Starts of one attack: each objective begins at points of its own, whatever runs before it."""
+    plain = attack.objective == OBJECTIVES[0]
+    return StartNoise(seed, [sample if plain else f"{sample} {attack.objective}" for sample in ids])
 
 
 def _worse(record: SampleRecord, verdict: Verdict, attack: str) -> SampleRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from hf_robust_vision.attacks import Attack, Objective, Success
 from hf_robust_vision.evaluation.results import RobustnessResult, summarize
 
-from .answers import AnswerLoss, AnswerTask, WrongAnswer, answer_task
+from .answers import AnswerLoss, WrongAnswer, answer_task, say
 from .inputs import VLMInputs
 from .protocol import VLMProtocol
 from .run import Evaluation, Sample, Verdict
+
+
+EXTRA_TOKENS = 4  # generated beyond the true answer, so that one that goes on is not cut to a right one
+_PUNCTUATION = " .,;:!?\"'()[]"  # no minus: "-5" is not "5"
 
 
 class Question(Sample, Protocol):
@@ -25,36 +30,74 @@ class Question(Sample, Protocol):
 
 
 class AnotherAnswer:
-    """The goal: greedy decoding gives another answer than the true one."""
+    """The goal: `generate` gives another answer than the true one.
+
+    The attack raises the loss of what the model says about the clean image where that is right, and stops where
+    greedy decoding leaves it and `generate` confirms that the answer is another.
+    """
 
     def __init__(self, inputs: VLMInputs, prompt: str, questions: Sequence[Question], images: Tensor):
-        self.questions = questions
+        self.inputs, self.questions, self.images = inputs, questions, images
         prompts = [prompt.replace("{}", question.text) for question in questions]
         height, width = images.shape[-2:]
-        self.task = answer_task(inputs, prompts, [question.answer for question in questions], (height, width))
+        self.prompts = inputs.encode(prompts, (height, width))
+        true = [question.answer for question in questions]
+        self.max_new_tokens = answer_task(inputs, prompts, true, (height, width)).answers.shape[1] + EXTRA_TOKENS
+        self.clean = self.judged(range(len(questions)), images)
+        # "Yes." for "yes" is right, but other tokens: only the loss of what is said can be raised from there.
+        said = [answer if verdict.lost else verdict.text for answer, verdict in zip(true, self.clean)]
+        self.task = answer_task(inputs, prompts, said, (height, width))
 
     def label(self, row: int) -> str:
         """The true answer."""
         return self.questions[row].answer
 
     def aim(self, attack: Attack, rows: Tensor) -> tuple[Objective, Success | None]:
-        """Raise the loss of the true answer until it is not given."""
+        """Raise the loss of the right answer until it is not given."""
         part = self.task.take(rows)
-        return AnswerLoss(part, attack.objective), WrongAnswer(part)
+        return AnswerLoss(part, attack.objective), SaysOtherwise(self, WrongAnswer(part), rows)
 
     def judge(self, rows: Tensor, images: Tensor) -> list[Verdict]:
-        """The answer, read where the true one would stand."""
-        part = self.task.take(rows)
-        wrong = WrongAnswer(part)(images).tolist()
-        return [Verdict(text, lost) for text, lost in zip(read_answers(part, images), wrong)]
+        """What `generate` says, and whether it is wrong."""
+        return self.clean if images is self.images else self.judged(rows.tolist(), images)
+
+    def judged(self, rows: Sequence[int], images: Tensor) -> list[Verdict]:
+        """Verdicts on some questions' images."""
+        texts = say(self.inputs, [self.prompts[row] for row in rows], images, self.max_new_tokens)
+        return [Verdict(text, plain(text) != plain(self.questions[row].answer)) for row, text in zip(rows, texts)]
 
 
-def read_answers(task: AnswerTask, images: Tensor) -> list[str]:
-    """What greedy decoding says in the places of the answer, given the true answer so far."""
-    with torch.no_grad():
-        guesses = task.logits(images).argmax(2)
-    tokenizer = task.inputs.tokenizer
-    return [tokenizer.decode(row[place].tolist()).strip() for row, place in zip(guesses, task.answers != -100)]
+@dataclass(frozen=True)
+class SaysOtherwise:
+    """Success: greedy decoding leaves the tokens of the right answer, and what `generate` says then is wrong.
+
+    Args:
+        goal: Judges what is said.
+        left: The cheap half, on the forward pass that the loss has made already.
+        rows: Of the goal's questions.
+    """
+
+    goal: AnotherAnswer
+    left: WrongAnswer
+    rows: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
+        flags = self.left(images)
+        if places := flags.nonzero().flatten().tolist():
+            verdicts = self.goal.judged(self.rows[places].tolist(), images[places].detach())
+            flags[places] = torch.tensor([verdict.lost for verdict in verdicts], device=flags.device)
+        return flags
+
+    def take(self, rows: Tensor) -> SaysOtherwise:
+        """The criterion for some of the images."""
+        return replace(self, left=self.left.take(rows), rows=self.rows[rows])
+
+
+def plain(text: str) -> str:
+    """A text without capitals, without punctuation at its ends, and with single spaces."""
+    words = " ".join(text.casefold().split())
+    return words.strip(_PUNCTUATION) or words
 
 
 def evaluate_vqa(
@@ -73,6 +116,9 @@ def evaluate_vqa(
     progress: bool = True,
 ) -> list[RobustnessResult]:
     """Share of questions answered rightly on clean and on attacked images, one result per eps.
+
+    An answer is right if the whole of what `generate` says, greedily, is the true answer, up to capitals, spaces and
+    punctuation at the ends; it may say four tokens more than the longest true answer of the batch.
 
     The attack differentiates through normalisation, tower, projector and language model. Resumable and shared out over
     processes like `evaluate_zero_shot`; the model is left as it was.
@@ -102,9 +148,9 @@ def evaluate_vqa(
         lambda inputs, rows, images: AnotherAnswer(inputs, prompt, rows, images),
         kind="vqa",
         attacks=how.attacks(),
-        identity={"answers": [question.answer for question in questions]},
+        identity={"answers": [question.answer for question in questions], "right": "generate", "extra": EXTRA_TOKENS},
         summary=summarize,
         task="vqa",
         metric="answer accuracy",
-        generation={"prompt": prompt, "decoding": "greedy", "blank_image": blank},
+        generation={"prompt": prompt, "decoding": "greedy", "extra_tokens": EXTRA_TOKENS, "blank_image": blank},
     )
