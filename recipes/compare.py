@@ -23,17 +23,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from compare_methods import ABLATION, EMOJI_METHODS, METHODS, RIVALS, SWEEP, Method
 from transformers import AutoProcessor, PrinterCallback
 from transformers.utils import logging
 
-from hf_robust_vision.attacks import Objective, get_protocol
+from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.benchmarks import Benchmark, demo_benchmark, emoji_benchmark
 from hf_robust_vision.data.splits import only_classes, seeded_subset
 from hf_robust_vision.data.templates import get_templates
@@ -50,86 +50,10 @@ from hf_robust_vision.evaluation.results import (
 )
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.text_bank import make_text_bank
-from hf_robust_vision.trainers.base import AdversarialTrainer, Batch
-from hf_robust_vision.trainers.fare import FARETrainer
-from hf_robust_vision.trainers.pmg_aft import PMGAFTTrainer
-from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
-from hf_robust_vision.trainers.tecoa import TeCoATrainer
-from hf_robust_vision.trainers.tima import TIMATrainer
 
 
 CHALLENGERS = ("tima", "tima-no-gate")
-RIVALS = ("tecoa", "pmg-aft")
-
-
-class CleanTrainer(TeCoATrainer):
-    """The control: TeCoA's loss on the clean images, everything else alike."""
-
-    method: ClassVar[str] = "clean fine-tuning"
-
-    def attack(self, objective: Objective, batch: Batch) -> Tensor:
-        """No attack at all."""
-        return batch.images
-
-    def training_record(self) -> dict[str, Any]:
-        """How this model was trained, for results and card."""
-        return super().training_record() | {"eps": 0.0, "attack_steps": 0}
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """One row of a table: a trainer and what is set on it; no trainer is the original model."""
-
-    label: str
-    trainer: type[AdversarialTrainer] | None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-METHODS = {
-    "undefended": Method("undefended", None),
-    "control": Method("control, no attack", CleanTrainer),
-    "sim-clip": Method("Sim-CLIP", SimCLIPTrainer, {"form": "frozen"}),
-    "sim-clip-anchored": Method("Sim-CLIP, anchored", SimCLIPTrainer, {"form": "anchored"}),
-    "sim-clip-paper": Method("Sim-CLIP, paper's form", SimCLIPTrainer, {"form": "paper"}),
-    "fare": Method("FARE", FARETrainer),
-    "tecoa": Method("TeCoA", TeCoATrainer),
-    "pmg-aft": Method("PMG-AFT", PMGAFTTrainer),
-    "pmg-aft-code": Method("PMG-AFT, official code", PMGAFTTrainer, {"profile": "code"}),
-    "tima": Method("TIMA", TIMATrainer),
-    "tima-v1": Method("TIMA, 2024 form", TIMATrainer, {"variant": "v1"}),
-}
-
-
-def tima_with(*settings: tuple[str, dict[str, Any]]) -> dict[str, Method]:
-    """TIMA at its defaults and with single changes, beside its rivals."""
-    rows = {name: METHODS[name] for name in (*RIVALS, "tima")}
-    return rows | {label: Method(label, TIMATrainer, options) for label, options in settings}
-
-
-ABLATION = tima_with(
-    ("no MHE", {"mhe_weight": 0.0}),
-    ("no distillation", {"iakd_weight": 0.0}),
-    ("text tower frozen", {"text_params": "none"}),
-    ("text projection only", {"text_params": "projection"}),
-    ("no margin", {"margin": 0.0}),
-    ("constant margin", {"margin_mode": "constant"}),
-    ("similarity margin", {"margin_mode": "similarity"}),
-    ("margin from original texts", {"margin_text": "original"}),
-    ("gate per sample", {"gate": "sample"}),
-    ("no gate", {"gate": "none"}),
-    ("constant margin without gate", {"gate": "none", "margin_mode": "constant"}),
-    ("with TAKD", {"takd_weight": 1.0}),
-    ("with TAKD on clean images", {"takd_weight": 1.0, "takd_student": "clean"}),
-)
-SWEEP = tima_with(
-    *((f"MHE weight {value:g}", {"mhe_weight": value}) for value in (0.1, 10.0)),
-    *((f"distillation weight {value:g}", {"iakd_weight": value}) for value in (0.1, 10.0)),
-    *((f"TAKD weight {value:g}", {"takd_weight": value}) for value in (0.1, 1.0)),
-    *((f"eta {value:g}", {"eta": value}) for value in (0.3, 0.5)),
-    *((f"margin {value:g} without gate", {"gate": "none", "margin": value}) for value in (0.05, 0.1, 0.2, 0.4)),
-)
-# Where text distances mean something, the margin is shown without the gate that hides part of it, too.
-EMOJI_METHODS = METHODS | {"tima-no-gate": Method("TIMA, no gate", TIMATrainer, {"gate": "none"})}
+PUBLISHED = ("methods", "seeds", "steps", "batch_size", "learning_rate", "images", "eval_steps")
 
 
 @dataclass(frozen=True)
@@ -355,15 +279,21 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="of the emoji: folder of pretrain_emoji_clip.py")
     parser.add_argument("--methods", type=words(str), help=f"some of {', '.join(METHODS)}, separated by commas")
     parser.add_argument("--seeds", type=words(int), default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100, help="updates of every method")
+    parser.add_argument("--steps", type=int, default=80, help="updates of every method")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--images", type=int, default=256, help="at most so many images of each group")
     parser.add_argument("--eval_steps", type=int, default=20, help="steps of the measuring attack")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="one folder a run")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where results.md is written")
+    parser.add_argument(
+        "--docs", type=Path, help="where results.md is written; default docs, for settings as published"
+    )
     args = parser.parse_args()
+    tried = [name for name in PUBLISHED if getattr(args, name) != parser.get_default(name)]
+    if tried and args.docs is None:
+        parser.error(f"another --{tried[0]} than the default would overwrite docs/results.md; add --docs FOLDER.")
+    args.docs = args.docs or Path("docs")
     if (args.benchmark == "emoji") != bool(args.data and args.model):
         parser.error("--benchmark emoji needs --data and --model, see docs/emoji.md; the demo brings its own.")
     try:

@@ -196,7 +196,7 @@ class TIMATrainer(ClassTrainer):
         }
         if needs_clean or args.takd_student == "adversarial":  # else nobody has encoded the student's image
             distance = divergence(self.logits(original, fixed), self.logits(student, fixed))
-            terms["takd"] = (args.takd_weight, distance)
+            terms["takd"] = (float(args.takd_weight or 0), distance)
         for name, (_, value) in terms.items():
             self.record(f"loss_{name}", value)
         return torch.stack([weight * value for weight, value in terms.values() if weight]).sum()

@@ -87,10 +87,13 @@ def test_a_method_sees_no_image_and_no_name_of_a_held_out_class(compare, every_c
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--steps", "1"], "another --steps than the default would overwrite docs/results.md; add --docs FOLDER"),
+        (["--sweep", "--seeds", "0"], "another --seeds than the default"),
+        (["--methods", "tecoa"], "another --methods than the default"),
         (["--benchmark", "emoji"], "--benchmark emoji needs --data and --model"),
         (["--data", "somewhere", "--model", "somewhere"], "the demo brings its own"),
         (["--benchmark", "emoji", "--data", "nowhere", "--model", "nowhere"], "prepare_emoji.py"),
-        (["--methods", "tima-no-gate"], "no method 'tima-no-gate'"),
+        (["--methods", "tima-no-gate", "--docs", "d"], "no method 'tima-no-gate'"),
     ],
 )
 def test_what_does_not_fit_a_benchmark_is_refused(compare, words, message, monkeypatch, capsys):
