@@ -151,14 +151,17 @@ def test_apgd_is_faster_where_it_breaks_the_model(capsys):
 
 @pytest.mark.parity
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["undefended", "hardened"])
-def test_autoattack_is_as_strong_as_the_standard_one(folders, model, capsys):
-    """200 images at 8/255, mean of three seeds: at most one point above, and no more processor time."""
+@pytest.mark.parametrize(("model", "eps"), [("undefended", 8 / 255), ("hardened", 16 / 255)])
+def test_autoattack_is_as_strong_as_the_standard_one(folders, model, eps, capsys):
+    """200 images, mean of three seeds: at most one point above, and no more processor time.
+
+    At the eps where most images fall and some stand: what stands costs 1,900 gradients and 5,000 queries.
+    """
     case = load(folders[model], 200)
     rows = []
     for seed in range(3):
-        flags, seconds = timed(ours, case, "autoattack", 8 / 255, seed=seed)
-        wanted, more = timed(their_standard, case, 8 / 255, seed)
+        flags, seconds = timed(ours, case, "autoattack", eps, seed=seed)
+        wanted, more = timed(their_standard, case, eps, seed)
         rows.append((sum(flags) / 200, sum(wanted) / 200, seconds, more))
         with capsys.disabled():
             print(
