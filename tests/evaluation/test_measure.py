@@ -74,6 +74,20 @@ def test_sanity_and_corruptions_from_the_command_line(evaluate, tmp_path, capsys
     assert "they were not asked for: gaussian_blur, saturate" in page
 
 
+def test_a_surrogate_from_the_command_line(evaluate, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rivals, "square", lambda objective, images, *_, **__: images)
+    assert evaluate("--eps", "1/255", "--surrogate", "demo-clip") == 2
+    assert "--sanity" in capsys.readouterr().err
+    verdicts = []
+    for words in ([], ["--surrogate", "demo-clip"]):
+        assert evaluate("--eps", "1/255", "--sanity", *words) == 0
+        assert capsys.readouterr().out.count("sanity checks, ") == 1  # the surrogate itself is not checked
+        (result,) = load_results(tmp_path / "out")
+        verdicts.append(result.sanity["checks"][-1]["verdict"])
+    assert verdicts[0] == "not run"
+    assert verdicts[1] != "not run"
+
+
 def test_results_of_other_models_stay(evaluate, clip_folder, tmp_path):
     evaluate("--eps", "1/255")
     evaluate("--eps", "2/255", "--name", "other")
