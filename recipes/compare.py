@@ -18,7 +18,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,7 @@ from hf_robust_vision.data.benchmarks import Benchmark, demo_benchmark, emoji_be
 from hf_robust_vision.data.splits import only_classes, seeded_subset
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import Encoder, load_encoder, weights_sha256
-from hf_robust_vision.evaluation.comparison import paired_interval, write_page
+from hf_robust_vision.evaluation.comparison import command_line, paired_interval, write_page
 from hf_robust_vision.evaluation.results import (
     RESULTS_FILE,
     RobustnessResult,
@@ -93,6 +92,7 @@ class Run:
     budget: Budget
     benchmark: Benchmark
     root: Path
+    source: str
 
     @property
     def folder(self) -> Path:
@@ -103,8 +103,8 @@ class Run:
             defaults = {item.name: item.default for item in fields(self.method.trainer.args_class)}
             shared |= {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
             shared |= budget.training(self.benchmark) | dict(self.method.options)
-        if self.benchmark.fingerprint:
-            shared["benchmark"] = self.benchmark.fingerprint
+        shared["benchmark"] = [self.benchmark.fingerprint, *self.benchmark.class_names]
+        shared["prompts"] = get_templates(self.benchmark.templates)
         content = json.dumps(shared, sort_keys=True).encode()
         name = self.method.trainer.__name__ if self.method.trainer else "undefended"
         return self.root / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}" / f"seed{self.seed}"
@@ -136,7 +136,7 @@ def perform(run: Run) -> list[RobustnessResult]:
         encoder = trainer.model
     results = measure(encoder, processor.tokenizer, run)
     for result in results:
-        result.training = record | {"source": source_hash()}
+        result.training = record | {"source": run.source}
     save_results(results, run.folder)
     return results
 
@@ -242,7 +242,7 @@ def report(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str,
     some = next(iter(done))
     result, benchmark = done[some][0], some.benchmark
     content = {
-        "command": shlex.join(["python", "recipes/compare.py", *sys.argv[1:]]),
+        "command": command_line("recipes/compare.py", sys.argv[1:]),
         "mode": mode,
         "about": benchmark.about,
         "split": some.budget.split,
@@ -313,9 +313,9 @@ def main() -> None:
     budget = Budget(
         args.steps, args.batch_size, args.learning_rate, args.images, args.eval_steps, eps=eps, split=split
     )
-    start = time.time()
+    start, source = time.time(), source_hash()  # of the code as it starts, whatever is edited meanwhile
     runs = [
-        Run(method, seed, budget, benchmark, args.output_dir)
+        Run(method, seed, budget, benchmark, args.output_dir, source)
         for seed in args.seeds
         for method in rows.values()
         if method.trainer or seed == args.seeds[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,19 @@ TITLES = {
     "emoji-sweep": "Emoji: TIMA's weights",
 }
 PLOTTED = ("compare", "emoji")
+FOLDERS = ("--docs", "--output_dir")
+
+
+def command_line(recipe: str, arguments: Sequence[str]) -> str:
+    """The command for a page, without the folders that its files went to."""
+    said: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in FOLDERS:
+            next(words, None)
+        elif not word.startswith(tuple(f"{name}=" for name in FOLDERS)):
+            said.append(word)
+    return shlex.join(["python", recipe, *said])
 
 
 def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:

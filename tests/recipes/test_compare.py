@@ -37,6 +37,7 @@ def test_compare_runs_and_goes_on_from_what_is_there(tmp_path):
         (method, group) for method in ("undefended", "tecoa", "tima") for group in ("seen", "unseen")
     }
     assert {row["other"] for row in content["paired"]} == {"TeCoA"}
+    assert str(tmp_path) not in (tmp_path / "docs" / "results.md").read_text()
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
@@ -53,9 +54,10 @@ def test_a_run_is_reused_only_on_the_same_benchmark(compare, tmp_path):
     demo = demo_benchmark()
     budget = compare.Budget(1, 2, 1e-3, 2, 1, demo.eps, "test")
     others = [replace(demo, fingerprint=name) for name in ("a", "b")]
+    others += [replace(demo, class_names=demo.class_names[::-1]), replace(demo, templates="photo")]
     for method in ("tecoa", "undefended"):
-        runs = [compare.Run(compare.METHODS[method], 0, budget, each, tmp_path) for each in (demo, demo, *others)]
-        assert len({run.folder for run in runs}) == 3
+        runs = [compare.Run(compare.METHODS[method], 0, budget, each, tmp_path, "") for each in (demo, demo, *others)]
+        assert len({run.folder for run in runs}) == 5
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_a_method_sees_no_image_and_no_name_of_a_held_out_class(compare, every_c
 
     budget = compare.Budget(1, 2, 1e-3, 2, 1, every_class.eps, "test")
     with pytest.raises(KeyboardInterrupt) as stopped:
-        compare.perform(compare.Run(compare.Method("stopped", Stop), 0, budget, every_class, tmp_path))
+        compare.perform(compare.Run(compare.Method("stopped", Stop), 0, budget, every_class, tmp_path, ""))
     trainer = stopped.value.args[0]
     seen, train = every_class.groups()["seen"], trainer.train_dataset
     assert train.class_names == trainer.bank.class_names == seen
