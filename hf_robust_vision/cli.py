@@ -165,7 +165,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         corruptions=args.corruptions,
     )
     if rank_and_world()[0] == 0:
-        print(results_text(results))
+        print(how, results_text(results), sep="\n")
         if args.sanity:
             print(sanity_text(results))
         print(*write_report([args.output_dir], args.output_dir), sep="\n")

@@ -368,6 +368,8 @@ def _measure(
 ) -> list[RobustnessResult]:
     encoder.to(trainer.args.device)
     bank = trainer.text_bank(test, encoder)
+    if trainer.args.should_save and model == "before":
+        print(how, flush=True)
     return evaluate_zero_shot(encoder, bank, test, how, model_name=model, samples_dir=trainer.args.output_dir)
 
 
