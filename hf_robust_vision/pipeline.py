@@ -150,7 +150,7 @@ def run(
         image_processor=load_image_processor(name, revision=options.model_revision),
         tokenizer=load_tokenizer(name, revision=options.model_revision),
     )
-    train, validation, test = load_splits(options, args.seed, encoder.transform)
+    train, validation, test = load_splits(options, args.seed, encoder.transform, measure=options.measure)
     how = RobustnessProtocol(
         get_protocol(options.test_protocol, steps=options.test_steps, queries=options.test_queries),
         tuple(float(eps) for eps in options.test_eps),
@@ -165,17 +165,17 @@ def run(
     trainer = trainer_class(
         model=encoder, args=args, train_dataset=train, eval_dataset=validation, processing_class=processor
     )
-    before = _measure(trainer, trainer.reference.encoder, test, how, "before") if options.measure else []
+    before = _measure(trainer, trainer.reference.encoder, test, how, "before") if test is not None else []
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
     hardened = trainer.hardened_encoder()
-    after = _measure(trainer, hardened, test, how, "after") if options.measure else []
+    after = _measure(trainer, hardened, test, how, "after") if test is not None else []
     for result in after:
         result.training = trainer.training_record()
     results = before + after
     if results:
         trainer.log(tracked_metrics(results))
-    if results and args.should_save:
+    if test is not None and args.should_save:
         if options.sanity:
             models = {"before": trainer.reference.encoder, "after": hardened}
             banked = {model: (encoder, trainer.text_bank(test, encoder)) for model, encoder in models.items()}
@@ -184,7 +184,7 @@ def run(
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
     barrier()
-    if args.push_to_hub and args.should_save:
+    if args.push_to_hub and test is not None and args.should_save:
         _push(trainer, test)
     part()
     return results
