@@ -39,7 +39,7 @@ from hf_robust_vision.data.benchmarks import Benchmark, demo_benchmark, emoji_be
 from hf_robust_vision.data.splits import only_classes, seeded_subset
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import Encoder, load_encoder, load_tokenizer, weights_sha256
-from hf_robust_vision.evaluation.comparison import TITLES, command_line, paired_interval, write_page
+from hf_robust_vision.evaluation.comparison import TITLES, command_line, docs_folder, paired_interval, write_page
 from hf_robust_vision.evaluation.results import (
     RESULTS_FILE,
     RobustnessResult,
@@ -56,7 +56,6 @@ from hf_robust_vision.trainers.config import Radius
 
 
 CHALLENGERS = ("tima", "tima-no-gate")
-PUBLISHED = ("methods", "seeds", "steps", "batch_size", "learning_rate", "images", "eval_steps", "protocol", "eps")
 
 
 @dataclass(frozen=True)
@@ -326,13 +325,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="one folder a run")
     parser.add_argument(
-        "--docs", type=Path, help="where results.md is written; default docs, for settings as published"
+        "--docs", type=Path, help="where results.md is written; default docs, but not over numbers of other settings"
     )
     args = parser.parse_args()
-    tried = [name for name in PUBLISHED if getattr(args, name) != parser.get_default(name)]
-    if tried and args.docs is None:
-        parser.error(f"another --{tried[0]} than the default would overwrite docs/results.md; add --docs FOLDER.")
-    args.docs = args.docs or Path("docs")
     if (args.benchmark == "emoji") != bool(args.data and args.model):
         parser.error("--benchmark emoji needs --data and --model, see docs/emoji.md; the demo brings its own.")
     try:
@@ -354,6 +349,11 @@ def main() -> None:
         parser.error(f"the page has no section {mode!r}; it has {', '.join(map(repr, TITLES))}.")
     budget = Budget(args.steps, args.batch_size, args.learning_rate)
     measuring = Measuring(args.protocol, args.eval_steps, args.images, tuple(args.eps or eps), split)
+    settings = {"seeds": sorted(args.seeds), "budget": asdict(budget) | asdict(measuring), "methods": list(rows)}
+    try:
+        args.docs = docs_folder(args.docs, mode, settings)
+    except ValueError as error:
+        parser.error(str(error))
     start, source = time.time(), source_hash()  # of the code as it starts, whatever is edited meanwhile
     runs = [
         Run(method, seed, budget, measuring, benchmark, args.output_dir, source)

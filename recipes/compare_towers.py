@@ -38,7 +38,7 @@ from hf_robust_vision.data.demo_questions import PROMPT, load_questions
 from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import FEATURES, load_encoder, weights_sha256
-from hf_robust_vision.evaluation.comparison import command_line, paired_interval
+from hf_robust_vision.evaluation.comparison import command_line, docs_folder, paired_interval
 from hf_robust_vision.evaluation.results import (
     RESULTS_FILE,
     RobustnessResult,
@@ -111,11 +111,8 @@ class Training:
             return root / "original"
         defaults = {item.name: item.default for item in fields(METHODS[self.row.method][1].args_class)}
         known = {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
-        return (
-            root
-            / f"{self.row.method}-{self.row.feature}-{_digest(known | self.arguments() | {'clip': _sha256(demo_checkpoint())})}"
-            / f"seed{self.seed}"
-        )
+        digest = _digest(known | self.arguments() | {"clip": _sha256(demo_checkpoint())})
+        return root / f"{self.row.method}-{self.row.feature}-{digest}" / f"seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -180,8 +177,7 @@ def harden(training: Training, tower: Path) -> dict[str, Any]:
     start, source = time.process_time(), source_hash()
     trainer.train()
     record = trainer.training_record()
-    record |= {"cpu_seconds": time.process_time() - start, "learning_rate": training.learning_rate}
-    record |= {"source": source}
+    record |= {"cpu_seconds": time.process_time() - start, "learning_rate": training.learning_rate, "source": source}
     trainer.save_model(str(tower))
     write_atomically(written, json.dumps(record, indent=1) + "\n")
     return record
@@ -351,7 +347,7 @@ def main() -> None:
     parser.add_argument("--zero_shot_steps", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=2, help="towers at a time")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare-towers"), help="one folder a tower")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where results/towers.md is written")
+    parser.add_argument("--docs", type=Path, help="for results/towers.md; default docs, as in compare.py")
     args = parser.parse_args()
     for kind, given, known in (("method", args.methods, METHODS), ("feature", args.features, FEATURES)):
         if stray := [word for word in given if word not in known]:
@@ -361,6 +357,13 @@ def main() -> None:
     rows = [Row(method, feature) for method in args.methods for feature in args.features]
     shared = {"steps": args.steps, "batch_size": args.batch_size}
     test = Measuring("test", EPS, args.questions, args.attack_steps, args.restarts, args.images, args.zero_shot_steps)
+    rate = {"learning_rate": args.learning_rates[0]} if len(args.learning_rates) == 1 else {}  # else not chosen yet
+    told = {"max_steps": args.steps, "per_device_train_batch_size": args.batch_size} | rate
+    settings = {"seeds": args.seeds, "training": told, "measuring": asdict(test)}
+    try:
+        args.docs = docs_folder(args.docs, "towers", settings | {"methods": [row.label for row in (Row(), *rows)]})
+    except ValueError as error:
+        parser.error(str(error))
     rates, choice = dict.fromkeys(rows, args.learning_rates[0]), []
     if len(args.learning_rates) > 1:
         tried = [Training(row, args.seeds[0], rate, **shared) for row in rows for rate in args.learning_rates]

@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,39 @@ def command_line(recipe: str, arguments: Sequence[str]) -> str:
         elif not word.startswith(tuple(f"{name}=" for name in FOLDERS)):
             said.append(word)
     return shlex.join(["python", recipe, *said])
+
+
+def docs_folder(given: Path | None, name: str, settings: Mapping[str, Any]) -> Path:
+    """The folder that was asked for, or `docs`, where numbers are only replaced by those of the same settings.
+
+    Args:
+        given: Written to whatever it holds.
+        name: Of the comparison's JSON file in `docs/results`.
+        settings: What the new one is made with, named and nested as in that file; "methods" stands for those of its
+            rows. What the file does not tell is not compared.
+
+    Raises:
+        ValueError: If a setting is another.
+    """
+    file = Path("docs/results") / f"{name}.json"
+    if given is not None or not file.is_file():
+        return given or Path("docs")
+    published = json.loads(file.read_text(encoding="utf-8"))
+    published["methods"] = list(dict.fromkeys(row.get("method", row["label"]) for row in published["rows"]))
+    old = dict(_leaves(published))
+    for key, value in _leaves(json.loads(json.dumps(settings))):
+        if key in old and old[key] != value:
+            said = f"{key.rpartition('.')[2]} {old[key]}, not {value}"
+            raise ValueError(
+                f"{file} was made with {said}, and would be overwritten; repeat its command ({published['command']}), "
+                "or add --docs FOLDER."
+            )
+    return Path("docs")
+
+
+def _leaves(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        yield from _leaves(value, f"{path}{name}.") if isinstance(value, Mapping) else [(f"{path}{name}", value)]
 
 
 def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:

@@ -152,7 +152,7 @@ class TIMATrainer(ClassTrainer):
     the forward pass of the images; unseen class names later go through the tuned text tower. The attacker raises the
     cross-entropy without margin, with the texts held fixed.
 
-    No public code exists and the full texts were not available to us: which of this the papers state and which is our
+    No public code exists and we did not read the full texts: which of this the papers state and which is our
     reading is said line by line in docs/methods/tima.md, which also lists the readings that an option switches.
 
     Relations:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,9 +103,10 @@ def test_a_method_sees_no_image_and_no_name_of_a_held_out_class(compare, every_c
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "1"], "another --steps than the default would overwrite docs/results.md; add --docs FOLDER"),
-        (["--sweep", "--seeds", "0"], "another --seeds than the default"),
-        (["--methods", "tecoa"], "another --methods than the default"),
+        (["--steps", "1"], "was made with steps 80, not 1, and would be overwritten; repeat its command (python"),
+        (["--methods", "tecoa", "--steps", "80"], "not ['tecoa'], and would be overwritten"),
+        (["--sweep"], "sweep.json was made with seeds [0], not [0, 1, 2]"),
+        (["--sweep", "--seeds", "0"], "was made with steps 95, not 80"),
         (["--protocol", "quick", "--docs", "d"], "the page has no section 'compare-quick'"),
         (["--benchmark", "emoji"], "--benchmark emoji needs --data and --model"),
         (["--data", "somewhere", "--model", "somewhere"], "the demo brings its own"),
@@ -113,7 +115,37 @@ def test_a_method_sees_no_image_and_no_name_of_a_held_out_class(compare, every_c
     ],
 )
 def test_what_does_not_fit_a_benchmark_is_refused(compare, words, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(compare, "perform_all", lambda *_: pytest.fail("something ran"))
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
     with pytest.raises(SystemExit):
         compare.main()
     assert message in capsys.readouterr().err
+
+
+class RanError(Exception):
+    """The command came past its checks."""
+
+
+@pytest.mark.parametrize("mode", ["compare", "ablation", "sweep"])
+def test_the_published_commands_can_be_repeated(compare, mode, monkeypatch):
+    published = json.loads((ROOT / "docs" / "results" / f"{mode}.json").read_text())["command"]
+    assert_runs(compare, shlex.split(published)[2:], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "words", [["--sweep", "--docs", "d"], ["--protocol", "robustvlm", "--images", "8", "--docs", "d"]]
+)
+def test_another_folder_takes_other_settings(compare, words, monkeypatch):
+    assert_runs(compare, words, monkeypatch)
+
+
+def assert_runs(recipe, words, monkeypatch):
+    def ran(*_):
+        raise RanError
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(recipe, "perform_all", ran)
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
+    with pytest.raises(RanError):
+        recipe.main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -165,6 +166,27 @@ def test_unknown_words_are_refused(recipe, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         recipe.main()
     assert "no feature 'cls'; there are 'pooled'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (None, None),
+        ([], "towers.json was made with max_steps 100, not 140"),
+        (["--steps", "100", "--learning_rates", "2e-3"], "made with questions 150, not 250"),
+        (["--docs", "d"], None),
+    ],
+    ids=["as published", "bare", "half", "elsewhere"],
+)
+def test_published_numbers_are_replaced_by_their_like_only(recipe, words, refused, monkeypatch, capsys):
+    if words is None:
+        words = shlex.split(json.loads((ROOT / "docs" / "results" / "towers.json").read_text())["command"])[2:]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["compare_towers.py", *words])
+    monkeypatch.setattr(recipe, "perform_all", lambda *_: 1 / 0)
+    with pytest.raises(SystemExit if refused else ZeroDivisionError):
+        recipe.main()
+    assert not refused or refused in capsys.readouterr().err
 
 
 def test_other_checkpoints_have_folders_of_their_own(recipe, monkeypatch, tmp_path):
