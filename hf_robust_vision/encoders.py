@@ -167,7 +167,8 @@ def load_encoder(
     Raises:
         ValueError: If it is an adapter, another type of model, or a checkpoint with missing weights.
     """
-    name = str(name_or_path)
+    # Absolute, because models and adapters record it: read from elsewhere, "runs/clip" would look like a Hub id.
+    name = str(Path(name_or_path).absolute() if Path(name_or_path).is_dir() else name_or_path)
     _refuse_adapter(name)
     config = AutoConfig.from_pretrained(name, revision=revision)
     architectures = list(getattr(config, "architectures", None) or [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,9 @@ def load_robust_encoder(
 ) -> RobustEncoder:
     """Load what `push_robust_encoder` published, or a folder that a recipe wrote.
 
-    An adapter is merged into the model that it names. The weights of a whole model are compared with the hash in its
-    record: numbers of other weights are refused.
+    An adapter is merged into the model that it names. The weights are compared with the hash in the record. Numbers of
+    another whole model are refused; with an adapter a difference is a warning, because a merge on another kind of
+    processor may round otherwise.
 
     Args:
         name_or_path: Hub id or folder.
@@ -97,6 +99,12 @@ def load_robust_encoder(
     if (folder / ADAPTER[0]).is_file():
         encoder, base = _merged(folder)
         tokenizer = load_tokenizer(base)
+        if {result.model_sha256 for result in after} != {weights_sha256(encoder)}:
+            warnings.warn(
+                f"the adapter of {name_or_path}, merged into {base}, is not bit for bit what its numbers were measured "
+                "on: another kind of processor rounds otherwise, another original is another model; .repeat() tells.",
+                stacklevel=2,
+            )
     else:
         encoder = load_encoder(folder, dtype="auto")
         tokenizer = load_tokenizer(folder) if isinstance(encoder, CLIPEncoder) else None

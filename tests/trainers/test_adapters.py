@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import peft
 import pytest
@@ -21,6 +22,7 @@ from hf_robust_vision import (
     swap_vision_encoder,
 )
 from hf_robust_vision.encoders import attack_mode, freeze_unread, weights_sha256
+from hf_robust_vision.hub.card import is_hub_id
 from hf_robust_vision.pipeline import parse, run
 from hf_robust_vision.trainers.adapters import add_adapter
 from tests.trainers.helpers import arguments, largest_gap, make_trainer, weights
@@ -269,6 +271,18 @@ def test_swap_from_what_the_trainer_saved(saved, clip_folder):
         report = swap_vision_encoder(vlm, source)
         assert largest_gap(vlm.model.vision_tower.state_dict(), merged) < 1e-6
         report.restore()
+
+
+def test_a_local_original_is_no_hub_id_from_elsewhere(clip_folder, tmp_path, monkeypatch):
+    """Trained from "runs/clip" and pushed from another folder: the record still names this machine's folder."""
+    shutil.copytree(clip_folder, tmp_path / "runs" / "clip")
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer("runs/clip", tmp_path / "run", **LORA)
+    trainer.save_model(str(tmp_path / "model"))
+    config = peft.PeftConfig.from_pretrained(tmp_path / "model" / "adapter")
+    assert config.base_model_name_or_path == str(tmp_path / "runs" / "clip")
+    monkeypatch.chdir(tmp_path / "model")
+    assert not is_hub_id(config.base_model_name_or_path)
 
 
 def test_merge_adapter(saved, clip_folder, tmp_path):
