@@ -58,7 +58,7 @@ class PipelineArguments(DataArguments):
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    test_protocol: str = field(default="apgd-ce", metadata={"help": "Attacks of the reported numbers."})
+    test_protocol: str = field(default="robustvlm", metadata={"help": "Attacks of the reported numbers."})
     test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks."})
     test_queries: int | None = field(default=None, metadata={"help": "Queries of its black-box attack."})
     test_eps: list[Radius] = field(
