@@ -28,8 +28,20 @@ MAY_IMPORT = {
     "vlm": {"encoders", "pixels"},
     "evaluation": {"processes", "attacks", "pixels", "encoders", "text_bank", "data", "vlm"},
     "hub": {"encoders", "evaluation"},
-    "trainers": {"attacks", "pixels", "encoders", "text_bank", "data", "evaluation", "hub"},
-    "pipeline": {"processes", "attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers"},
+    "trainers": {"processes", "attacks", "pixels", "encoders", "text_bank", "data", "evaluation", "hub"},
+    "run_folder": {"processes", "trainers"},
+    "pipeline": {
+        "processes",
+        "attacks",
+        "pixels",
+        "encoders",
+        "data",
+        "vlm",
+        "evaluation",
+        "hub",
+        "trainers",
+        "run_folder",
+    },
     "cli": {"processes", "attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers", "pipeline"},
 }
 LIGHT = {"attacks": {"torch"}, "pixels": {"torch"}}
