@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,20 @@ def need_a_gpu_each(typed: str) -> None:
             f"the launcher started {local} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}; start "
             f"one process per GPU (--num_processes {gpus}), or type {typed} to run them on the CPU."
         )
+
+
+def run_alone(recipe: str) -> None:
+    """End a recipe that was started by a launcher and shares nothing out: all processes would write the same files.
+
+    Args:
+        recipe: Its file's name.
+
+    Raises:
+        SystemExit: If there are several processes; the first one says so.
+    """
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        message = f"error: {recipe} runs in one process, and a launcher started {world}; type python recipes/{recipe}"
+        sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def rank_and_world() -> tuple[int, int]:
