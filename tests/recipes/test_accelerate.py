@@ -8,10 +8,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from transformers import CLIPModel
 
 from hf_robust_vision.trainers.launchers import check_launcher
@@ -130,5 +130,22 @@ def test_the_fsdp_file_passes_our_own_check(monkeypatch):
     assert plugin.fsdp_version == 2
     accelerator = SimpleNamespace(
         mixed_precision="no", state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None)
+    )
+    check_launcher(accelerator, adapter=False)
+
+
+def test_the_deepspeed_file_passes_our_own_check(monkeypatch):
+    """The same for DeepSpeed, which need not be installed for it."""
+    file = str(ROOT / "recipes" / "accelerate" / "deepspeed_zero2.yaml")
+    args, config, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "recipe.py"]))
+    args.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)  # as its launch command does
+    _, variables = prepare_deepspeed_cmd_env(args)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero_stage == 2
+    assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto", "the recipe decides"
+    accelerator = SimpleNamespace(
+        mixed_precision="no", state=SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=plugin)
     )
     check_launcher(accelerator, adapter=False)
