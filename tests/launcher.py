@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TWO = ("-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes" / "accelerate" / "cpu_2proc.yaml")
-# Said twice over, so that a machine with GPUs does the same.
+# With `use_cpu`, so that a machine with GPUs does the same.
 SHORT = """--max_steps 1 --per_device_train_batch_size 2 --per_device_eval_batch_size 4 --attack_steps 1 --test_steps 1
 --validation_split validation --test_eps 1/255 --attack_eps 1/255 --report_to none --templates demo --logging_steps 1
 --save_strategy no --disable_tqdm true --max_test_samples 5 --use_cpu true"""
@@ -24,9 +24,9 @@ def launch(*words, **variables) -> subprocess.Popen:
 
 
 def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Exit status, and what was said on both streams; killed with its children's pipes after five minutes."""
+    """Exit status, and what was said on both streams; ended after ten minutes."""
     try:
-        said, wrong = process.communicate(timeout=300)
+        said, wrong = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.terminate()  # a launcher ends its processes
         raise
