@@ -32,6 +32,7 @@ from hf_robust_vision.evaluation.report import draw_answers
 from hf_robust_vision.evaluation.results import RobustnessResult, load_samples, save_results
 from hf_robust_vision.evaluation.vlm import VLMProtocol, attack_example, evaluate_targeted, evaluate_vqa
 from hf_robust_vision.evaluation.vlm.vqa import Question
+from hf_robust_vision.processes import run_alone
 from hf_robust_vision.trainers.config import Radius
 from hf_robust_vision.vlm.source import load_source
 
@@ -137,6 +138,7 @@ def check_inputs(tower: str) -> None:
 
 def main() -> None:
     """Measure, swap, measure, save."""
+    run_alone("swap_llava.py")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vlm", default=str(demo_checkpoint("demo-llava")), help="Folder or Hub id of the VLM.")
     parser.add_argument("--tower", default="outputs/sim-clip-demo", help="Folder or Hub id of the hardened CLIP.")
