@@ -151,7 +151,7 @@ def run(
         image_processor=load_image_processor(name, revision=options.model_revision),
         tokenizer=load_tokenizer(name, revision=options.model_revision),
     )
-    train, validation, test = load_splits(options, args.seed, encoder.transform)
+    train, validation, test = load_splits(options, args.seed, encoder.transform, measure=options.measure)
     how = RobustnessProtocol(
         get_protocol(options.test_protocol, steps=options.test_steps, queries=options.test_queries),
         tuple(float(eps) for eps in options.test_eps),
@@ -165,17 +165,17 @@ def run(
     )
     if options.overwrite and not args.resume_from_checkpoint:
         clear(output)  # only now: neither bad input nor a launcher that is refused may cost the earlier run
-    before = _measure(trainer, trainer.reference.encoder, test, how, "before") if options.measure else []
+    before = _measure(trainer, trainer.reference.encoder, test, how, "before") if test is not None else []
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
     hardened = trainer.hardened_encoder()
-    after = _measure(trainer, hardened, test, how, "after") if options.measure else []
+    after = _measure(trainer, hardened, test, how, "after") if test is not None else []
     for result in after:
         result.training = trainer.training_record()
     results = before + after
     if results:
         trainer.log(tracked_metrics(results))
-    if results and args.should_save:
+    if test is not None and args.should_save:
         if options.sanity:
             models = {"before": trainer.reference.encoder, "after": hardened}
             banked = {model: (encoder, trainer.text_bank(test, encoder)) for model, encoder in models.items()}
@@ -184,7 +184,7 @@ def run(
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
     part()  # before the upload, which is measured again by one process alone
-    if args.push_to_hub and trainer.is_world_process_zero():
+    if args.push_to_hub and test is not None and trainer.is_world_process_zero():
         _push(trainer, test)
     return results
 

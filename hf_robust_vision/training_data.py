@@ -32,11 +32,13 @@ class DataArguments:
         validation_split: Split that every choice is made on; by default drawn from `train_split`.
         validation_size: Images drawn for validation where there is no split for it.
         test_split: Split that the reported numbers come from.
-        image_column: Column of the image.
+        image_column: Column of the image; by default found.
         label_column: Column of the label.
         class_names: File of class names in the order of the labels; by default the dataset's own.
-        streaming: Stream the training split of a Hub dataset; needs `validation_split`.
+        streaming: Stream the training split of a Hub dataset; needs `validation_split`. Of the other splits nothing but
+            their own files is downloaded.
         skip_corrupt: Count and leave out images that can not be decoded.
+        max_validation_samples: Seeded subset of the validation split; all of it by default.
         max_test_samples: Seeded subset of the test split; all of it by default.
     """
 
@@ -46,47 +48,58 @@ class DataArguments:
     validation_split: str | None = field(default=None, metadata={"help": "Split for choices; default: drawn."})
     validation_size: int = field(default=1000, metadata={"help": "Images drawn for validation."})
     test_split: str = field(default="test", metadata={"help": "Split of the reported numbers."})
-    image_column: str = field(default="image", metadata={"help": "Column of the image."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the image; default: found."})
     label_column: str = field(default="label", metadata={"help": "Column of the label."})
     class_names: str | None = field(default=None, metadata={"help": "File of class names in label order."})
     streaming: bool = field(default=False, metadata={"help": "Stream the training split."})
     skip_corrupt: bool = field(default=False, metadata={"help": "Count and leave out broken images."})
+    max_validation_samples: int | None = field(default=None, metadata={"help": "Seeded subset of validation."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
 
 
 def load_splits(
-    options: DataArguments, seed: int, transform: PixelTransform
-) -> tuple[LabelledImages | StreamedImages, LabelledImages, LabelledImages]:
+    options: DataArguments, seed: int, transform: PixelTransform, *, measure: bool = True
+) -> tuple[LabelledImages | StreamedImages, LabelledImages, LabelledImages | None]:
     """Train, validation and test: disjoint, seeded, and readable to the last image.
+
+    Args:
+        options: Which data.
+        seed: Of what is drawn for validation, and of a stream's order.
+        transform: Fits each image to the tower.
+        measure: Without it the test split is not opened, and None.
 
     Raises:
         ValueError: If a split is missing, shares images with another, or holds a broken image.
     """
+    test: LabelledImages | None = None
     if options.dataset_name is None:
         train: LabelledImages | StreamedImages = load_demo("train", transform)
-        validation, test = load_demo("validation", transform), load_demo("test", transform)
+        validation, test = load_demo("validation", transform), load_demo("test", transform) if measure else None
     else:
-        named = [options.train_split, options.test_split, options.validation_split]
+        named = [options.train_split, options.validation_split, *([options.test_split] if measure else [])]
         if len(set(named)) < len(named):
             raise ValueError(
-                f"train_split, test_split and validation_split must differ, got {named}; a number measured on a "
+                f"train_split, validation_split and test_split must differ, got {named}; a number measured on a "
                 "training image says nothing."
             )
+        if options.streaming and options.validation_split is None:
+            raise ValueError("a streamed training split can not give up images: name a --validation_split.")
+        if measure:
+            test = cast(LabelledImages, _load(options, options.test_split, transform))
         train = _load(options, options.train_split, transform, streaming=options.streaming, seed=seed)
-        test = cast(LabelledImages, _load(options, options.test_split, transform))
         if options.validation_split is not None:
             validation = cast(LabelledImages, _load(options, options.validation_split, transform))
-        elif isinstance(train, StreamedImages):
-            raise ValueError("a streamed training split can not give up images: name a --validation_split.")
         else:
-            train, validation = split_off(train, options.validation_size, seed=seed, name="validation")
-    test = seeded_subset(test, options.max_test_samples, seed=0)
-    finite = [part for part in (train, validation, test) if isinstance(part, LabelledImages)]
-    check_disjoint(*finite)
-    scanned = [_without_broken(part, options.skip_corrupt) for part in finite]
-    if isinstance(train, StreamedImages):
-        return train, scanned[0], scanned[1]
-    return scanned[0], scanned[1], scanned[2]
+            whole = cast(LabelledImages, train)
+            train, validation = split_off(whole, options.validation_size, seed=seed, name="validation")
+    validation = seeded_subset(validation, options.max_validation_samples, seed=0)
+    if test is not None:
+        test = seeded_subset(test, options.max_test_samples, seed=0)
+    check_disjoint(*(part for part in (train, validation, test) if isinstance(part, LabelledImages)))
+    if isinstance(train, LabelledImages):
+        train = _without_broken(train, options.skip_corrupt)
+    validation = _without_broken(validation, options.skip_corrupt)
+    return train, validation, _without_broken(test, options.skip_corrupt) if test is not None else None
 
 
 def _load(
@@ -105,6 +118,7 @@ def _load(
         streaming=streaming,
         skip_corrupt=options.skip_corrupt,
         shuffle_seed=seed if streaming else None,
+        only_split=options.streaming,
     )
 
 
