@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hf_robust_vision.encoders import CLIPEncoder
 from hf_robust_vision.text_bank import TextBank
@@ -40,3 +41,16 @@ def masked(encoder: CLIPEncoder, kind: type[CLIPEncoder]) -> CLIPEncoder:
 def saturated(bank: TextBank) -> TextBank:
     """A logit scale at which the softmax is exactly 0 and 1 in float32, and so without slope (Carlini and Wagner 2016)."""
     return replace(bank, logit_scale=1e5)
+
+
+def rounded_tower(vlm: nn.Module) -> nn.Module:
+    """A copy of a LLaVA whose vision tower is shown about 16 levels a channel."""
+    twin = copy.deepcopy(vlm)
+    twin.model.vision_tower.register_forward_pre_hook(
+        lambda tower, args, settings: (
+            tuple((values * 4).round() / 4 for values in args),
+            settings | {key: (settings[key] * 4).round() / 4 for key in {"pixel_values"} & settings.keys()},
+        ),
+        with_kwargs=True,
+    )
+    return twin
