@@ -74,7 +74,7 @@ class Bench:
         norm: Of the measurement.
         eps: Its radii.
         steps: Its steps.
-        chance: Share of the samples that may stand where all images can be made equal.
+        chance: Share of the samples that may stand where all images can be made equal; None where the task sets none.
         chance_is: What that share is, in words.
         stronger: What to try where the attacks are too weak.
     """
@@ -83,7 +83,7 @@ class Bench:
     norm: str
     eps: Sequence[float]
     steps: int
-    chance: float
+    chance: float | None
     chance_is: str
     stronger: str
     _flags: dict[tuple[float, int], Tensor] = field(default_factory=dict)

@@ -197,10 +197,12 @@ def radii(bench: Bench) -> list[dict[str, Any]]:
     grey = check(
         "falls at a large radius",
         "At half the pixel range every image can be turned into the same grey one, which has one answer: robust accuracy "
-        f"must fall to {bench.chance_is} or below. What stands there, stands because the attack fails.",
-        curve | {"at_largest": attack[-1]},
+        f"must fall to {bench.chance_is} or below. What stands there, stands because the attack fails."
+        if bench.chance is not None
+        else "No image has to make the model do what this attacker wants, whatever the radius.",
+        curve | {"at_largest": attack[-1]} if bench.chance is not None else None,
         "at_largest",
-        most=bench.chance,
+        most=bench.chance if bench.chance is not None else 1,
     )
     larger = check(
         "larger radii help",
@@ -226,8 +228,12 @@ def lost_to_noise(bench: Bench, ball: Ball) -> Tensor:
     def worst(trial: Trial) -> Tensor:
         fooled = torch.zeros(len(trial.images), dtype=torch.bool, device=trial.images.device)
         for draw in range(NOISE_DRAWS):
-            direction = ball.ascend(trial.noise.draw(trial.images, _NOISE_RESTART + draw))
-            fooled |= trial.lost(ball.project(trial.images + ball.eps * direction, trial.images))
+            rows = (~fooled).nonzero().flatten()
+            if len(rows) == 0:
+                break
+            left = trial.take(rows)
+            direction = ball.ascend(left.noise.draw(left.images, _NOISE_RESTART + draw))
+            fooled[rows] = left.lost(ball.project(left.images + ball.eps * direction, left.images))
         return fooled
 
     return bench.each(worst)

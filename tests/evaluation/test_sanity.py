@@ -167,6 +167,31 @@ def linear(batch):
     return (batch.flatten(1) - 0.5) @ weight.T
 
 
+def test_samples_keep_their_places_in_batches_of_different_sizes():
+    """What a check finds belongs to its sample, also where only some are wanted."""
+    small, large = (
+        ClassifiedImages(
+            torch.full((2, 3, side, side), side / 10),
+            StartNoise(0, [side, -side]),
+            linear,
+            torch.tensor([0, 1]),
+            get_protocol("quick"),
+        )
+        for side in (4, 5)
+    )
+    several = Bench([small, large], "linf", HOW.eps, 40, 0.5, "half", "try harder")
+    assert len(several) == 4
+
+    def look(trial):
+        return torch.stack([trial.images.flatten(1)[:, 0], trial.labels, torch.tensor(trial.noise.ids)], 1)
+
+    whole = torch.tensor([[0.4, 0, 4], [0.4, 1, -4], [0.5, 0, 5], [0.5, 1, -5]])
+    assert torch.allclose(several.each(look), whole)
+    wanted = torch.tensor([False, True, False, False])
+    assert torch.allclose(several.each(look, wanted), whole * wanted[:, None])
+    assert several.each(look, torch.zeros(4, dtype=torch.bool)).tolist() == [False] * 4
+
+
 def test_broken_gradients_are_unusable():
     """The square root has no slope at 0: five images of 20 give gradients that are not numbers."""
 
@@ -242,9 +267,11 @@ def test_noise_is_the_worst_of_ten_draws_inside_the_ball():
     grey = bench(classify, torch.full((20, 3, 4, 4), 0.51), torch.zeros(20, dtype=torch.long))
     lost = checks.lost_to_noise(grey, LinfBall(0.1))
     assert lost.double().mean() > 0.9  # all but one in 2 ** 10
-    assert len(met) == 10 * 3  # draws times batches
     assert torch.allclose((torch.cat(met) - 0.51).abs(), torch.tensor(0.1))
+    assert 20 < len(torch.cat(met)) < 20 * 5  # what fell meets no further draw
+    met.clear()
     assert not checks.lost_to_noise(grey, LinfBall(0.005)).any()
+    assert len(met) == 10 * 3  # draws times batches
 
 
 def test_the_grey_image_bounds_every_classifier():

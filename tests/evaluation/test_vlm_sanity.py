@@ -18,7 +18,15 @@ from hf_robust_vision.evaluation.checks import same_answer
 from hf_robust_vision.evaluation.page import write_report
 from hf_robust_vision.evaluation.results import load_results, load_samples, save_results
 from hf_robust_vision.evaluation.sanity import sanity_text
-from hf_robust_vision.evaluation.vlm import VLMProtocol, check_vqa_sanity, evaluate_vqa, sanity, vlm_inputs
+from hf_robust_vision.evaluation.vlm import (
+    VLMProtocol,
+    check_targeted_sanity,
+    check_vqa_sanity,
+    evaluate_vqa,
+    sanity,
+    vlm_inputs,
+)
+from hf_robust_vision.evaluation.vlm.vqa import AnotherAnswer
 
 from .maskers import rounded_tower
 
@@ -41,6 +49,10 @@ def processor():
 @pytest.fixture(scope="module")
 def questions():
     return load_questions("test", yes_no=False, limit=12)
+
+
+def answers(inputs, rows, images):
+    return AnotherAnswer(inputs, PROMPT, rows, images)
 
 
 @pytest.fixture
@@ -73,6 +85,23 @@ def test_a_masker_is_flagged(vlm, processor, questions):
     assert report["verdict"] == "flagged"
 
 
+def test_a_chosen_text(vlm, processor):
+    """Of the honest model, and behind the masker."""
+    colours = [question for question in load_questions("test", yes_no=False, limit=60) if "color" in question.text]
+
+    def run(model, steps, **settings):
+        how = replace(HOW, eps=(64 / 255,), steps=steps, objectives=("nll",))
+        about = {"prompt": PROMPT, "max_new_tokens": 4, "samples": 6, "queries": 5}
+        return check_targeted_sanity(model, processor, colours, "blue", how, **about, **settings)
+
+    honest, masked = run(vlm, 24), run(rounded_tower(vlm), 2, surrogate=vlm)
+    assert honest["flagged"] == []
+    assert {"gradients", "stronger than noise", "as strong as a transfer"} <= set(masked["flagged"])
+    assert masked["metric"] == "targeted_success"
+    large = next(check for check in honest["checks"] if check["name"] == "falls at a large radius")
+    assert large["verdict"] == "not run"
+
+
 def test_a_random_defence_is_flagged(vlm, processor, questions):
     """Ten passes over an image are ten draws: nothing remembers the first."""
     twin = copy.deepcopy(vlm)
@@ -80,7 +109,7 @@ def test_a_random_defence_is_flagged(vlm, processor, questions):
         lambda layer, args: tuple(part + 0.1 * torch.randn(part.shape) for part in args)
     )
     with attack_mode(twin):
-        trials = sanity._pick(vlm_inputs(twin, processor), questions, HOW, PROMPT, 2)
+        trials = sanity._pick(answers, vlm_inputs(twin, processor), questions, HOW, 2)
         bench = Bench(trials, "linf", HOW.eps, HOW.steps, 0, "nothing", "try harder")
         assert same_answer(bench)["verdict"] == "flagged"
 
@@ -91,7 +120,7 @@ def test_what_is_checked_is_what_was_measured(vlm, processor, questions, measure
     (result,) = measure(how, samples_dir=tmp_path)
     records = {record.id: record for record in load_samples(tmp_path / result.samples)}
     with attack_mode(vlm):
-        trials = sanity._pick(vlm_inputs(vlm, processor), questions, replace(how, batch_size=5), PROMPT, 12)
+        trials = sanity._pick(answers, vlm_inputs(vlm, processor), questions, replace(how, batch_size=5), 12)
         bench = Bench(trials, "linf", how.eps, how.steps, 0, "nothing", "try harder")
         fell, grey = bench.white().tolist(), right_on_grey(trials)
     ids = [sample for trial in trials for sample in trial.noise.ids]
@@ -140,7 +169,7 @@ def test_bad_input(vlm, processor, questions):
     for how in (replace(HOW, steps=0), replace(HOW, eps=(0.0,))):
         with pytest.raises(ValueError, match="nothing to check"):
             run(how)
-    with pytest.raises(ValueError, match="none of 12 questions rightly"):
+    with pytest.raises(ValueError, match="all of 12 samples are lost"):
         run(asked=[replace(question, answer="nonsense") for question in questions])
     other = vlm_inputs(vlm, processor)
     other.transform = replace(other.transform, resize=(32, 32), crop=None)

@@ -1,9 +1,9 @@
-"""Sanity checks of what a vision-language model answers under attack."""
+"""Sanity checks of what a vision-language model says under attack: its answers, and chosen texts."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,46 +20,55 @@ from hf_robust_vision.pixels import check_images
 
 from .inputs import VLMInputs, vlm_inputs
 from .protocol import OBJECTIVES, VLMProtocol
-from .run import same_size, start_noise, strike
+from .run import Sample, same_size, start_noise, strike
+from .targeted import ChosenText
 from .vqa import AnotherAnswer, Question, plain
 
 
 NLL, MARGIN = (Attack(kind, objective=kind) for kind in OBJECTIVES)
+MakeGoal = Callable[[VLMInputs, Sequence[Any], Tensor], AnotherAnswer | ChosenText]
 
 
 @dataclass(frozen=True)
-class AnsweredImages(Trial):
-    """Images about which a model answers a question rightly.
+class ShownImages(Trial):
+    """Images about which a model says what it should.
 
     Args:
         goal: What an attacker wants of a batch.
-        rows: Which of the batch.
-        how: Which attacks it meets.
+        batch: Its samples.
+        rows: Which of them.
+        how: Which attacks they meet.
     """
 
-    goal: AnotherAnswer
+    goal: AnotherAnswer | ChosenText
+    batch: Sequence[Any]
     rows: Tensor
     how: VLMProtocol
 
     @property
+    def samples(self) -> list[Any]:
+        """Those of the batch that are on trial."""
+        return [self.batch[row] for row in self.rows.tolist()]
+
+    @property
     def loss(self) -> Objective:
-        """Negative log-likelihood of the right answer."""
+        """Negative log-likelihood of the text."""
         return self.goal.aim(NLL, self.rows)[0]
 
     @property
     def margin(self) -> Objective:
-        """Best other token minus the right one, at the weakest token."""
+        """Best other token minus the text's, at its weakest token."""
         return self.goal.aim(MARGIN, self.rows)[0]
 
     @property
     def fooled(self) -> Success:
-        """Another answer is generated."""
+        """Where an attack stops."""
         _, fooled = self.goal.aim(NLL, self.rows)
         assert fooled is not None
         return fooled
 
     def scores(self, images: Tensor) -> Tensor:
-        """Logits at each token of the right answer, in the precision of the model."""
+        """Logits at each token of the text, in the precision of the model."""
         return self.goal.task.take(self.rows).logits(images).to(self.goal.inputs.dtype)
 
     def attack(self, ball: Ball, steps: int) -> Tensor:
@@ -79,10 +88,9 @@ class AnsweredImages(Trial):
 
     def lost(self, images: Tensor) -> Tensor:
         """By what `generate` says."""
-        verdicts = self.goal.judged(self.rows.tolist(), images)
-        return torch.tensor([verdict.lost for verdict in verdicts], device=images.device)
+        return torch.tensor([verdict.lost for verdict in self.goal.judge(self.rows, images)], device=images.device)
 
-    def take(self, rows: Tensor) -> AnsweredImages:
+    def take(self, rows: Tensor) -> ShownImages:
         """See `Trial.take`."""
         return replace(self, images=self.images[rows], noise=self.noise.take(rows), rows=self.rows[rows])
 
@@ -128,77 +136,154 @@ def check_vqa_sanity(
         ValueError: As in `evaluate_vqa`; or if there is no step or radius above 0, no question is answered rightly, or
             the surrogate sees images of another size.
     """
+
+    def commonest(asked: Sequence[Question]) -> float:
+        return max(Counter(plain(question.answer) for question in asked).values()) / len(asked)
+
+    return _check(
+        lambda inputs, rows, images: AnotherAnswer(inputs, prompt, rows, images),
+        vlm_inputs(vlm, processor),
+        vlm_inputs(surrogate, surrogate_processor or processor) if surrogate is not None else None,
+        questions,
+        how,
+        samples,
+        queries,
+        commonest,
+        metric="answer accuracy",
+    )
+
+
+def check_targeted_sanity(
+    vlm: nn.Module,
+    processor: Any,
+    shown: Sequence[Sample],
+    target: str,
+    how: VLMProtocol,
+    *,
+    prompt: str,
+    max_new_tokens: int = 64,
+    surrogate: nn.Module | None = None,
+    surrogate_processor: Any = None,
+    samples: int = 40,
+    queries: int = 200,
+) -> dict[str, Any]:
+    """The same for a result of `evaluate_targeted`: the samples are those on which the target is not said anyway.
+
+    No image has to make a model say a target, so robust accuracy has no level that it must fall to at a large radius,
+    and that check is not run. A target that the model can not be made to say at all fails "stronger than noise":
+    nothing tells an attack that does not work from a model that resists.
+
+    Args:
+        vlm: As in `check_vqa_sanity`.
+        processor: As in `check_vqa_sanity`.
+        shown: What `evaluate_targeted` was given as samples.
+        target: What the attacker wants to hear.
+        how: How it was measured.
+        prompt: With which it was asked.
+        max_new_tokens: Of the generated text.
+        surrogate: As in `check_vqa_sanity`.
+        surrogate_processor: As in `check_vqa_sanity`.
+        samples: How many to look at.
+        queries: As in `check_vqa_sanity`.
+
+    Raises:
+        TypeError: As in `evaluate_vqa`.
+        ValueError: As in `evaluate_targeted` and `check_vqa_sanity`.
+    """
+    return _check(
+        lambda inputs, rows, images: ChosenText(inputs, prompt, rows, images, target.strip(), max_new_tokens),
+        vlm_inputs(vlm, processor),
+        vlm_inputs(surrogate, surrogate_processor or processor) if surrogate is not None else None,
+        shown,
+        how,
+        samples,
+        queries,
+        None,
+        metric="targeted_success",
+    )
+
+
+def _check(
+    make_goal: MakeGoal,
+    inputs: VLMInputs,
+    other: VLMInputs | None,
+    samples: Sequence[Any],
+    how: VLMProtocol,
+    count: int,
+    queries: int,
+    luck: Callable[[Sequence[Any]], float] | None,
+    *,
+    metric: str,
+) -> dict[str, Any]:
     if how.steps == 0 or max(how.eps) == 0:
         raise ValueError(f"nothing to check: {how.steps} steps at eps {list(how.eps)} follow no gradient.")
-    inputs = vlm_inputs(vlm, processor)
-    other = vlm_inputs(surrogate, surrogate_processor or processor) if surrogate is not None else None
-    with attack_mode(vlm), attack_mode(surrogate) if surrogate is not None else nullcontext():
-        trials = _pick(inputs, questions, how, prompt, samples)
-        asked = [trial.goal.questions[row] for trial in trials for row in trial.rows.tolist()]
-        if other is not None:
-            _check_size(inputs, other, asked[0])
-        commonest = max(Counter(plain(question.answer) for question in asked).values()) / len(asked)
+    if other is not None and samples:
+        _check_size(inputs, other, samples[0])
+
+    def carried(trial: ShownImages) -> Objective:
+        assert other is not None
+        goal = make_goal(other, trial.samples, trial.images)
+        return goal.aim(NLL, torch.arange(len(trial.images), device=other.device))[0]
+
+    def adaptive(trial: ShownImages, ball: Ball, steps: int) -> Tensor:
+        margin = replace(how, steps=steps, restarts=1, objectives=("margin",), algorithm="apgd")
+        return trial.attack_with(margin, ball)
+
+    with attack_mode(inputs.vlm), attack_mode(other.vlm) if other is not None else nullcontext():
+        trials = _pick(make_goal, inputs, samples, how, count)
+        asked = [sample for trial in trials for sample in trial.samples]
         bench = Bench(
             trials,
             how.norm,
             how.eps,
             steps=how.steps,
-            chance=max(right_on_grey(trials), commonest),
+            chance=max(right_on_grey(trials), luck(asked)) if luck is not None else None,
             chance_is="what is right on a grey image, or the share of the commonest answer,",
             stronger="raise steps and restarts, attack both objectives",
         )
-
-        def carried(trial: AnsweredImages) -> Objective:
-            assert other is not None
-            part = [trial.goal.questions[row] for row in trial.rows.tolist()]
-            goal = AnotherAnswer(other, prompt, part, trial.images)
-            return goal.aim(NLL, torch.arange(len(part), device=other.device))[0]
-
         return run_checks(
             bench,
             other=OtherLoss(
-                "APGD on the margin of the answer's weakest token, which no scale of the logits changes, must find next "
-                "to nothing that the attacks missed. Where it does, they follow the wrong loss, or steps of the wrong "
+                "APGD on the margin of the text's weakest token, which no scale of the logits changes, must find next to "
+                "nothing that the attacks missed. Where it does, they follow the wrong loss, or take steps of the wrong "
                 'size: take both objectives, and algorithm="apgd".',
-                lambda trial, ball, steps: trial.attack_with(
-                    replace(how, steps=steps, restarts=1, objectives=("margin",), algorithm="apgd"), ball
-                ),
+                adaptive,
             ),
             queries=queries,
             surrogate=carried if other is not None else None,
-            metric="answer accuracy",
+            metric=metric,
             protocol=how.name,
             seed=how.seed,
         )
 
 
 def _pick(
-    inputs: VLMInputs, questions: Sequence[Question], how: VLMProtocol, prompt: str, samples: int
-) -> list[AnsweredImages]:
-    """The first rightly answered questions in a seeded order, in batches of one image size."""
-    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(how.seed)).tolist()
-    trials: list[AnsweredImages] = []
-    wanted = samples
+    make_goal: MakeGoal, inputs: VLMInputs, samples: Sequence[Any], how: VLMProtocol, wanted: int
+) -> list[ShownImages]:
+    """The first samples, in a seeded order, that are not lost before any attack, in batches of one image size."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(how.seed)).tolist()
+    trials: list[ShownImages] = []
     for start in range(0, len(order), how.batch_size):
-        batch = [questions[index] for index in order[start : start + how.batch_size]]
-        for part, raw in same_size([question.pixels(inputs) for question in batch]):
-            images = check_images(raw).to(inputs.device)
-            goal = AnotherAnswer(inputs, prompt, [batch[place] for place in part], images)
-            right = [row for row, verdict in enumerate(goal.clean) if not verdict.lost][:wanted]
+        chunk = [samples[index] for index in order[start : start + how.batch_size]]
+        for part, raw in same_size([sample.pixels(inputs) for sample in chunk]):
+            images, batch = check_images(raw).to(inputs.device), [chunk[place] for place in part]
+            goal = make_goal(inputs, batch, images)
+            verdicts = goal.judge(torch.arange(len(batch), device=inputs.device), images)
+            right = [row for row, verdict in enumerate(verdicts) if not verdict.lost][:wanted]
             if right:
                 rows = torch.tensor(right, device=inputs.device)
-                noise = StartNoise(how.seed, [batch[part[row]].id for row in right])
-                trials.append(AnsweredImages(images[rows], noise, goal, rows, how))
+                noise = StartNoise(how.seed, [batch[row].id for row in right])
+                trials.append(ShownImages(images[rows], noise, goal, batch, rows, how))
                 wanted -= len(right)
         if wanted == 0:
             break
     if not trials:
-        raise ValueError(f"the model answers none of {len(questions)} questions rightly: there is nothing to attack.")
+        raise ValueError(f"all of {len(samples)} samples are lost before any attack: there is nothing to attack.")
     return trials
 
 
-def _check_size(inputs: VLMInputs, other: VLMInputs, question: Question) -> None:
-    ours, theirs = (tuple(question.pixels(one).shape[1:]) for one in (inputs, other))
+def _check_size(inputs: VLMInputs, other: VLMInputs, sample: Sample) -> None:
+    ours, theirs = (tuple(sample.pixels(one).shape[1:]) for one in (inputs, other))
     if ours != theirs:
         raise ValueError(
             f"the surrogate sees images of {theirs[0]} x {theirs[1]} pixels, the model of {ours[0]} x {ours[1]}: images "
