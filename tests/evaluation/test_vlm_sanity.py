@@ -85,21 +85,24 @@ def test_a_masker_is_flagged(vlm, processor, questions):
     assert report["verdict"] == "flagged"
 
 
-def test_a_chosen_text(vlm, processor):
-    """Of the honest model, and behind the masker."""
+def check_target(vlm, processor, steps, **settings):
     colours = [question for question in load_questions("test", yes_no=False, limit=60) if "color" in question.text]
+    how = replace(HOW, eps=(64 / 255,), steps=steps)
+    about = {"prompt": PROMPT, "max_new_tokens": 4, "queries": 5}
+    return check_targeted_sanity(vlm, processor, colours, "blue", how, **about, **settings)
 
-    def run(model, steps, **settings):
-        how = replace(HOW, eps=(64 / 255,), steps=steps, objectives=("nll",))
-        about = {"prompt": PROMPT, "max_new_tokens": 4, "samples": 6, "queries": 5}
-        return check_targeted_sanity(model, processor, colours, "blue", how, **about, **settings)
 
-    honest, masked = run(vlm, 24), run(rounded_tower(vlm), 2, surrogate=vlm)
-    assert honest["flagged"] == []
-    assert {"gradients", "stronger than noise", "as strong as a transfer"} <= set(masked["flagged"])
-    assert masked["metric"] == "targeted_success"
-    large = next(check for check in honest["checks"] if check["name"] == "falls at a large radius")
+def test_a_chosen_text_behind_a_masker_is_flagged(vlm, processor):
+    report = check_target(rounded_tower(vlm), processor, 2, samples=4, surrogate=vlm)
+    assert {"gradients", "stronger than noise", "as strong as a transfer"} <= set(report["flagged"])
+    assert report["metric"] == "targeted_success"
+    large = next(check for check in report["checks"] if check["name"] == "falls at a large radius")
     assert large["verdict"] == "not run"
+
+
+@pytest.mark.slow
+def test_a_chosen_text_of_the_honest_model_is_not_flagged(vlm, processor):
+    assert check_target(vlm, processor, 40, samples=12)["flagged"] == []
 
 
 def test_a_random_defence_is_flagged(vlm, processor, questions):
