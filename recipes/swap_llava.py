@@ -29,6 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hf_robust_vision import swap_vision_encoder
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
+from hf_robust_vision.evaluation.checks import not_run
 from hf_robust_vision.evaluation.report import draw_answers
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results
 from hf_robust_vision.evaluation.sanity import sanity_text
@@ -89,7 +90,10 @@ def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> l
     targeted = {"group": "targeted", "max_new_tokens": 8, **shared}
     attacked = evaluate_vqa(vlm, processor, asked, how, group="colour/shape", **shared)
     if args.sanity:
-        sanity = check_vqa_sanity(vlm, processor, asked, how, prompt=args.prompt)
+        try:
+            sanity = check_vqa_sanity(vlm, processor, asked, how, prompt=args.prompt)
+        except ValueError as error:  # nothing to check is no reason to lose what was measured
+            sanity = not_run(error)
         attacked = [replace(result, sanity=sanity) for result in attacked]
     return [
         *attacked,

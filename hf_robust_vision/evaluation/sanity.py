@@ -186,20 +186,16 @@ def add_sanity(
 
 
 def sanity_text(results: Sequence[RobustnessResult]) -> str:
-    """A line for each model, dataset and metric whose results were checked."""
-    found = {
-        (
-            result.model,
-            result.dataset,
-            "" if result.metric == "accuracy" else f", {result.metric.replace('_', ' ')}",
-        ): (result.sanity)
-        for result in results
-        if result.sanity is not None
-    }
+    """A line for each model, dataset, group and metric whose results were checked."""
+    found = {}
+    for result in results:
+        if result.sanity is not None:
+            metric = "" if result.metric == "accuracy" else f", {result.metric.replace('_', ' ')}"
+            group = "" if result.group == "all" else f", {result.group}"
+            found[f"{result.model} on {result.dataset}{group}{metric}"] = result.sanity
     return "\n".join(
-        f"sanity checks, {model} on {dataset}{metric}: "
-        f"{sanity.get('why') or ', '.join(sanity['flagged']) or 'all passed'}"
-        for (model, dataset, metric), sanity in found.items()
+        f"sanity checks, {what}: {sanity.get('why') or ', '.join(sanity['flagged']) or 'all passed'}"
+        for what, sanity in found.items()
     )
 
 

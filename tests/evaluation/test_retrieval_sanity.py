@@ -65,7 +65,8 @@ def numbers(report):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_honest_model_is_not_flagged(demo, tokenizer, gallery, direction):
     """Nor nearly: everything falls long before the steps are spent, and noise is far behind."""
-    report = check_retrieval_sanity(demo, tokenizer, gallery, HOW, direction=direction, samples=12, queries=10)
+    how = replace(HOW, eps=(32 / 255, 64 / 255))
+    report = check_retrieval_sanity(demo, tokenizer, gallery, how, direction=direction, samples=12, queries=10)
     assert report["flagged"] == []
     assert (report["verdict"], report["num_samples"]) == ("passed", 12)
     found = numbers(report)

@@ -66,9 +66,10 @@ def measure(vlm, processor, questions):
 
 def test_the_honest_model_is_not_flagged(vlm, processor, questions):
     """Nor nearly: everything falls long before the steps are spent, and noise is far behind."""
-    report = check_vqa_sanity(vlm, processor, questions, HOW, prompt=PROMPT, samples=12, queries=10)
+    how = replace(HOW, eps=(32 / 255, 64 / 255), steps=8)
+    report = check_vqa_sanity(vlm, processor, questions, how, prompt=PROMPT, samples=12, queries=10)
     assert report["flagged"] == []
-    assert (report["verdict"], report["num_samples"], report["protocol"]) == ("passed", 12, "vlm-pgd-4")
+    assert (report["verdict"], report["num_samples"], report["protocol"]) == ("passed", 12, "vlm-pgd-8")
     found = {check["name"]: check["numbers"] for check in report["checks"]}
     assert found["steps converged"]["robust"][-2:] == [0, 0]
     assert found["falls at a large radius"]["at_largest"] == 0
