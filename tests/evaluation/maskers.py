@@ -46,11 +46,6 @@ def saturated(bank: TextBank) -> TextBank:
 def rounded_tower(vlm: nn.Module) -> nn.Module:
     """A copy of a LLaVA whose vision tower is shown about 16 levels a channel."""
     twin = copy.deepcopy(vlm)
-    twin.model.vision_tower.register_forward_pre_hook(
-        lambda tower, args, settings: (
-            tuple((values * 4).round() / 4 for values in args),
-            settings | {key: (settings[key] * 4).round() / 4 for key in {"pixel_values"} & settings.keys()},
-        ),
-        with_kwargs=True,
-    )
+    first = next(layer for layer in twin.model.vision_tower.modules() if isinstance(layer, nn.Conv2d))
+    first.register_forward_pre_hook(lambda layer, args: (args[0] * 4).round() / 4)
     return twin
