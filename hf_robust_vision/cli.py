@@ -113,6 +113,7 @@ def _evaluation_commands(commands: Any) -> None:
     evaluate.add_argument("--save_examples", type=int, default=4, metavar="N", help="images kept for the report")
     evaluate.add_argument("--save_adversarial", action="store_true", help="keep the images of all samples")
     evaluate.add_argument("--sanity", action="store_true", help="check the numbers for gradient masking")
+    evaluate.add_argument("--surrogate", help="model whose adversarial images the sanity checks try, too")
     evaluate.add_argument("--corruptions", action="store_true", help="accuracy on corrupted images, too")
     report = commands.add_parser("report", help="results to a Markdown page and one self-contained HTML file")
     report.set_defaults(run=_report)
@@ -160,10 +161,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         examples=args.save_examples,
         save_adversarial=args.save_adversarial,
         sanity=args.sanity,
+        surrogate=args.surrogate,
         corruptions=args.corruptions,
     )
     if rank_and_world()[0] == 0:
-        print(results_text(results))
+        print(how, results_text(results), sep="\n")
         if args.sanity:
             print(sanity_text(results))
         print(*write_report([args.output_dir], args.output_dir), sep="\n")

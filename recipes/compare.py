@@ -3,12 +3,14 @@
     python recipes/compare.py                # the comparison, on test images
     python recipes/compare.py --ablation     # what TIMA's parts do, on validation images
     python recipes/compare.py --sweep        # TIMA's weights, on validation images
+    python recipes/compare.py --protocol robustvlm --eps 8/255 --images 128    # a stronger attack on the same towers
     python recipes/compare.py --benchmark emoji --data outputs/emoji --model outputs/emoji-clip
 
 Some classes are held out, of the demo six colour-shape combinations: neither their images nor their names take part in
 fine-tuning. All methods share the data, the seeds, the optimiser, the schedule, the updates and the steps of the
-attack, and differ in nothing but their two functions. Zero-shot classification is over all names. A finished run is
-read back from its folder, so an interrupted command goes on when repeated. Nothing else writes `docs/results.md`.
+attack, and differ in nothing but their two functions. Zero-shot classification is over all names. What is trained or
+measured is read back from its folder, so an interrupted command goes on when repeated, and another measurement trains
+nothing anew. Nothing else writes `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +38,8 @@ from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.benchmarks import Benchmark, demo_benchmark, emoji_benchmark
 from hf_robust_vision.data.splits import only_classes, seeded_subset
 from hf_robust_vision.data.templates import get_templates
-from hf_robust_vision.encoders import Encoder, load_encoder, weights_sha256
-from hf_robust_vision.evaluation.comparison import paired_interval, write_page
+from hf_robust_vision.encoders import Encoder, load_encoder, load_tokenizer, weights_sha256
+from hf_robust_vision.evaluation.comparison import TITLES, command_line, paired_interval, write_page
 from hf_robust_vision.evaluation.results import (
     RESULTS_FILE,
     RobustnessResult,
@@ -47,26 +48,24 @@ from hf_robust_vision.evaluation.results import (
     save_results,
     source_hash,
     versions,
+    write_atomically,
 )
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.text_bank import make_text_bank
+from hf_robust_vision.trainers.config import Radius
 
 
 CHALLENGERS = ("tima", "tima-no-gate")
-PUBLISHED = ("methods", "seeds", "steps", "batch_size", "learning_rate", "images", "eval_steps")
+PUBLISHED = ("methods", "seeds", "steps", "batch_size", "learning_rate", "images", "eval_steps", "protocol", "eps")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What all methods share; together with a method's options it names the folder of a run."""
+    """The fine-tuning that all methods share; together with a method's options it names the folder of a tower."""
 
     steps: int
     batch_size: int
     learning_rate: float
-    images: int
-    eval_steps: int
-    eps: tuple[float, ...]
-    split: str
 
     def training(self, benchmark: Benchmark) -> dict[str, Any]:
         """As arguments of a trainer."""
@@ -85,29 +84,51 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """The measurement that all towers share."""
+
+    protocol: str
+    eval_steps: int
+    images: int
+    eps: tuple[float, ...]
+    split: str
+
+    def how(self) -> RobustnessProtocol:
+        """One start of each attack."""
+        return RobustnessProtocol(
+            get_protocol(self.protocol, steps=self.eval_steps, restarts=1), self.eps, batch_size=64
+        )
+
+
+@dataclass(frozen=True)
 class Run:
     """One method with one seed on a benchmark."""
 
     method: Method
     seed: int
     budget: Budget
+    measuring: Measuring
     benchmark: Benchmark
     root: Path
+    source: str
 
     @property
-    def folder(self) -> Path:
-        """Named by a hash of every setting, so that a run is only reused for the same settings."""
-        budget = self.budget
-        shared = {"images": budget.images, "split": budget.split, "eval_steps": budget.eval_steps, "eps": budget.eps}
+    def tower(self) -> Path:
+        """Folder named by a hash of every setting, so that a tower is only used again for the same settings."""
+        shared: dict[str, Any] = {}
         if self.method.trainer:  # a default that changes makes another run, too
             defaults = {item.name: item.default for item in fields(self.method.trainer.args_class)}
             shared |= {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
-            shared |= budget.training(self.benchmark) | dict(self.method.options)
-        if self.benchmark.fingerprint:
-            shared["benchmark"] = self.benchmark.fingerprint
-        content = json.dumps(shared, sort_keys=True).encode()
+            shared |= self.budget.training(self.benchmark) | dict(self.method.options)
+        shared["benchmark"] = [self.benchmark.fingerprint, *self.benchmark.class_names]
+        shared["prompts"] = get_templates(self.benchmark.templates)
         name = self.method.trainer.__name__ if self.method.trainer else "undefended"
-        return self.root / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}" / f"seed{self.seed}"
+        return self.root / f"{name}-{_digest(shared)}" / f"seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Below the tower's, named by a hash of what is measured."""
+        return self.tower / f"{self.measuring.split}-{_digest(asdict(self.measuring))}"
 
 
 def perform(run: Run) -> list[RobustnessResult]:
@@ -116,43 +137,52 @@ def perform(run: Run) -> list[RobustnessResult]:
         return load_results(run.folder)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    benchmark = run.benchmark
-    processor = AutoProcessor.from_pretrained(benchmark.checkpoint)
-    encoder = load_encoder(benchmark.checkpoint)
-    record: dict[str, Any] = {"method": "none", "seed": run.seed, "cpu_seconds": 0.0, "wall_seconds": 0.0}
-    if run.method.trainer is not None:
-        train = benchmark.training_images(encoder.transform)
-        quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-        settings = run.budget.training(benchmark) | quiet | dict(run.method.options)
-        settings |= {"use_cpu": True, "seed": run.seed}
-        args = run.method.trainer.args_class(output_dir=str(run.folder), **settings)
-        trainer = run.method.trainer(encoder, args, train_dataset=train, processing_class=processor)
-        trainer.remove_callback(PrinterCallback)
-        wall, cpu = time.time(), time.process_time()
-        trainer.train()
-        record = trainer.training_record()
-        record |= {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.time() - wall}
-        trainer.save_model(str(run.folder))
-        encoder = trainer.model
-    results = measure(encoder, processor.tokenizer, run)
+    record = harden(run)
+    source = run.tower if run.method.trainer else run.benchmark.checkpoint
+    results = measure(load_encoder(source), load_tokenizer(source), run)
     for result in results:
-        result.training = record | {"source": source_hash()}
+        result.training = record
     save_results(results, run.folder)
     return results
 
 
+def harden(run: Run) -> dict[str, Any]:
+    """Train and save a tower, and tell how it was made."""
+    record: dict[str, Any] = {"method": "none", "seed": run.seed, "cpu_seconds": 0.0, "wall_seconds": 0.0}
+    if run.method.trainer is None:
+        return record | {"source": run.source}
+    if (written := run.tower / "training.json").is_file():
+        return dict(json.loads(written.read_text()))
+    benchmark = run.benchmark
+    encoder = load_encoder(benchmark.checkpoint)
+    train = benchmark.training_images(encoder.transform)
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    settings = run.budget.training(benchmark) | quiet | dict(run.method.options)
+    settings |= {"use_cpu": True, "seed": run.seed}
+    args = run.method.trainer.args_class(output_dir=str(run.tower), **settings)
+    processor = AutoProcessor.from_pretrained(benchmark.checkpoint)
+    trainer = run.method.trainer(encoder, args, train_dataset=train, processing_class=processor)
+    trainer.remove_callback(PrinterCallback)
+    wall, cpu = time.time(), time.process_time()
+    trainer.train()
+    record = trainer.training_record() | {"source": run.source}
+    record |= {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.time() - wall}
+    trainer.save_model(str(run.tower))
+    write_atomically(written, json.dumps(record, indent=1) + "\n")
+    return record
+
+
 def measure(encoder: Encoder, tokenizer: Any, run: Run) -> list[RobustnessResult]:
     """Clean and robust accuracy over all class names, for the images of each group of classes."""
-    budget, benchmark = run.budget, run.benchmark
-    how = RobustnessProtocol(get_protocol("apgd-ce", steps=budget.eval_steps), budget.eps, batch_size=64)
+    measuring, benchmark = run.measuring, run.benchmark
     bank = make_text_bank(encoder, tokenizer, benchmark.class_names, get_templates(benchmark.templates))
     results = []
     for group, names in benchmark.groups().items():
-        part = only_classes(benchmark.load(budget.split, encoder.transform), names)
-        part = seeded_subset(part, budget.images, seed=0)
+        part = only_classes(benchmark.load(measuring.split, encoder.transform), names)
+        part = seeded_subset(part, measuring.images, seed=0)
         name = "after" if run.method.trainer else "before"
         found = evaluate_zero_shot(
-            encoder, bank, part, how, model_name=name, samples_dir=run.folder / group, progress=False
+            encoder, bank, part, measuring.how(), model_name=name, samples_dir=run.folder / group, progress=False
         )
         for result in found:
             result.group, result.samples = group, f"{group}/{result.samples}"
@@ -179,7 +209,7 @@ def perform_all(runs: Sequence[Run], jobs: int) -> dict[Run, list[RobustnessResu
                 print(f"{line}failed: {error}", file=sys.stderr, flush=True)
                 continue
             done[run] = future.result()
-            at = {row.group: row for row in done[run] if row.eps == run.benchmark.attack_eps}
+            at = {row.group: row for row in done[run] if row.eps == max(run.measuring.eps)}
             numbers = [
                 f"{group} {100 * r.clean_accuracy:.1f} / {100 * r.robust_accuracy:.1f}" for group, r in at.items()
             ]
@@ -242,25 +272,30 @@ def report(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str,
     some = next(iter(done))
     result, benchmark = done[some][0], some.benchmark
     content = {
-        "command": shlex.join(["python", "recipes/compare.py", *sys.argv[1:]]),
+        "command": command_line("recipes/compare.py", sys.argv[1:]),
         "mode": mode,
         "about": benchmark.about,
-        "split": some.budget.split,
-        "budget": asdict(some.budget) | {"training": some.budget.training(benchmark)},
+        "split": some.measuring.split,
+        "budget": asdict(some.budget) | asdict(some.measuring) | {"training": some.budget.training(benchmark)},
         "seeds": sorted({run.seed for run in done if run.method.trainer}),
+        "attacks": result.attacks,
         "protocol": result.attacks[0] | {"eps": [pretty_eps(r) for r in done[some] if r.group == "seen"]},
         "unseen": benchmark.unseen,
         "hashes": {"start": weights_sha256(load_encoder(benchmark.checkpoint)), "prompts": result.template_hash},
         "versions": versions(),
         "rows": summary(done, methods),
     }
-    if some.budget.split == "test":
+    if some.measuring.split == "test":
         both = [[methods[name] for name in names if name in methods] for names in (CHALLENGERS, RIVALS)]
         content["paired"] = [row for one, other in product(*both) for row in pairs(done, one, other)]
     elif "tima" in methods:  # what a change of TIMA brings
         others = [method for name, method in methods.items() if name != "tima"]
         content["paired"] = [row for other in others for row in pairs(done, other, methods["tima"])]
     return content
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def words(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -284,6 +319,10 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--images", type=int, default=256, help="at most so many images of each group")
     parser.add_argument("--eval_steps", type=int, default=20, help="steps of the measuring attack")
+    parser.add_argument("--protocol", default="apgd-ce", help="of that attack; another has a section of its own")
+    parser.add_argument(
+        "--eps", nargs="+", type=lambda text: float(Radius(text)), help="radii; default: the benchmark's"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="one folder a run")
     parser.add_argument(
@@ -310,12 +349,14 @@ def main() -> None:
     eps, split = benchmark.eps, "test"
     if args.ablation or args.sweep:  # a choice is made on validation, at the training radius and an unseen one
         eps, split = (benchmark.attack_eps, 2 * benchmark.attack_eps), "validation"
-    budget = Budget(
-        args.steps, args.batch_size, args.learning_rate, args.images, args.eval_steps, eps=eps, split=split
-    )
-    start = time.time()
+    mode += "" if args.protocol == "apgd-ce" else f"-{args.protocol}"
+    if mode not in TITLES:
+        parser.error(f"the page has no section {mode!r}; it has {', '.join(map(repr, TITLES))}.")
+    budget = Budget(args.steps, args.batch_size, args.learning_rate)
+    measuring = Measuring(args.protocol, args.eval_steps, args.images, tuple(args.eps or eps), split)
+    start, source = time.time(), source_hash()  # of the code as it starts, whatever is edited meanwhile
     runs = [
-        Run(method, seed, budget, benchmark, args.output_dir)
+        Run(method, seed, budget, measuring, benchmark, args.output_dir, source)
         for seed in args.seeds
         for method in rows.values()
         if method.trainer or seed == args.seeds[0]

@@ -17,7 +17,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -39,7 +38,7 @@ from hf_robust_vision.data.demo_questions import PROMPT, load_questions
 from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import FEATURES, load_encoder, weights_sha256
-from hf_robust_vision.evaluation.comparison import paired_interval
+from hf_robust_vision.evaluation.comparison import command_line, paired_interval
 from hf_robust_vision.evaluation.results import (
     RESULTS_FILE,
     RobustnessResult,
@@ -178,11 +177,11 @@ def harden(training: Training, tower: Path) -> dict[str, Any]:
         processing_class=AutoProcessor.from_pretrained(demo_checkpoint()),
     )
     trainer.remove_callback(PrinterCallback)
-    start = time.process_time()
+    start, source = time.process_time(), source_hash()
     trainer.train()
     record = trainer.training_record()
     record |= {"cpu_seconds": time.process_time() - start, "learning_rate": training.learning_rate}
-    record |= {"source": source_hash()}
+    record |= {"source": source}
     trainer.save_model(str(tower))
     write_atomically(written, json.dumps(record, indent=1) + "\n")
     return record
@@ -374,7 +373,7 @@ def main() -> None:
     found = perform_all(everything, test, args.output_dir, args.jobs)
     done = {training: found[training] for training in everything}  # in the order of the tables
     content = {
-        "command": shlex.join(["python", "recipes/compare_towers.py", *sys.argv[1:]]),
+        "command": command_line("recipes/compare_towers.py", sys.argv[1:]),
         "seeds": args.seeds,
         "training": trainings[0].arguments(),
         "measuring": asdict(test),

@@ -92,7 +92,7 @@ def main() -> None:
             examples=args.save_examples,
         )
         if rank_and_world()[0] == 0:
-            print(results_text(results))
+            print(how, results_text(results), sep="\n")
             print(*write_report([output_dir], output_dir), sep="\n")
         part()
     except (ValueError, OSError) as error:

@@ -5,7 +5,8 @@ The demo, offline, with the tower that `recipes/sim_clip.py` left behind:
     python recipes/swap_llava.py --tower outputs/sim-clip-demo
 
 It prints one table (answer accuracy clean and attacked, before and after; feature drift), and saves a stock VLM folder
-with `swap_report.json`, `robustness.json` and a picture of one image, its perturbation and the answers.
+with `swap_report.json`, `robustness.json` and a picture of one image, its perturbation and the answers: of the first
+question that the swap repairs, if there is one.
 
 `--target blue` also measures how often an attacker makes the model say a chosen text, before and after.
 `--check_attack` measures nothing of this: it shows that the attack is a real one, by its accuracy over steps and eps on
@@ -31,7 +32,7 @@ from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
 from hf_robust_vision.evaluation.checks import not_run
 from hf_robust_vision.evaluation.report import draw_answers
-from hf_robust_vision.evaluation.results import RobustnessResult, save_results
+from hf_robust_vision.evaluation.results import RobustnessResult, load_samples, save_results
 from hf_robust_vision.evaluation.sanity import sanity_text
 from hf_robust_vision.evaluation.vlm import (
     VLMProtocol,
@@ -40,6 +41,7 @@ from hf_robust_vision.evaluation.vlm import (
     evaluate_targeted,
     evaluate_vqa,
 )
+from hf_robust_vision.evaluation.vlm.vqa import Question
 from hf_robust_vision.trainers.config import Radius
 from hf_robust_vision.vlm.source import load_source
 
@@ -124,6 +126,18 @@ def check_attack(vlm: Any, processor: Any, args: argparse.Namespace) -> list[Rob
     return results
 
 
+def repaired(results: Sequence[RobustnessResult], args: argparse.Namespace) -> Question:
+    """The first question that falls before the swap and stands after it, for the picture; else the first one."""
+    stood = {}
+    for result in results:
+        if result.group == "colour/shape" and result.eps == float(args.eps[0]):
+            records = load_samples(args.output_dir / str(result.samples))
+            stood[result.model] = {record.id for record in records if record.robust_hit}
+    asked = load_questions("test", yes_no=False, limit=args.num_questions)
+    better = stood["after"] - stood["before"]
+    return next((question for question in asked if question.id in better), asked[0])
+
+
 def check_inputs(tower: str) -> None:
     """Find out now, and not after the first measurement, what the second one and the picture need.
 
@@ -162,20 +176,23 @@ def main() -> None:
     if args.check_attack:
         check_attack(vlm, processor, args)
         return
-    question = load_questions("test", yes_no=False, limit=args.num_questions)[0]
     results = measure(vlm, processor, args, "before")
-    example = {"before": attack_example(vlm, processor, question, args.prompt, float(args.eps[0]))}
     try:
         report = swap_vision_encoder(vlm, args.tower, processor=processor)
     except ValueError as error:
         sys.exit(f"error: {error}")
     results += measure(vlm, processor, args, "after")
-    example["after"] = attack_example(vlm, processor, question, args.prompt, float(args.eps[0]))
     vlm.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     report.save(args.output_dir)
     save_results(results, args.output_dir)
-    draw_answers(example, question.text, args.output_dir / "answers.png")
+    question = repaired(results, args)
+    about: dict[str, Any] = {"prompt": args.prompt, "eps": float(args.eps[0]), "steps": args.steps}
+    about |= {"restarts": args.restarts}
+    after = attack_example(vlm, processor, question, **about)
+    report.restore()
+    before = attack_example(vlm, processor, question, **about)
+    draw_answers({"before": before, "after": after}, question.text, args.output_dir / "answers.png")
     print_table(results, report.towers[0].drift)
     if args.sanity:
         print(sanity_text(results))

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "evaluation": {"processes", "attacks", "pixels", "encoders", "text_bank", "data", "vlm"},
     "hub": {"encoders", "evaluation"},
     "trainers": {"attacks", "pixels", "encoders", "text_bank", "data", "evaluation", "hub"},
-    "pipeline": {"processes", "attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers"},
+    "training_data": {"processes", "pixels", "data"},
+    "pipeline": {"processes", "attacks", "encoders", "data", "evaluation", "hub", "trainers", "training_data"},
     "cli": {"processes", "attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers", "pipeline"},
 }
 LIGHT = {"attacks": {"torch"}, "pixels": {"torch"}}

@@ -148,6 +148,7 @@ def test_printed_table(finished):
     output, printed = finished
     for result in load_results(output):
         assert f"{100 * result.robust_accuracy:.1f} %" in printed
+    assert re.search(r"1\. apgd-ce: APGD on cross-entropy, \d+ steps\n  linf, eps ", printed)
     assert re.search(r"measured in: before \d+ s, after \d+ s", printed)
 
 

@@ -31,7 +31,7 @@ class Benchmark:
         attack_eps: Radius of the attack in fine-tuning, pixels in [0, 1].
         eps: Radii that are measured.
         load: From the name of a split and a transform to its images.
-        fingerprint: Hash of data and checkpoint where they are not part of the package.
+        fingerprint: Hash of the checkpoint, and of the data where they are not part of a package.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Benchmark:
     attack_eps: float
     eps: tuple[float, ...]
     load: Callable[[str, PixelTransform], LabelledImages]
-    fingerprint: str = ""
+    fingerprint: str
 
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Class names that are fine-tuned on ("seen") and those that are held out ("unseen")."""
@@ -70,6 +70,7 @@ def demo_benchmark() -> Benchmark:
         attack_eps=DEMO_EPS,
         eps=_radii(1, 2, 4, 8, 16),
         load=load_demo,
+        fingerprint=_fingerprint(demo_checkpoint() / "model.safetensors"),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from .results import write_atomically
 
 TITLES = {
     "compare": "Methods side by side",
+    "compare-robustvlm": "Methods side by side, under a stronger attack",
     "ablation": "What TIMA's parts do",
     "sweep": "TIMA's weights",
     "emoji": "Emoji: many names, near and far",
@@ -27,6 +29,19 @@ TITLES = {
     "emoji-sweep": "Emoji: TIMA's weights",
 }
 PLOTTED = ("compare", "emoji")
+FOLDERS = ("--docs", "--output_dir")
+
+
+def command_line(recipe: str, arguments: Sequence[str]) -> str:
+    """The command for a page, without the folders that its files went to."""
+    said: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in FOLDERS:
+            next(words, None)
+        elif not word.startswith(tuple(f"{name}=" for name in FOLDERS)):
+            said.append(word)
+    return shlex.join(["python", recipe, *said])
 
 
 def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
@@ -85,7 +100,8 @@ def spread(values: Sequence[float]) -> str:
 
 def section(content: Mapping[str, Any]) -> str:
     """One command's tables, with what they were made with."""
-    budget, protocol = content["budget"], content["protocol"]
+    budget = content["budget"]
+    attacks = ", then ".join(map(_said, content.get("attacks", [content["protocol"]])))
     counts = {row["group"]: row["num_samples"] for row in content["rows"]}
     sources = sorted({source for row in content["rows"] for source in row["source"]})
     made_with = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
@@ -96,7 +112,7 @@ def section(content: Mapping[str, Any]) -> str:
 - Data: {content.get("about", "the demo")}, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
 - Fine-tuning: {budget["steps"]} updates of {budget["batch_size"]} images, AdamW at {budget["learning_rate"]:g}, attack
   of {budget["training"]["attack_steps"]} steps at {255 * budget["training"].get("attack_eps", 8 / 255):g}/255, seeds {", ".join(map(str, content["seeds"]))}.
-- Measured by {protocol["name"]} with {protocol["steps"]} steps and {protocol["restarts"]} restart, over all class names.
+- Measured by {attacks}, worst case per sample, over all class names.
 - CPU s: processor seconds of the fine-tuning, on one thread.
 - Made with {made_with}.
 - Hashes: start checkpoint `{content["hashes"]["start"][:16]}`, prompts `{content["hashes"]["prompts"]}`, source
@@ -118,6 +134,11 @@ Classes never seen in it ({counts["unseen"]} images: {", ".join(content["unseen"
             f"\n\n{paired_table(content)}\n"
         )
     return text
+
+
+def _said(attack: Mapping[str, Any]) -> str:
+    aim = f" towards each of the {attack['target']}" if attack.get("target") else ""
+    return f"{attack['name']} with {attack['steps']} steps{aim} and {attack['restarts']} restart"
 
 
 def paired_table(content: Mapping[str, Any]) -> str:

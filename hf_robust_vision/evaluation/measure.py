@@ -131,6 +131,7 @@ def measure_model(
     examples: int = 0,
     save_adversarial: bool = False,
     sanity: bool = False,
+    surrogate: str | None = None,
     corruptions: bool = False,
 ) -> list[RobustnessResult]:
     """Measure a model on datasets and add the results to `output_dir/robustness.json`, one dataset at a time.
@@ -151,17 +152,21 @@ def measure_model(
         examples: Samples of each dataset whose images are kept for the report, spread evenly over it.
         save_adversarial: Keep the images of all samples.
         sanity: Check the numbers for gradient masking (`check_sanity`).
+        surrogate: Folder or Hub id of the model whose adversarial images that check carries over, or "demo-clip".
         corruptions: Measure accuracy on corrupted images, too (`evaluate_corruptions`).
 
     Returns:
         The results of this call.
 
     Raises:
-        ValueError: If a model or a dataset can not be read or used.
+        ValueError: If a model or a dataset can not be read or used, or there is a surrogate and nothing to check.
     """
+    if surrogate is not None and not sanity:
+        raise ValueError(f"the surrogate {surrogate} serves the sanity checks only; ask for them, too (--sanity).")
     meet()
     encoder, folder = load_model(model, revision=revision, device=device, dtype=dtype)
     tokenizer, sha256 = load_tokenizer(folder, revision=revision), weights_sha256(encoder)
+    other = load_model(surrogate, device=device, dtype=dtype) if surrogate is not None else None
     opened = [part.load(encoder.transform) for part in sets]
     label, results = name or (Path(model).resolve().name if Path(model).is_dir() else model), []
     for images, templates in opened:
@@ -190,7 +195,11 @@ def measure_model(
             )
         if rank_and_world()[0] == 0:
             if sanity:
-                add_sanity(attacked, {label: (encoder, bank)}, images, how)
+                models = {label: (encoder, bank)}
+                if other is not None:
+                    second = make_text_bank(other[0], load_tokenizer(other[1]), images.class_names, templates)
+                    models[f"{surrogate} (surrogate)"] = (other[0], second)
+                add_sanity(attacked, models, images, how)
             add_results(attacked + corrupted, output_dir)
         barrier()
         results += attacked + corrupted

@@ -169,12 +169,13 @@ def add_sanity(
 
     Args:
         results: Of these models on this dataset. Where nothing can be checked they say why, and stand.
-        models: Encoder and classifier by the `model` of the results, on one device.
+        models: Encoder and classifier by the `model` of the results, on one device; others serve as surrogates only.
         dataset: What was measured on.
         how: How it was measured.
         settings: Passed on to `check_sanity`.
     """
-    for name, (encoder, bank) in models.items():
+    for name in dict.fromkeys(result.model for result in results):
+        encoder, bank = models[name]
         surrogate, other = next((pair for key, pair in models.items() if key != name), (None, None))
         try:
             sanity = check_sanity(encoder, bank, dataset, how, surrogate=surrogate, surrogate_bank=other, **settings)

@@ -54,6 +54,13 @@ class RobustnessProtocol:
         for eps in self.eps:
             make_ball(self.norm, eps)
 
+    def __str__(self) -> str:
+        """What it is, for a person: the attacks, and the radii with their own restarts."""
+        unit = "/255" if self.norm == "linf" else ""
+        own = {eps: f" ({count} restarts)" for eps, count in self.restarts}
+        radii = [f"{eps * 255 if unit else eps:g}{unit}{own.get(eps, '')}" for eps in sorted(self.eps)]
+        return f"{self.protocol}\n  {self.norm}, eps {', '.join(radii)}"
+
     def at(self, eps: float) -> tuple[Ball, Protocol]:
         """Ball and attacks of one radius."""
         return make_ball(self.norm, eps), self.protocol.with_budget(restarts=dict(self.restarts).get(eps))

@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 
-from hf_robust_vision.evaluation.comparison import paired_interval, section, short_table, spread, table, write_page
+from hf_robust_vision.evaluation.comparison import (
+    command_line,
+    paired_interval,
+    section,
+    short_table,
+    spread,
+    table,
+    write_page,
+)
 
 
 def content(paired=()):
@@ -119,3 +127,8 @@ def test_short_table_has_both_groups_in_one_row():
     lines = short_table(content(), ("tecoa",), ("8/255",)).splitlines()
     assert lines[0] == "| method | seen, clean | seen, 8/255 | unseen, clean | unseen, 8/255 |"
     assert lines[2:] == ["| TECOA | 60.0 ± 14.1 | 30.0 ± 7.1 | 60.0 ± 14.1 | 30.0 ± 7.1 |"]
+
+
+def test_a_page_names_no_folder_of_its_machine():
+    words = ["--steps", "80", "--docs", "/home/me/docs", "--jobs", "2", "--output_dir=/home/me/runs"]
+    assert command_line("recipes/compare.py", words) == "python recipes/compare.py --steps 80 --jobs 2"

@@ -36,6 +36,7 @@ def test_evaluate_report_and_remeasure(evaluate, clip_folder, tmp_path, capsys):
     assert {(r.model, r.dataset, r.split, r.num_samples) for r in results} == {("tiny-clip", "tiny-images", "test", 6)}
     assert results[0].class_names == sorted(NAMES)
     said = capsys.readouterr().out
+    assert "apgd-ce: APGD on cross-entropy, 2 steps\n  linf, eps 0.5/255, 1/255\n" in said
     assert f"clean {100 * results[0].clean_accuracy:.1f} %" in said
     ids = AdversarialImages(tmp_path / "out" / results[0].images).ids()
     assert len(ids) == 2
@@ -72,6 +73,20 @@ def test_sanity_and_corruptions_from_the_command_line(evaluate, tmp_path, capsys
     assert "tiny-clip, same answer twice: **passed**" in page
     assert "mean corruption accuracy" in page
     assert "they were not asked for: gaussian_blur, saturate" in page
+
+
+def test_a_surrogate_from_the_command_line(evaluate, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rivals, "square", lambda objective, images, *_, **__: images)
+    assert evaluate("--eps", "1/255", "--surrogate", "demo-clip") == 2
+    assert "--sanity" in capsys.readouterr().err
+    verdicts = []
+    for words in ([], ["--surrogate", "demo-clip"]):
+        assert evaluate("--eps", "1/255", "--sanity", *words) == 0
+        assert capsys.readouterr().out.count("sanity checks, ") == 1  # the surrogate itself is not checked
+        (result,) = load_results(tmp_path / "out")
+        verdicts.append(result.sanity["checks"][-1]["verdict"])
+    assert verdicts[0] == "not run"
+    assert verdicts[1] != "not run"
 
 
 def test_results_of_other_models_stay(evaluate, clip_folder, tmp_path):

@@ -37,6 +37,14 @@ def flags(folder, results):
     return [[(row["id"], row["clean"], row["fooled_by"]) for row in lines(folder, result)] for result in results]
 
 
+def test_a_protocol_says_what_it_is():
+    protocol = get_protocol("robustvlm", restarts=1)
+    how = RobustnessProtocol(protocol, (8 / 255, 4 / 255), restarts=((8 / 255, 5),))
+    assert str(how).startswith(str(protocol))
+    assert str(how).endswith("\n  linf, eps 4/255, 8/255 (5 restarts)")
+    assert str(RobustnessProtocol(protocol, (0.5,), "l2")).endswith("\n  l2, eps 0.5")
+
+
 def test_curve_falls(measure, tmp_path):
     results = measure(replace(HOW, eps=(1 / 255, 0.0, 0.25 / 255, 0.5 / 255)), samples_dir=tmp_path)
     assert [result.eps for result in results] == [0.0, *EPS]  # in rising order, whatever was asked

@@ -37,8 +37,17 @@ def test_compare_runs_and_goes_on_from_what_is_there(tmp_path):
         (method, group) for method in ("undefended", "tecoa", "tima") for group in ("seen", "unseen")
     }
     assert {row["other"] for row in content["paired"]} == {"TeCoA"}
+    assert str(tmp_path) not in (tmp_path / "docs" / "results.md").read_text()
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in written} == written
+    # A stronger attack measures the same towers, and has a section of its own.
+    towers = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.safetensors")}
+    assert len(towers) == 4
+    subprocess.run([*command, "--protocol", "robustvlm", "--eps", "8/255"], check=True, env=environment, cwd=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.safetensors")} == towers
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "apgd-dlr-targeted with 1 steps towards each of the 9 strongest wrong classes" in page
+    assert json.loads((tmp_path / "docs" / "results" / "compare.json").read_text()) == content
 
 
 @pytest.fixture
@@ -51,11 +60,16 @@ def compare(monkeypatch):
 def test_a_run_is_reused_only_on_the_same_benchmark(compare, tmp_path):
     """Another data folder or another start checkpoint under the same path is another benchmark."""
     demo = demo_benchmark()
-    budget = compare.Budget(1, 2, 1e-3, 2, 1, demo.eps, "test")
+    budget = compare.Budget(1, 2, 1e-3)
+    measuring = compare.Measuring("apgd-ce", 1, 2, demo.eps, "test")
     others = [replace(demo, fingerprint=name) for name in ("a", "b")]
+    others += [replace(demo, class_names=demo.class_names[::-1]), replace(demo, templates="photo")]
     for method in ("tecoa", "undefended"):
-        runs = [compare.Run(compare.METHODS[method], 0, budget, each, tmp_path) for each in (demo, demo, *others)]
-        assert len({run.folder for run in runs}) == 3
+        runs = [
+            compare.Run(compare.METHODS[method], 0, budget, measuring, each, tmp_path, "")
+            for each in (demo, demo, *others)
+        ]
+        assert len({run.folder for run in runs}) == 5
 
 
 @pytest.fixture
@@ -73,9 +87,10 @@ def test_a_method_sees_no_image_and_no_name_of_a_held_out_class(compare, every_c
         def train(self, *args, **kwargs):
             raise KeyboardInterrupt(self)
 
-    budget = compare.Budget(1, 2, 1e-3, 2, 1, every_class.eps, "test")
+    budget = compare.Budget(1, 2, 1e-3)
+    measuring = compare.Measuring("apgd-ce", 1, 2, every_class.eps, "test")
     with pytest.raises(KeyboardInterrupt) as stopped:
-        compare.perform(compare.Run(compare.Method("stopped", Stop), 0, budget, every_class, tmp_path))
+        compare.perform(compare.Run(compare.Method("stopped", Stop), 0, budget, measuring, every_class, tmp_path, ""))
     trainer = stopped.value.args[0]
     seen, train = every_class.groups()["seen"], trainer.train_dataset
     assert train.class_names == trainer.bank.class_names == seen
@@ -90,6 +105,7 @@ def test_a_method_sees_no_image_and_no_name_of_a_held_out_class(compare, every_c
         (["--steps", "1"], "another --steps than the default would overwrite docs/results.md; add --docs FOLDER"),
         (["--sweep", "--seeds", "0"], "another --seeds than the default"),
         (["--methods", "tecoa"], "another --methods than the default"),
+        (["--protocol", "quick", "--docs", "d"], "the page has no section 'compare-quick'"),
         (["--benchmark", "emoji"], "--benchmark emoji needs --data and --model"),
         (["--data", "somewhere", "--model", "somewhere"], "the demo brings its own"),
         (["--benchmark", "emoji", "--data", "nowhere", "--model", "nowhere"], "prepare_emoji.py"),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
 from hf_robust_vision.data.demo import demo_checkpoint
+from hf_robust_vision.data.demo_questions import load_questions
 from hf_robust_vision.encoders import weights_sha256
-from hf_robust_vision.evaluation.results import load_results
+from hf_robust_vision.evaluation.results import SampleRecord, load_results
 from hf_robust_vision.vlm import find_towers
 
 
@@ -94,3 +98,19 @@ def test_target_is_measured_before_and_after(monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "'red' is said      before   after" in shown
     assert "16/255" in shown.split("is said")[1]
+
+
+def test_the_picture_is_of_a_question_that_the_swap_repairs(tmp_path):
+    """Question 2 falls before and stands after; question 1 stands in both, 0 falls in both."""
+    asked = load_questions("test", yes_no=False, limit=3)
+    stood = {"before": [False, True, False], "after": [False, True, True]}
+    results = []
+    for model, flags in stood.items():
+        records = [SampleRecord(q.id, 1, 1, fooled_by=None if flag else "pgd") for q, flag in zip(asked, flags)]
+        (tmp_path / f"{model}.jsonl").write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+        results.append(SimpleNamespace(group="colour/shape", eps=8 / 255, model=model, samples=f"{model}.jsonl"))
+    args = argparse.Namespace(eps=[8 / 255], output_dir=tmp_path, num_questions=3)
+    assert swap_llava.repaired(results, args) == asked[2]
+    assert (
+        swap_llava.repaired([results[0], SimpleNamespace(**vars(results[0]) | {"model": "after"})], args) == asked[0]
+    )

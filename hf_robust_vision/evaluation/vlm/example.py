@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_robust_vision.attacks import StartNoise, make_ball, pgd
+from hf_robust_vision.attacks import StartNoise, make_ball
 from hf_robust_vision.encoders import attack_mode
 
 from .inputs import vlm_inputs
-from .protocol import VLMProtocol
+from .protocol import VLMProtocol, run_attack
 from .vqa import AnotherAnswer, Question
 
 
@@ -36,9 +36,9 @@ class AnswerExample:
 
 
 def attack_example(
-    vlm: nn.Module, processor: Any, question: Question, prompt: str, eps: float, steps: int = 50
+    vlm: nn.Module, processor: Any, question: Question, prompt: str, eps: float, steps: int = 50, restarts: int = 1
 ) -> AnswerExample:
-    """Attack one question by PGD on the loss of its true answer.
+    """Attack one question by PGD, on the loss of its true answer and, if that answer stands, on its margin.
 
     Args:
         vlm: The model; left as it was.
@@ -46,15 +46,18 @@ def attack_example(
         question: What is asked.
         prompt: With "{}" for the question and the processor's image token.
         eps: Linf radius in pixels of [0, 1].
-        steps: Of the attack.
+        steps: Of each attack.
+        restarts: Random starts of each attack.
     """
     inputs = vlm_inputs(vlm, processor)
     with attack_mode(vlm):
         image = question.pixels(inputs)[None].to(inputs.device)
         goal, row = AnotherAnswer(inputs, prompt, [question], image), torch.tensor([0], device=image.device)
-        (attack,) = VLMProtocol((eps,), steps=steps, restarts=1, objectives=("nll",)).attacks()
-        objective, fooled = goal.aim(attack, row)
-        noise = StartNoise(0, [question.id])
-        found = pgd(objective, image, make_ball("linf", eps), steps=steps, noise=noise, fooled=fooled)
+        found, noise = image, StartNoise(0, [question.id])
+        for attack in VLMProtocol((eps,), steps=steps, restarts=restarts).attacks():
+            objective, fooled = goal.aim(attack, row)
+            found = run_attack(attack, objective, fooled, image, make_ball("linf", eps), noise)
+            if fooled is not None and fooled(found).all():
+                break
         clean, attacked = (goal.judge(row, images)[0].text for images in (image, found))
     return AnswerExample(image[0].cpu(), found[0].cpu(), clean, attacked, eps)
