@@ -23,8 +23,12 @@ from hf_robust_vision.vlm import find_towers
 
 
 pytest.importorskip("easy_vqa")
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+RECIPES = str(Path(__file__).parents[2] / "recipes")
+sys.path.insert(0, RECIPES)
 import swap_llava
+
+
+sys.path.remove(RECIPES)  # `evaluate.py` there must not be taken for the library in later tests
 
 
 def run(monkeypatch, *words):
