@@ -99,7 +99,7 @@ def _evaluation_commands(commands: Any) -> None:
     evaluate.add_argument("--resolution", type=int, help="attack square images of this size; default: the tower's")
     evaluate.add_argument("--max_samples", type=int, help="seeded subset; default: all")
     evaluate.add_argument("--skip_corrupt", action="store_true", help="leave out images that can not be decoded")
-    evaluate.add_argument("--protocol", default="apgd-ce", help="named attacks; a wrong name lists them")
+    evaluate.add_argument("--protocol", default="robustvlm", help="named attacks; a wrong name lists them")
     evaluate.add_argument("--steps", type=int, help="of every attack; default: the protocol's")
     evaluate.add_argument("--restarts", type=int, help="of every attack; default: the protocol's")
     evaluate.add_argument("--queries", type=int, help="of a black-box attack; default: the protocol's")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -25,9 +24,9 @@ from hf_robust_vision.evaluation.sanity import add_sanity, sanity_text
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.hub.push import PushError, VerificationError
-from hf_robust_vision.processes import announce, barrier, part, rank_and_world
+from hf_robust_vision.processes import announce, part
+from hf_robust_vision.run_folder import check_folder, clear
 from hf_robust_vision.trainers.base import AdversarialTrainer
-from hf_robust_vision.trainers.checkpoints import complete_checkpoint
 from hf_robust_vision.trainers.collapse import CollapseError
 from hf_robust_vision.trainers.config import AdversarialTrainingArguments, Radius
 from hf_robust_vision.trainers.publishing import check_push
@@ -58,7 +57,7 @@ class PipelineArguments(DataArguments):
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    test_protocol: str = field(default="apgd-ce", metadata={"help": "Attacks of the reported numbers."})
+    test_protocol: str = field(default="robustvlm", metadata={"help": "Attacks of the reported numbers."})
     test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks."})
     test_queries: int | None = field(default=None, metadata={"help": "Queries of its black-box attack."})
     test_eps: list[Radius] = field(
@@ -133,7 +132,9 @@ def run(
         torch.set_num_threads(options.cpu_threads or max(usable_cores() // args.world_size, 1))
     announce(args)
     output = Path(args.output_dir)
-    resume = _check_output(output, options, args)
+    _check_push(options, args)
+    reads = (options.model_name_or_path, options.dataset_name)
+    resume = check_folder(output, args.resume_from_checkpoint, overwrite=options.overwrite, reads=reads)
     set_seed(args.seed)
     name = options.model_name_or_path or str(demo_checkpoint())
     try:
@@ -159,12 +160,11 @@ def run(
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,
     )
-    if options.overwrite and not args.resume_from_checkpoint and rank_and_world()[0] == 0:
-        shutil.rmtree(output, ignore_errors=True)  # only now: bad input must not cost the earlier run
-    barrier()
     trainer = trainer_class(
         model=encoder, args=args, train_dataset=train, eval_dataset=validation, processing_class=processor
     )
+    if options.overwrite and not args.resume_from_checkpoint:
+        clear(output)  # only now: neither bad input nor a launcher that is refused may cost the earlier run
     before = _measure(trainer, trainer.reference.encoder, test, how, "before") if test is not None else []
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
@@ -183,11 +183,18 @@ def run(
             print(sanity_text(results))
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
-    barrier()
-    if args.push_to_hub and test is not None and args.should_save:
+    part()  # before the upload, which is measured again by one process alone
+    if args.push_to_hub and test is not None and trainer.is_world_process_zero():
         _push(trainer, test)
-    part()
     return results
+
+
+def _check_push(options: PipelineArguments, args: AdversarialTrainingArguments) -> None:
+    if not args.push_to_hub:
+        return
+    check_push(args)
+    if not options.measure:
+        raise ValueError("--push_to_hub true publishes measured models only; leave --measure false out.")
 
 
 def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
@@ -230,41 +237,6 @@ def _typed(parser: HfArgumentParser, key: str, value: Any) -> Any:
     if action.nargs == "+" and not isinstance(value, list):
         value = [value]
     return [convert(item) for item in value] if isinstance(value, list) else convert(value)
-
-
-def _check_output(output: Path, options: PipelineArguments, args: AdversarialTrainingArguments) -> str | None:
-    """Refuse a folder that holds a run, or a push that could not be made; say which checkpoint to go on from."""
-    if args.push_to_hub:
-        check_push(args)
-        if not options.measure:
-            raise ValueError("--push_to_hub true publishes measured models only; leave --measure false out.")
-    if args.resume_from_checkpoint:
-        wanted = str(args.resume_from_checkpoint)
-        found = complete_checkpoint(output if wanted.lower() == "true" else wanted)
-        # A run killed before its first checkpoint has sample records to go on from, and nothing else.
-        if found is None and (wanted.lower() != "true" or not output.is_dir()):
-            raise ValueError(
-                f"{output if wanted.lower() == 'true' else wanted} holds no complete checkpoint to resume."
-            )
-        return found
-    if options.overwrite:
-        _check_overwrite(output, options)
-    elif output.exists() and any(output.iterdir()):
-        raise ValueError(
-            f"{output} already holds a run; pass --resume_from_checkpoint true to go on, --overwrite true to "
-            "delete it, or another --output_dir."
-        )
-    return None
-
-
-def _check_overwrite(output: Path, options: PipelineArguments) -> None:
-    """Refuse to delete what is no run, or what this run reads."""
-    signs = ("robustness.json", "checkpoint-*", "samples-*.jsonl*", "training_args.bin")
-    if output.exists() and any(output.iterdir()) and not any(list(output.glob(sign)) for sign in signs):
-        raise ValueError(f"--overwrite true deletes an earlier run, but {output} does not look like one; delete it.")
-    for name in (options.model_name_or_path, options.dataset_name, "."):
-        if name is not None and Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"--overwrite true would delete {name}, which lies in {output}; choose another folder.")
 
 
 def _measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,60 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def meet() -> None:
-    """Join the processes that a launcher started, if one did; `TrainingArguments` does it for training."""
+def meet(device: str | None = None) -> str | None:
+    """Join the processes that a launcher started, if one did; `TrainingArguments` does it for training.
+
+    Args:
+        device: Where this process is to run; by default a GPU where there is one, unless the launcher says CPU.
+
+    Returns:
+        The device: "cpu" where the launcher says so, else as given.
+
+    Raises:
+        ValueError: If there are more processes on this machine than GPUs to run on.
+    """
+    if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
+        device = "cpu"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(timeout=timedelta(days=1))  # one may be done with its samples hours before the last
+        on_cpu = device is not None and torch.device(device).type == "cpu"
+        if not on_cpu:
+            need_a_gpu_each("--device cpu")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # One may be done with its samples hours before the last.
+        dist.init_process_group("gloo" if on_cpu else None, timeout=timedelta(days=1))
+    return device
+
+
+def need_a_gpu_each(typed: str) -> None:
+    """Refuse more processes on this machine than it has GPUs; without any GPU they run on the CPU.
+
+    Args:
+        typed: What puts them all on the CPU.
+
+    Raises:
+        ValueError: If a process would have no GPU of its own.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", 0)) + 1))
+    if torch.cuda.is_available() and local > (gpus := torch.cuda.device_count()):
+        raise ValueError(
+            f"the launcher started {local} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}; start "
+            f"one process per GPU (--num_processes {gpus}), or type {typed} to run them on the CPU."
+        )
+
+
+def run_alone(recipe: str) -> None:
+    """End a recipe that was started by a launcher and shares nothing out: all processes would write the same files.
+
+    Args:
+        recipe: Its file's name.
+
+    Raises:
+        SystemExit: If there are several processes; the first one says so.
+    """
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        message = f"error: {recipe} runs in one process, and a launcher started {world}; type python recipes/{recipe}"
+        sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -51,6 +51,7 @@ from hf_robust_vision.evaluation.results import (
     write_atomically,
 )
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.processes import run_alone
 from hf_robust_vision.text_bank import make_text_bank
 from hf_robust_vision.trainers.config import Radius
 
@@ -304,6 +305,7 @@ def words(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def main() -> None:
     """Perform what is missing, and write the page."""
+    run_alone("compare.py")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = parser.add_mutually_exclusive_group()
     table.add_argument("--ablation", action="store_true", help="change one part of TIMA at a time")

@@ -52,6 +52,7 @@ from hf_robust_vision.evaluation.results import (
 from hf_robust_vision.evaluation.towers import write_towers
 from hf_robust_vision.evaluation.vlm import VLMProtocol, evaluate_vqa
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.processes import run_alone
 from hf_robust_vision.text_bank import make_text_bank
 from hf_robust_vision.trainers.fare import FARETrainer
 from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
@@ -332,6 +333,7 @@ def summary(done: Mapping[Training, Sequence[RobustnessResult]]) -> list[dict[st
 
 def main() -> None:
     """Choose on validation, measure on test, write the page."""
+    run_alone("compare_towers.py")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", type=words(str), default=["sim-clip"], help=f"some of {', '.join(METHODS)}")
     parser.add_argument("--features", type=words(str), default=["pooled", "both"], help=f"of {', '.join(FEATURES)}")

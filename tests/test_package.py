@@ -28,9 +28,20 @@ MAY_IMPORT = {
     "vlm": {"encoders", "pixels"},
     "evaluation": {"processes", "attacks", "pixels", "encoders", "text_bank", "data", "vlm"},
     "hub": {"encoders", "evaluation"},
-    "trainers": {"attacks", "pixels", "encoders", "text_bank", "data", "evaluation", "hub"},
+    "trainers": {"processes", "attacks", "pixels", "encoders", "text_bank", "data", "evaluation", "hub"},
     "training_data": {"processes", "pixels", "data"},
-    "pipeline": {"processes", "attacks", "encoders", "data", "evaluation", "hub", "trainers", "training_data"},
+    "run_folder": {"processes", "trainers"},
+    "pipeline": {
+        "processes",
+        "attacks",
+        "encoders",
+        "data",
+        "evaluation",
+        "hub",
+        "trainers",
+        "training_data",
+        "run_folder",
+    },
     "cli": {"processes", "attacks", "pixels", "encoders", "data", "vlm", "evaluation", "hub", "trainers", "pipeline"},
 }
 LIGHT = {"attacks": {"torch"}, "pixels": {"torch"}}

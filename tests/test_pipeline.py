@@ -148,7 +148,9 @@ def test_printed_table(finished):
     output, printed = finished
     for result in load_results(output):
         assert f"{100 * result.robust_accuracy:.1f} %" in printed
-    assert re.search(r"1\. apgd-ce: APGD on cross-entropy, \d+ steps\n  linf, eps ", printed)
+    assert re.search(
+        r"1\. apgd-ce: APGD on cross-entropy, \d+ steps.*\n  2\. apgd-dlr-targeted: .*\n  linf, eps ", printed
+    )
     assert re.search(r"measured in: before \d+ s, after \d+ s", printed)
 
 
@@ -247,6 +249,14 @@ class TestBadInput:
         refused("nothing-here", "--overwrite", "true", data=tmp_path / "nothing-here")
         assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
 
+    def test_a_launcher_that_is_refused_does_not_cost_the_earlier_run(self, refused, tmp_path, monkeypatch):
+        """Accelerate's settings are known only when the trainer is made."""
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "robustness.json").write_text("{}")
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+        refused("fp16", "--overwrite", "true")
+        assert (tmp_path / "out" / "robustness.json").read_text() == "{}"
+
     def test_folder_that_holds_a_run(self, refused, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "model.safetensors").write_text("precious")
@@ -332,7 +342,7 @@ class TestConfigs:
     def test_demo_is_read_only_where_nothing_is_named(self):
         demo = ROOT / "recipes" / "configs" / "sim_clip_demo.yaml"
         options, args = pipeline.parse(SimCLIPTrainer, ["--max_steps", "2"], demo)
-        assert (options.max_test_samples, args.max_steps) == (256, 2)
+        assert (options.max_test_samples, args.max_steps) == (128, 2)
         options, _ = pipeline.parse(SimCLIPTrainer, ["--model_name_or_path", "x", "--output_dir", "y"], demo)
         assert options.max_test_samples is None
 

@@ -163,7 +163,7 @@ def measure_model(
     """
     if surrogate is not None and not sanity:
         raise ValueError(f"the surrogate {surrogate} serves the sanity checks only; ask for them, too (--sanity).")
-    meet()
+    device = meet(device)
     encoder, folder = load_model(model, revision=revision, device=device, dtype=dtype)
     tokenizer, sha256 = load_tokenizer(folder, revision=revision), weights_sha256(encoder)
     other = load_model(surrogate, device=device, dtype=dtype) if surrogate is not None else None

@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd
 from hf_robust_vision.data.collator import collate_images
-from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
+from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.encoders import (
     DEFAULT_TOKEN_LAYER,
@@ -37,17 +36,17 @@ from .adapter_checkpoints import AdapterTrainer
 from .adapters import add_adapter, has_adapter
 from .batch import Batch
 from .checkpoints import complete_checkpoint, mark_complete, need_settings, rotate, unmark
-from .collapse import Spread, check_collapse
+from .collapse import Spread, check_collapse, warn_of_single_images
 from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
 from .layers import decay_learning_rates, freeze_first_blocks
 from .publishing import PublishWhenMeasured
 from .speed import compile_in_place, matmul_precision
-from .streams import stream_loader
+from .streams import StreamTrainer
 from .targets import TargetCache
 
 
-class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
+class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
     """`Trainer` for adversarial fine-tuning of CLIP; a method is a subclass with two functions.
 
     A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
@@ -125,6 +124,7 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
         if self.is_fsdp_enabled:
             make_shardable(encoder)
         compile_in_place(encoder, self.accelerator)
+        warn_of_single_images(args.train_batch_size * args.world_size)
         self._measured: dict[str, list[Tensor]] = {}
         self._last_images: Tensor | None = None
         self._seen, self._seen_at = 0, time.time()
@@ -164,12 +164,6 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
         if fresh:
             decay_learning_rates(optimizer, self.model if model is None else model, self.args.layer_decay)
         return optimizer
-
-    def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer` does; of a stream each process reads its own share."""
-        if isinstance(self.train_dataset, StreamedImages):
-            return stream_loader(self.train_dataset, self.args, self.data_collator)
-        return super().get_train_dataloader()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As `Trainer` does, at the `matmul_precision` that was asked for."""
@@ -233,7 +227,7 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
     def _monitor(self, encoder: Encoder, batch: Batch, objective: Objective, adversarial: Tensor) -> None:
         """Measure, on this batch, how strong the attack is and how far the encoder went from the original."""
         clean = encoder(batch.images).image_embeds
-        spread = Spread.of(clean, batch.original.image_embeds)
+        spread = Spread.of(clean, batch.original.image_embeds, self.accelerator.reduce)
         self.record("cosine_to_original", F.cosine_similarity(clean, batch.original.image_embeds))
         self.record("pairwise_cosine", spread.pairwise)
         self.record("attack_loss", objective(adversarial))
@@ -241,8 +235,7 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
         self._check_collapse(spread)
 
     def _check_collapse(self, spread: Spread) -> None:
-        values = torch.stack([spread.pairwise, spread.original]).float()
-        pairwise, original = self.accelerator.reduce(values, reduction="mean").tolist()
+        pairwise, original = float(spread.pairwise), float(spread.original)
         last = complete_checkpoint(self.args.output_dir) if self.args.on_collapse == "stop" else None
         check_collapse(pairwise, original, self.args.on_collapse, self.state.global_step, last)
 
@@ -354,7 +347,8 @@ class AdversarialTrainer(AdapterTrainer, PublishWhenMeasured):
         if self._last_images is not None:
             with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(model)):
                 embeds = encoder(self._last_images).image_embeds
-                self._check_collapse(Spread.of(embeds, self.reference(self._last_images).image_embeds))
+                original = self.reference(self._last_images).image_embeds
+                self._check_collapse(Spread.of(embeds, original, self.accelerator.reduce))
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from hf_robust_vision.attacks import PROTOCOLS, Ball, make_ball
 from hf_robust_vision.data.templates import get_templates
+from hf_robust_vision.processes import need_a_gpu_each
 
 
 MAY_CHANGE = ("eval_protocol", "eval_attack_steps", "eval_eps", "on_collapse", "matmul_precision", "cache_targets_mb")
@@ -107,16 +108,7 @@ class AdversarialTrainingArguments(TrainingArguments):
     cache_targets_mb: int = field(default=0, metadata={"help": "MiB for the original's features; 0: no cache."})
 
     def __post_init__(self) -> None:
-        # Without it, on a machine without accelerators, each process of a launcher runs alone, in the same folder.
-        launched = int(os.environ.get("WORLD_SIZE", 1))
-        if launched > 1 and not getattr(torch, "accelerator", torch.cuda).is_available():
-            self.use_cpu = True
-        super().__post_init__()
-        if launched != self.world_size:
-            raise ValueError(
-                f"the launcher started {launched} processes, but none can see a GPU of its own and each would train "
-                "alone; type --use_cpu true to train on the CPU."
-            )
+        self._join_launcher()
         self.remove_unused_columns = False
         # Without a name, trackio would open a second run for what is logged after training.
         self.run_name = getattr(self, "run_name", None) or Path(self.output_dir).absolute().name
@@ -142,6 +134,20 @@ class AdversarialTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"{self.n_gpu} GPUs in one process would use nn.DataParallel, which adversarial training does not "
                 "support; start one process per GPU: accelerate launch <script>."
+            )
+
+    def _join_launcher(self) -> None:
+        # Without it, on a machine without accelerators, each process of a launcher runs alone, in the same folder.
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched > 1 and not getattr(torch, "accelerator", torch.cuda).is_available():
+            self.use_cpu = True
+        if launched > 1 and not self.use_cpu:
+            need_a_gpu_each("--use_cpu true")
+        super().__post_init__()
+        if launched != self.world_size:
+            raise ValueError(
+                f"the launcher started {launched} processes, but none can see a GPU of its own and each would train "
+                "alone; type --use_cpu true to train on the CPU."
             )
 
     def _check_tuning(self) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
+import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_robust_vision.data.datasets import StreamedImages
 
@@ -28,15 +30,33 @@ class Endless(IterableDataset):
         self.stream = stream
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        tell = 1
         for epoch in count():
             self.stream.set_epoch(epoch)
             item = None
             for item in self.stream:
+                if self.stream.skipped >= tell:
+                    tell = 10 * self._tell()
                 yield item
             if item is None and get_worker_info() is not None:
-                return  # more workers than shards
+                return  # more workers than shards; `StreamTrainer` sees to it that one of them has images
             if item is None:
-                raise ValueError(f"process {self.stream.rank} of {self.stream.world} got no image from the stream.")
+                raise ValueError(no_image(self.stream.rank, self.stream.world))
+
+    def _tell(self) -> int:
+        """Warn about images that were left out: at 1, and at every tenfold."""
+        skipped, worker = self.stream.skipped, get_worker_info()
+        who = f"process {self.stream.rank}" + ("" if worker is None else f", worker {worker.id}")
+        warnings.warn(f"{who}: skipped {skipped} corrupt images of {self.stream.name} so far", stacklevel=2)
+        return skipped
+
+
+def no_image(rank: int, world: int) -> str:
+    """What to say of a share without images."""
+    return (
+        f"process {rank} of {world} got no image from the stream; start fewer processes, or name a split with more "
+        "images that can be decoded."
+    )
 
 
 def stream_loader(
@@ -57,4 +77,26 @@ def stream_loader(
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
     )
+
+
+class StreamTrainer(Trainer):
+    """The part of `Trainer` that reads, for streams."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer` does; of a stream each process reads its own share."""
+        if isinstance(self.train_dataset, StreamedImages):
+            return stream_loader(self.train_dataset, self.args, self.data_collator)
+        return super().get_train_dataloader()
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """As `Trainer` does, which takes a stream that ends for the end of the run, while other processes wait.
+
+        Raises:
+            ValueError: If a stream ends: none of this process's loader workers got an image.
+        """
+        samples, count_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, StreamedImages) and len(samples) < num_batches:
+            raise ValueError(no_image(self.args.process_index, self.args.world_size))
+        return samples, count_items

@@ -98,15 +98,20 @@ def hub(_server):
 
 
 @pytest.fixture(scope="module")
-def client(_server, tmp_path_factory):
-    """`client(function, ...)` runs it in a fresh process that talks to the hub, and returns or raises what it does."""
-    settings = {
+def hub_settings(_server, tmp_path_factory):
+    """Environment of a process whose client talks to the hub: it is read when the client is imported."""
+    return {
         "HF_ENDPOINT": _server.url, "HF_HOME": str(tmp_path_factory.mktemp("home")), "HF_TOKEN": "hf_writer",
         "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def client(hub_settings):
+    """`client(function, ...)` runs it in a fresh process that talks to the hub, and returns or raises what it does."""
     with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        for name, value in settings.items():
+        for name, value in hub_settings.items():
             patch.setenv(name, value)
         pool.submit(int).result()  # the process starts now, with these settings
         patch.undo()

@@ -11,6 +11,7 @@ from hf_robust_vision.evaluation.results import load_results
 from hf_robust_vision.trainers import publishing
 from tests.hub import client as remote
 from tests.hub.server import Fault, Repo
+from tests.launcher import TWO, launch, outcome, recipe
 from tests.test_pipeline import words
 from tests.trainers.helpers import arguments, make_trainer
 
@@ -51,6 +52,19 @@ def test_pushed_and_verified_at_the_end(hub, client, clip_folder, image_folder, 
     assert error is None, error
     assert "pushed the model to me/tiny-robust: " in said
     assert "downloaded again: 6 samples measured again, 18 outcomes: all as recorded" in said
+
+
+@pytest.mark.slow
+def test_two_processes_push_once(hub, hub_settings, clip_folder, image_folder, tmp_path):
+    """The first process measures the download again by itself: the others are gone by then, and wait for nothing."""
+    output = tmp_path / "tiny-robust"
+    words = recipe("sim_clip", clip_folder, image_folder, output, "--push_to_hub", "true")
+    status, said, wrong = outcome(launch(*TWO, *words, **hub_settings))
+    assert status == 0, wrong
+    assert "processes: 2 (MULTI_CPU)" in said
+    assert hub.count("POST", "/commit/") == 1
+    assert said.count("pushed the model to me/tiny-robust: ") == 1
+    assert "downloaded again: 5 samples measured again, 10 outcomes: all as recorded" in said
 
 
 def test_lora_as_merged_model_and_as_adapter(hub, client, clip_folder, image_folder, tmp_path):

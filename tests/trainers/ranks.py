@@ -19,7 +19,10 @@ def start(clip_folder, output, *, world=1, port=None, **settings) -> list[int]:
     output.mkdir(parents=True, exist_ok=True)
     settings = {"clip": str(clip_folder), "output_dir": str(output), "world_size": world} | settings
     port = free_port() if port is None else port
-    processes = [CONTEXT.Process(target=_be, args=(rank, world, port, settings), daemon=True) for rank in range(world)]
+    daemon = not settings.get("dataloader_num_workers")  # a daemon may have no children
+    processes = [
+        CONTEXT.Process(target=_be, args=(rank, world, port, settings), daemon=daemon) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:

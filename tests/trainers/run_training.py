@@ -18,7 +18,14 @@ from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_z
 from hf_robust_vision.processes import part
 from hf_robust_vision.trainers import base
 from hf_robust_vision.trainers.launchers import is_sharded
+from hf_robust_vision.trainers.pmg_aft import PMGAFTTrainer
+from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
+from hf_robust_vision.trainers.tima import TIMATrainer
+from tests.conftest import make_dataset
 from tests.trainers.helpers import make_stream, make_trainer, weights
+
+
+KINDS = {"sim_clip": SimCLIPTrainer, "tima": TIMATrainer, "pmg_aft": PMGAFTTrainer}
 
 
 class KillAt(TrainerCallback):
@@ -67,10 +74,13 @@ def main(settings: dict) -> None:
         shard_on_the_cpu(version)
     if kill_save is not None:
         kill_while_saving(kill_save)
-    if settings.pop("stream", False):
-        settings["train"] = make_stream()
+    if count := settings.pop("stream", 0):
+        settings["train"] = make_stream(count, shards=min(count, 2))
     callbacks = [KillAt(kill)] if kill is not None and killed else None
-    trainer = make_trainer(settings.pop("clip"), output, callbacks=callbacks, **settings)
+    kind = KINDS[settings.pop("kind", "sim_clip")]
+    measured = settings.pop("measured", 9)
+    trainer = make_trainer(settings.pop("clip"), output, kind=kind, callbacks=callbacks, **settings)
+    trainer.eval_dataset = make_dataset(measured, "validation", 100)
     assert trainer.args.world_size == world, (trainer.args.world_size, world)
     trainer.train(resume_from_checkpoint=resume)
     rank = trainer.args.process_index

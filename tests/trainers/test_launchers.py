@@ -11,8 +11,7 @@ from torch import nn
 
 from hf_robust_vision.encoders import load_encoder
 from hf_robust_vision.trainers.launchers import check_launcher
-from hf_robust_vision.trainers.streams import Endless
-from tests.trainers.helpers import arguments, make_stream, make_trainer
+from tests.trainers.helpers import arguments, make_trainer
 from tests.trainers.ranks import said, start
 
 
@@ -91,9 +90,3 @@ def test_processes_that_would_each_run_alone_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)  # as on a Mac, whose GPU can not be shared
     with pytest.raises(ValueError, match="started 2 processes.*--use_cpu true"):
         arguments(tmp_path, use_cpu=False)
-
-
-def test_a_stream_without_images_is_said():
-    stream = make_stream(count=2, shards=1).share(3, 4)
-    with pytest.raises(ValueError, match="process 3 of 4 got no image"):
-        next(iter(Endless(stream)))

@@ -131,6 +131,16 @@ def test_pairwise_cosine(embeds, wanted):
     assert float(mean_pairwise_cosine(torch.tensor(embeds))) == pytest.approx(wanted, abs=1e-6)
 
 
+def test_pairwise_cosine_of_images_on_two_processes():
+    """The same as of all on one, also where each process holds a single image."""
+    embeds = torch.randn(3, 5)
+    for first in (1, 2):
+        mine, others = embeds[:first], torch.nn.functional.normalize(embeds[first:], dim=-1)
+        sums = torch.cat([others.sum(0), torch.tensor([3.0 - first])])
+        together = mean_pairwise_cosine(mine, lambda part, sums=sums: part + sums)
+        assert float(together) == pytest.approx(float(mean_pairwise_cosine(embeds)), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("pairwise", "original", "collapsed"),
     [

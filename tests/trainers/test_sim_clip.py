@@ -282,6 +282,11 @@ class TestCollapse:
         pairwise = [row["pairwise_cosine"] for row in trainer.state.log_history if "pairwise_cosine" in row]
         assert pairwise[-1] > 0.99 > pairwise[0]
 
+    def test_one_image_a_step_is_warned_about(self, clip_folder, tmp_path):
+        """There is no pair to compare."""
+        with pytest.warns(UserWarning, match="a collapse of the embeddings goes unseen"):
+            make_trainer(clip_folder, tmp_path, per_device_train_batch_size=1)
+
     def test_paper_form_at_a_high_rate_collapses_and_the_others_do_not(self, clip_folder, tmp_path):
         fast = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "constant", "max_steps": 60}
         fast |= {"logging_steps": 2, "attack_steps": 1, "attack_eps": "8/255"}
