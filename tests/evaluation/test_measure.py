@@ -58,6 +58,12 @@ def test_evaluate_report_and_remeasure(evaluate, clip_folder, tmp_path, capsys):
     assert f"outside the ball: [{ids[0]}]" in capsys.readouterr().out
 
 
+def test_queries_are_those_of_the_command_line(evaluate, tmp_path):
+    assert evaluate("--eps", "4/255", "--protocol", "autoattack", "--steps", "1", "--queries", "3") == 0
+    (result,) = load_results(tmp_path / "out")
+    assert {attack["name"]: attack["steps"] for attack in result.attacks}["square"] == 3
+
+
 def test_sanity_and_corruptions_from_the_command_line(evaluate, tmp_path, capsys, monkeypatch):
     pytest.importorskip("imagecorruptions")
     monkeypatch.setattr(corruptions, "FAMILIES", ("contrast", "pixelate"))

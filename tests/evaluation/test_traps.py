@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 
 from hf_robust_vision.attacks import get_protocol
+from hf_robust_vision.data.captions import CaptionedImages
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.encoders import weights_sha256
 from hf_robust_vision.evaluation.corruptions import evaluate_corruptions
+from hf_robust_vision.evaluation.retrieval import RetrievalProtocol, evaluate_retrieval
 from hf_robust_vision.evaluation.sanity import check_sanity
+from hf_robust_vision.evaluation.vlm import VLMProtocol, evaluate_captions, evaluate_targeted, evaluate_vqa
+from hf_robust_vision.evaluation.vlm.captions import CaptionMetric
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.text_bank import make_text_bank
 from tests.conftest import SIZE, TEMPLATE, build_processor, picture
+from tests.evaluation.tiny_processors import PROMPT, Asked, make_processor, make_speaker
 
 
 FIVE = ("red", "green", "blue", "white", "photo")
@@ -47,6 +53,52 @@ def test_normalised_images_are_refused_with_their_range(door, encoder, bank, dat
     values = torch.stack([other[index]["images"] for index in range(4)])
     with pytest.raises(ValueError, match=rf"from {values.min():.4g} to {values.max():.4g}.*do_normalize=False"):
         door(encoder, bank, other, RobustnessProtocol(get_protocol("quick", steps=1), (1 / 255,)))
+
+
+RANGE = r"from -\d\S* to [12]\.\d+.*do_normalize=False"
+
+
+class NormalisedCaptions(CaptionedImages):
+    """The same, of a gallery."""
+
+    def image(self, place):
+        return PixelTransform(SIZE, None).normalize(super().image(place)[None])[0]
+
+
+@dataclass(frozen=True)
+class NormalisedSample(Asked):
+    """The same, of what a VLM is asked."""
+
+    def pixels(self, transform):
+        return PixelTransform(SIZE, None).normalize(super().pixels(transform)[None])[0]
+
+
+def test_normalised_images_are_refused_for_retrieval(encoder, tmp_path):
+    rows = [{"image": picture(i, i), "captions": name} for i, name in enumerate(("red", "green", "blue"))]
+    gallery = NormalisedCaptions(rows, PixelTransform(SIZE, (SIZE, SIZE)), name="tiny", split="test")
+    settings = {"model_name": "before", "progress": False, "samples_dir": tmp_path}
+    how = RetrievalProtocol((1 / 255,), steps=1, ks=(1,))
+    with pytest.raises(ValueError, match=RANGE):
+        evaluate_retrieval(encoder, build_processor().tokenizer, gallery, how, **settings)
+    assert not [file for file in tmp_path.glob("samples-*") if file.read_text()]
+
+
+@pytest.mark.parametrize(
+    "door",
+    [
+        evaluate_vqa,
+        partial(evaluate_captions, metric=CaptionMetric("overlap", lambda said, references: 0.0)),
+        partial(evaluate_targeted, target="w9"),
+    ],
+    ids=["vqa", "captions", "targeted"],
+)
+def test_normalised_images_are_refused_by_a_vlm(door, tmp_path):
+    vlm, processor = make_speaker("llava"), make_processor("llava")
+    about = {"prompt": PROMPT, "model_name": "before", "dataset": "tiny", "split": "test", "progress": False}
+    how = VLMProtocol((1 / 255,), steps=1)
+    with pytest.raises(ValueError, match=RANGE):
+        door(vlm, processor, [NormalisedSample(0)], how=how, samples_dir=tmp_path, **about)
+    assert not [file for file in tmp_path.glob("samples-*") if file.read_text()]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

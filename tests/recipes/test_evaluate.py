@@ -17,6 +17,7 @@ import yaml
 from hf_robust_vision.evaluation.measure import measure_model
 from hf_robust_vision.evaluation.page import write_report
 from hf_robust_vision.evaluation.results import load_results
+from recipes import evaluate
 from recipes.evaluate import read_list
 from tests.conftest import picture
 
@@ -120,6 +121,21 @@ def test_queries_are_those_of_the_list(two):
     two.write_text(yaml.safe_dump(content))
     how, _ = read_list(two, None)
     assert [attack.steps for attack in how.protocol.attacks if attack.algorithm == "square"] == [7]
+
+
+def test_what_else_is_measured(two, tmp_path, monkeypatch):
+    asked = {}
+
+    def seen(*_, **settings):
+        asked.update(settings)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(evaluate, "measure_model", seen)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "demo-clip", "--datasets", str(two), "--sanity", "--corruptions"])
+    with pytest.raises(SystemExit, match="seen"):
+        evaluate.main()
+    assert asked["sanity"]
+    assert asked["corruptions"]
 
 
 def test_misspelt_names_are_refused(two, tmp_path):
