@@ -137,7 +137,9 @@ def test_the_fsdp_file_passes_our_own_check(monkeypatch):
 def test_the_deepspeed_file_passes_our_own_check(monkeypatch):
     """The same for DeepSpeed, which need not be installed for it."""
     file = str(ROOT / "recipes" / "accelerate" / "deepspeed_zero2.yaml")
-    args, config, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "recipe.py"]))
+    args, config, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", file, "recipe.py"])
+    )
     args.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)  # as its launch command does
     _, variables = prepare_deepspeed_cmd_env(args)
     for name, value in variables.items():
