@@ -35,6 +35,7 @@ _HOME = {
     "TeCoATrainer": "trainers.tecoa",
     "apgd": "attacks",
     "as_encoder": "encoders",
+    "check_retrieval_sanity": "evaluation.retrieval_sanity",
     "check_sanity": "evaluation.sanity",
     "evaluate_corruptions": "evaluation.corruptions",
     "evaluate_retrieval": "evaluation.retrieval",
@@ -82,6 +83,7 @@ __all__ = [
     "TeCoATrainer",
     "apgd",
     "as_encoder",
+    "check_retrieval_sanity",
     "check_sanity",
     "evaluate_corruptions",
     "evaluate_retrieval",
@@ -125,6 +127,7 @@ if TYPE_CHECKING:
     from .evaluation.page import write_report
     from .evaluation.results import RobustnessResult, load_results
     from .evaluation.retrieval import RetrievalProtocol, evaluate_retrieval
+    from .evaluation.retrieval_sanity import check_retrieval_sanity
     from .evaluation.sanity import check_sanity
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
     from .hub.load import load_robust_encoder

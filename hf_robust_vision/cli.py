@@ -92,16 +92,17 @@ def _evaluation_commands(commands: Any) -> None:
     evaluate.add_argument("--dataset", help="folder or Hub name; default: the demo")
     evaluate.add_argument("--config", help="configuration of a Hub dataset")
     evaluate.add_argument("--split", default="test")
-    evaluate.add_argument("--image_column", default="image")
+    evaluate.add_argument("--image_column", help="default: the one of images")
     evaluate.add_argument("--label_column", default="label")
     evaluate.add_argument("--class_names", help="file of class names in label order, local or of the dataset")
     evaluate.add_argument("--templates", help="template set, or a file, local or of the dataset")
     evaluate.add_argument("--resolution", type=int, help="attack square images of this size; default: the tower's")
     evaluate.add_argument("--max_samples", type=int, help="seeded subset; default: all")
     evaluate.add_argument("--skip_corrupt", action="store_true", help="leave out images that can not be decoded")
-    evaluate.add_argument("--protocol", default="apgd-ce", help="named attacks; a wrong name lists them")
+    evaluate.add_argument("--protocol", default="robustvlm", help="named attacks; a wrong name lists them")
     evaluate.add_argument("--steps", type=int, help="of every attack; default: the protocol's")
     evaluate.add_argument("--restarts", type=int, help="of every attack; default: the protocol's")
+    evaluate.add_argument("--queries", type=int, help="of a black-box attack; default: the protocol's")
     evaluate.add_argument("--norm", choices=("linf", "l2"), default="linf")
     evaluate.add_argument("--eps", nargs="+", default=["1/255", "2/255", "4/255"], help="radii, such as 4/255")
     evaluate.add_argument("--batch_size", type=int, default=64)
@@ -141,7 +142,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from hf_robust_vision.trainers.config import Radius
 
     how = RobustnessProtocol(
-        get_protocol(args.protocol, steps=args.steps, restarts=args.restarts),
+        get_protocol(args.protocol, steps=args.steps, restarts=args.restarts, queries=args.queries),
         tuple(float(Radius(eps)) for eps in args.eps),
         args.norm,
         batch_size=args.batch_size,

@@ -12,14 +12,11 @@ from typing import Any, cast
 
 import torch
 import yaml
-from tqdm.auto import tqdm
 from transformers import CLIPProcessor, HfArgumentParser, set_seed
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.data.datasets import LabelledImages, StreamedImages, load_labelled_images
-from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo
-from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_off
-from hf_robust_vision.data.templates import read_class_names
+from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.evaluation.report import plot_curve
 from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
@@ -27,47 +24,31 @@ from hf_robust_vision.evaluation.sanity import add_sanity, sanity_text
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.hub.push import PushError, VerificationError
-from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.processes import announce, part, rank_and_world
+from hf_robust_vision.processes import announce, part
 from hf_robust_vision.run_folder import check_folder, clear
 from hf_robust_vision.trainers.base import AdversarialTrainer
 from hf_robust_vision.trainers.collapse import CollapseError
 from hf_robust_vision.trainers.config import AdversarialTrainingArguments, Radius
 from hf_robust_vision.trainers.publishing import check_push
+from hf_robust_vision.training_data import DataArguments, load_splits
 
-
-# Above this many images a full decode before training would take longer than it saves: they are then decoded, and
-# a broken one is named, as they come.
-SCAN_LIMIT = 50_000
 
 # What a user can mend: shown as one line, not as a traceback.
 USER_ERRORS = (ValueError, ModuleNotFoundError, CollapseError, PushError)
 
 
 @dataclass
-class PipelineArguments:
-    """What to harden, on which data, and how to measure it.
+class PipelineArguments(DataArguments):
+    """What to harden, on which data, and how to measure it; the data are those of `DataArguments`.
 
     Args:
         model_name_or_path: Folder or Hub id of a CLIP model; by default the demo model.
         model_revision: Branch, tag or commit of the model.
-        dataset_name: Dataset name or local folder; by default the demo data.
-        dataset_config: Configuration of a Hub dataset.
-        train_split: Split to fine-tune on.
-        validation_split: Split that every choice is made on; by default drawn from `train_split`.
-        validation_size: Images drawn for validation where there is no split for it.
-        test_split: Split that the reported numbers come from.
-        image_column: Column of the image.
-        label_column: Column of the label.
-        class_names: File of class names in the order of the labels; by default the dataset's own.
-        streaming: Stream the training split of a Hub dataset; needs `validation_split`.
-        skip_corrupt: Count and leave out images that can not be decoded.
         test_protocol: Attacks of the reported numbers.
         test_steps: Gradient steps of those attacks; by default the protocol's.
         test_queries: Looks at the model of a black-box attack among them; by default the protocol's.
         test_eps: Radii of those attacks.
         test_restarts: Restarts of each attack at `attack_eps`; by default, and at the other radii, the protocol's.
-        max_test_samples: Seeded subset of the test split; all of it by default.
         sanity: Check the reported numbers for gradient masking; the answers go into every result.
         overwrite: Delete what an earlier run left in `output_dir`.
         measure: Measure before and after; with false the recipe only trains.
@@ -76,18 +57,7 @@ class PipelineArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset or folder; default: the demo."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split to fine-tune on."})
-    validation_split: str | None = field(default=None, metadata={"help": "Split for choices; default: drawn."})
-    validation_size: int = field(default=1000, metadata={"help": "Images drawn for validation."})
-    test_split: str = field(default="test", metadata={"help": "Split of the reported numbers."})
-    image_column: str = field(default="image", metadata={"help": "Column of the image."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label."})
-    class_names: str | None = field(default=None, metadata={"help": "File of class names in label order."})
-    streaming: bool = field(default=False, metadata={"help": "Stream the training split."})
-    skip_corrupt: bool = field(default=False, metadata={"help": "Count and leave out broken images."})
-    test_protocol: str = field(default="apgd-ce", metadata={"help": "Attacks of the reported numbers."})
+    test_protocol: str = field(default="robustvlm", metadata={"help": "Attacks of the reported numbers."})
     test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks."})
     test_queries: int | None = field(default=None, metadata={"help": "Queries of its black-box attack."})
     test_eps: list[Radius] = field(
@@ -95,7 +65,6 @@ class PipelineArguments:
         metadata={"help": "Radii of the reported numbers."},
     )
     test_restarts: int | None = field(default=None, metadata={"help": "Restarts at attack_eps."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
     sanity: bool = field(default=False, metadata={"help": "Check the numbers for gradient masking."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
@@ -182,7 +151,7 @@ def run(
         image_processor=load_image_processor(name, revision=options.model_revision),
         tokenizer=load_tokenizer(name, revision=options.model_revision),
     )
-    train, validation, test = load_splits(options, args.seed, encoder.transform)
+    train, validation, test = load_splits(options, args.seed, encoder.transform, measure=options.measure)
     how = RobustnessProtocol(
         get_protocol(options.test_protocol, steps=options.test_steps, queries=options.test_queries),
         tuple(float(eps) for eps in options.test_eps),
@@ -196,17 +165,17 @@ def run(
     )
     if options.overwrite and not args.resume_from_checkpoint:
         clear(output)  # only now: neither bad input nor a launcher that is refused may cost the earlier run
-    before = _measure(trainer, trainer.reference.encoder, test, how, "before") if options.measure else []
+    before = _measure(trainer, trainer.reference.encoder, test, how, "before") if test is not None else []
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
     hardened = trainer.hardened_encoder()
-    after = _measure(trainer, hardened, test, how, "after") if options.measure else []
+    after = _measure(trainer, hardened, test, how, "after") if test is not None else []
     for result in after:
         result.training = trainer.training_record()
     results = before + after
     if results:
         trainer.log(tracked_metrics(results))
-    if results and args.should_save:
+    if test is not None and args.should_save:
         if options.sanity:
             models = {"before": trainer.reference.encoder, "after": hardened}
             banked = {model: (encoder, trainer.text_bank(test, encoder)) for model, encoder in models.items()}
@@ -215,7 +184,7 @@ def run(
         _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
     part()  # before the upload, which is measured again by one process alone
-    if args.push_to_hub and trainer.is_world_process_zero():
+    if args.push_to_hub and test is not None and trainer.is_world_process_zero():
         _push(trainer, test)
     return results
 
@@ -234,41 +203,6 @@ def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
         print(trainer.push_to_hub(verify=True, dataset=test, device=trainer.args.device))
     except VerificationError as error:  # it is published; what to make of it is for the reader to say
         print(f"warning: {error}", file=sys.stderr)
-
-
-def load_splits(
-    options: PipelineArguments, seed: int, transform: PixelTransform
-) -> tuple[LabelledImages | StreamedImages, LabelledImages, LabelledImages]:
-    """Train, validation and test: disjoint, seeded, and readable to the last image.
-
-    Raises:
-        ValueError: If a split is missing, shares images with another, or holds a broken image.
-    """
-    if options.dataset_name is None:
-        train: LabelledImages | StreamedImages = load_demo("train", transform)
-        validation, test = load_demo("validation", transform), load_demo("test", transform)
-    else:
-        named = [options.train_split, options.test_split, options.validation_split]
-        if len(set(named)) < len(named):
-            raise ValueError(
-                f"train_split, test_split and validation_split must differ, got {named}; a number measured on a "
-                "training image says nothing."
-            )
-        train = _load(options, options.train_split, transform, streaming=options.streaming, seed=seed)
-        test = cast(LabelledImages, _load(options, options.test_split, transform))
-        if options.validation_split is not None:
-            validation = cast(LabelledImages, _load(options, options.validation_split, transform))
-        elif isinstance(train, StreamedImages):
-            raise ValueError("a streamed training split can not give up images: name a --validation_split.")
-        else:
-            train, validation = split_off(train, options.validation_size, seed=seed, name="validation")
-    test = seeded_subset(test, options.max_test_samples, seed=0)
-    finite = [part for part in (train, validation, test) if isinstance(part, LabelledImages)]
-    check_disjoint(*finite)
-    scanned = [_without_broken(part, options.skip_corrupt) for part in finite]
-    if isinstance(train, StreamedImages):
-        return train, scanned[0], scanned[1]
-    return scanned[0], scanned[1], scanned[2]
 
 
 def usable_cores() -> int:
@@ -303,36 +237,6 @@ def _typed(parser: HfArgumentParser, key: str, value: Any) -> Any:
     if action.nargs == "+" and not isinstance(value, list):
         value = [value]
     return [convert(item) for item in value] if isinstance(value, list) else convert(value)
-
-
-def _load(
-    options: PipelineArguments, split: str, transform: PixelTransform, streaming: bool = False, seed: int | None = None
-) -> LabelledImages | StreamedImages:
-    assert options.dataset_name is not None
-    names = read_class_names(options.class_names) if options.class_names else None
-    return load_labelled_images(
-        options.dataset_name,
-        split,
-        transform,
-        config_name=options.dataset_config,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        class_names=names,
-        streaming=streaming,
-        skip_corrupt=options.skip_corrupt,
-        shuffle_seed=seed if streaming else None,
-    )
-
-
-def _without_broken(part: LabelledImages, skip: bool) -> LabelledImages:
-    if part.name == DEMO_NAME or (len(part) > SCAN_LIMIT and not skip):
-        return part
-    broken = part.corrupt(lambda rows: tqdm(rows, desc=f"reading {part.split}", delay=2))
-    if broken and not skip:
-        part[broken[0]]  # raises, with the name of the file
-    if broken and rank_and_world()[0] == 0:
-        print(f"skipped {len(broken)} corrupt images of {part.split}", file=sys.stderr)
-    return part.select([index for index in range(len(part)) if index not in set(broken)])
 
 
 def _measure(

@@ -1,6 +1,7 @@
 """Speed, memory and time to robustness of a training step, side by side in one run.
 
     python recipes/benchmark.py --output docs/benchmark.md
+    python recipes/benchmark.py --parts scaling --output docs/benchmark.md    # the other parts keep their tables
 
 Parts, ViT-B/32 at 224 px with random weights and Sim-CLIP's frozen form with PGD-10 unless said otherwise:
 
@@ -9,7 +10,7 @@ Parts, ViT-B/32 at 224 px with random weights and Sim-CLIP's frozen form with PG
   The floor is the forward and backward passes that the step needs, timed alone.
 - `options`: (c) with each option that makes a step cheaper.
 - `forwards`: the anchored form with one forward pass of clean and adversarial images, and with two.
-- `scaling`: two processes against one.
+- `scaling`: two processes against one, as a ratio, with two that share nothing as the ceiling.
 - `robustness`, on the demo: seconds until validation robust accuracy reaches what the published setting (10 attack
   steps, float32) reaches, for several numbers of attack steps.
 """
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmark_page import section, update
 from benchmark_scaling import scaling_table
 from benchmark_steps import options_table, steps_table
 from transformers import AutoProcessor
@@ -35,7 +37,14 @@ from hf_robust_vision.evaluation.results import wilson_interval
 from hf_robust_vision.trainers.sim_clip import SimCLIPArguments, SimCLIPTrainer
 
 
-PARTS = ("steps", "options", "forwards", "scaling", "robustness")
+# A part's name on the command line, and that on the page.
+PARTS = {
+    "steps": "A training step",
+    "options": "Options of the step",
+    "forwards": "Clean and adversarial images",
+    "scaling": "Two processes",
+    "robustness": "Time to robustness",
+}
 
 
 def harden(
@@ -121,7 +130,7 @@ def main() -> None:
     """Measure, print, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
@@ -129,26 +138,25 @@ def main() -> None:
     args = parser.parse_args()
     shape = (args.batch_size, args.steps, args.rounds)
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    page = ["# Benchmark", "", f"Written by `{shlex.join(['python', *sys.argv])}`.", ""]
-    page += [f"{machine}; CPU capability: {torch.backends.cpu.get_cpu_capability()}.", ""]
+    machine += f"; CPU capability: {torch.backends.cpu.get_cpu_capability()}"
+    command = shlex.join(["python", *sys.argv])
     setting = f"ViT-B/32, 224 px, batch {args.batch_size}, PGD-{args.steps}"
-    parts = {
-        "steps": (f"A training step: {setting}", lambda: steps_table(*shape)),
-        "options": (f"Options of the step: {setting}", lambda: options_table("options", *shape)),
-        "forwards": (f"Clean and adversarial images: {setting}", lambda: options_table("forwards", *shape)),
-        "scaling": (f"Two processes: {setting} each, one thread each", lambda: scaling_table(*shape)),
+    measures = {
+        "steps": (setting, lambda: steps_table(*shape)),
+        "options": (setting, lambda: options_table("options", *shape)),
+        "forwards": (setting, lambda: options_table("forwards", *shape)),
+        "scaling": (f"{setting} each, one thread each", lambda: scaling_table(*shape)),
         "robustness": (
-            "Time to robustness: the demo, Sim-CLIP `frozen`, pooled, eps 8/255, PGD-10 on validation",
+            "the demo, Sim-CLIP `frozen`, pooled, eps 8/255, PGD-10 on validation",
             lambda: robustness_table(args.robustness_seconds),
         ),
     }
     for part in args.parts:
-        title, measure = parts[part]
-        page += [f"## {title}", "", *measure(), ""]
-    text = "\n".join(page)
-    print(text)
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
+        about, measure = measures[part]
+        text = section(f"{PARTS[part]}: {about}", command, machine, measure())
+        print(text)
+        if args.output:  # at once: what is measured outlives a later part that fails
+            update(args.output, {PARTS[part]: text}, list(PARTS.values()))
 
 
 if __name__ == "__main__":

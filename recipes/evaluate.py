@@ -27,6 +27,7 @@ import yaml
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.evaluation.measure import EvaluationSet, measure_model
 from hf_robust_vision.evaluation.page import results_text, write_report
+from hf_robust_vision.evaluation.sanity import sanity_text
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol
 from hf_robust_vision.processes import part, rank_and_world
 from hf_robust_vision.trainers.config import Radius
@@ -35,12 +36,13 @@ from hf_robust_vision.trainers.config import Radius
 def read_list(file: Path, only: list[str] | None) -> tuple[RobustnessProtocol, list[EvaluationSet]]:
     """The protocol and the datasets of a YAML file, or those of them that are named."""
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    known = {"protocol", "steps", "restarts", "norm", "eps", "batch_size", "seed", "defaults", "datasets"}
+    attacks = {"steps", "restarts", "queries"}
+    known = {"protocol", "norm", "eps", "batch_size", "seed", "defaults", "datasets"} | attacks
     refuse_strays(file, values, known)
     if missing := sorted({"protocol", "eps", "datasets"} - set(values)):
         raise ValueError(f"{file} lacks {missing}.")
     how = RobustnessProtocol(
-        get_protocol(values["protocol"], steps=values.get("steps"), restarts=values.get("restarts")),
+        get_protocol(values["protocol"], **{name: values.get(name) for name in attacks}),
         tuple(float(Radius(eps)) for eps in values["eps"]),
         values.get("norm", "linf"),
         batch_size=values.get("batch_size", 64),
@@ -76,6 +78,8 @@ def main() -> None:
     parser.add_argument(
         "--save_examples", type=int, default=4, metavar="N", help="images of each dataset kept to show"
     )
+    parser.add_argument("--sanity", action="store_true", help="check the numbers for gradient masking")
+    parser.add_argument("--corruptions", action="store_true", help="accuracy on corrupted images, too")
     args = parser.parse_args()
     output_dir = args.output_dir or f"outputs/evaluate-{Path(args.model).name}"
     try:
@@ -90,9 +94,13 @@ def main() -> None:
             device=args.device,
             dtype=getattr(torch, args.dtype),
             examples=args.save_examples,
+            sanity=args.sanity,
+            corruptions=args.corruptions,
         )
         if rank_and_world()[0] == 0:
             print(how, results_text(results), sep="\n")
+            if args.sanity:
+                print(sanity_text(results))
             print(*write_report([output_dir], output_dir), sep="\n")
         part()
     except (ValueError, OSError) as error:

@@ -11,6 +11,7 @@ question that the swap repairs, if there is one.
 `--target blue` also measures how often an attacker makes the model say a chosen text, before and after.
 `--check_attack` measures nothing of this: it shows that the attack is a real one, by its accuracy over steps and eps on
 the first `--num_questions` questions (50 are enough), and stops.
+`--sanity` checks the attacked numbers for gradient masking, before and after; the answers go into `robustness.json`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hf_robust_vision import swap_vision_encoder
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
+from hf_robust_vision.evaluation.checks import not_run
 from hf_robust_vision.evaluation.report import draw_answers
 from hf_robust_vision.evaluation.results import RobustnessResult, load_samples, save_results
-from hf_robust_vision.evaluation.vlm import VLMProtocol, attack_example, evaluate_targeted, evaluate_vqa
+from hf_robust_vision.evaluation.sanity import sanity_text
+from hf_robust_vision.evaluation.vlm import (
+    VLMProtocol,
+    attack_example,
+    check_vqa_sanity,
+    evaluate_targeted,
+    evaluate_vqa,
+)
 from hf_robust_vision.evaluation.vlm.vqa import Question
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.trainers.config import Radius
@@ -81,8 +91,15 @@ def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> l
     asked = load_questions("test", yes_no=False, limit=args.num_questions)
     yes_no = load_questions("test", yes_no=True, limit=args.num_questions)
     targeted = {"group": "targeted", "max_new_tokens": 8, **shared}
+    attacked = evaluate_vqa(vlm, processor, asked, how, group="colour/shape", **shared)
+    if args.sanity:
+        try:
+            sanity = check_vqa_sanity(vlm, processor, asked, how, prompt=args.prompt)
+        except ValueError as error:  # nothing to check is no reason to lose what was measured
+            sanity = not_run(error)
+        attacked = [replace(result, sanity=sanity) for result in attacked]
     return [
-        *evaluate_vqa(vlm, processor, asked, how, group="colour/shape", **shared),
+        *attacked,
         *evaluate_vqa(vlm, processor, asked, clean, group="  blank image", blank=True, **shared),
         *evaluate_vqa(vlm, processor, yes_no, clean, group="yes/no", **shared),
         *evaluate_vqa(vlm, processor, yes_no, clean, group="yes/no, blank", blank=True, **shared),
@@ -150,6 +167,7 @@ def main() -> None:
     parser.add_argument("--num_questions", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--target", help="Also attack towards this text.")
+    parser.add_argument("--sanity", action="store_true", help="Check the attacked numbers for gradient masking.")
     parser.add_argument("--check_attack", action="store_true", help="Print accuracy over steps and eps, and stop.")
     args = parser.parse_args()
     if not args.check_attack:
@@ -178,6 +196,8 @@ def main() -> None:
     before = attack_example(vlm, processor, question, **about)
     draw_answers({"before": before, "after": after}, question.text, args.output_dir / "answers.png")
     print_table(results, report.towers[0].drift)
+    if args.sanity:
+        print(sanity_text(results))
     if args.target:
         print_targeted(results, args.target)
 

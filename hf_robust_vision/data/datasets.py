@@ -19,6 +19,9 @@ from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.text_bank import check_class_names
 
 
+# What an image column is called where nothing else tells it apart, in the order in which it is looked for.
+IMAGE_COLUMNS = ("image", "webp", "jpg", "jpeg", "png")
+DATA_SUFFIXES = (".parquet", ".arrow", ".tar")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
@@ -211,29 +214,31 @@ def load_labelled_images(
     transform: PixelTransform,
     *,
     config_name: str | None = None,
-    image_column: str = "image",
+    image_column: str | None = None,
     label_column: str = "label",
     class_names: Sequence[str] | None = None,
     streaming: bool = False,
     skip_corrupt: bool = False,
     shuffle_seed: int | None = None,
     revision: str | None = None,
+    only_split: bool = False,
 ) -> LabelledImages | StreamedImages:
-    """Load a local image folder, a saved `datasets` folder, or a dataset of the Hub.
+    """Load a local image folder, a saved `datasets` folder, or a dataset of the Hub or a folder laid out like one.
 
     Args:
         name_or_path: `folder/<split>/<class>/<image>` or `folder/<class>/<image>`, a folder of
-            `Dataset.save_to_disk`, or a dataset name.
+            `Dataset.save_to_disk`, a folder of Parquet, Arrow or WebDataset files, or a dataset name.
         split: Such as "train".
         transform: Fits each image to the tower.
         config_name: Configuration of a Hub dataset.
-        image_column: Column that holds the image.
+        image_column: Column that holds the image; by default the one of images, or one of `IMAGE_COLUMNS`.
         label_column: Column that holds the label.
         class_names: Names in the order of the labels; by default those of the dataset's label feature.
         streaming: Read a Hub dataset row by row without downloading it.
         skip_corrupt: Leave unreadable images out of a stream.
         shuffle_seed: Shuffle a stream through a buffer of 10,000 rows, anew at each epoch; None keeps its order.
         revision: Branch, tag or commit on the Hub.
+        only_split: Download and prepare the files of this split alone; `datasets` does all splits otherwise.
 
     Raises:
         ValueError: If a folder holds no images, the split or a column does not exist, there are no class names, or
@@ -247,18 +252,17 @@ def load_labelled_images(
         # A folder of one split holds no other: it would be train, validation and test at once.
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
         rows = _pick_split(parts, split, str(path))
-    elif path.is_dir():
+    elif path.is_dir() and not any(file.suffix in DATA_SUFFIXES for file in path.rglob("*")):
         rows = _load_folder(path, split)
     else:
         try:
-            rows = datasets.load_dataset(
-                str(name_or_path), config_name, split=split, streaming=streaming, revision=revision
-            )
+            rows = _load_dataset(str(name_or_path), config_name, split, streaming, revision, only_split)
         except OSError as error:
             raise ValueError(
                 f"{name_or_path} is neither a folder nor a dataset of the Hub that can be read: {error}"
             ) from error
     columns = rows.column_names or []
+    image_column = image_column or _image_column(columns, rows.features or {})
     if columns:
         _need_columns(columns, image_column, label_column)
     own_names = getattr((rows.features or {}).get(label_column), "names", None)
@@ -294,6 +298,37 @@ def _load_folder(path: Path, split: str) -> Any:
     if folder == path and split != "train":
         raise ValueError(f"{path} has no folder {split!r}; wanted {path}/{split}/<class name>/<image>.")
     return datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", drop_labels=False)
+
+
+def _load_dataset(
+    name: str, config: str | None, split: str, streaming: bool, revision: str | None, only_split: bool
+) -> Any:
+    import datasets
+
+    settings: dict[str, Any] = {}
+    if only_split and not streaming:
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        # There are none where a cache is read offline.
+        files = {str(key): value for key, value in (builder.config.data_files or {}).items()}
+        if files:
+            _pick_split(files, split, name)
+            settings = {"data_files": {split: list(files[split])}, "features": builder.info.features}
+            settings["verification_mode"] = "no_checks"  # which would miss the other splits
+    return datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision, **settings)
+
+
+def _image_column(columns: Sequence[str], features: Mapping[str, Any]) -> str:
+    import datasets
+
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if len(images) == 1:
+        return images[0]
+    found = next((name for name in IMAGE_COLUMNS if name in (images or columns)), None)
+    if found is None and columns:
+        raise ValueError(
+            f"the dataset has {len(images)} columns of images among {sorted(columns)}; name the one (--image_column)."
+        )
+    return found or IMAGE_COLUMNS[0]
 
 
 def _pick_split(splits: Mapping[str, Any], split: str, name: str) -> Any:

@@ -45,7 +45,8 @@ def only_classes(dataset: LabelledImages, class_names: Sequence[str]) -> Labelle
     Raises:
         ValueError: If a name is none of the dataset's, or no image is left.
     """
-    labels = set(_labels_of(dataset, class_names))
+    _need_names(dataset, class_names)
+    labels = {label for label, name in enumerate(dataset.class_names) if name in class_names}
     return dataset.select([index for index, label in enumerate(dataset.labels()) if label in labels])
 
 
@@ -59,9 +60,12 @@ def relabel(dataset: LabelledImages, class_names: Sequence[str]) -> LabelledImag
         class_names: Some of its class names, in the order of the new labels.
 
     Raises:
-        ValueError: If a name is none of the dataset's, or no image is left.
+        ValueError: If a name is none of the dataset's or stands twice among them, or no image is left.
     """
-    numbers = {label: number for number, label in enumerate(_labels_of(dataset, class_names))}
+    _need_names(dataset, class_names)
+    if twice := sorted({name for name in class_names if dataset.class_names.count(name) > 1}):
+        raise ValueError(f"{twice[:5]} stand more than once in {dataset.name}; new labels need names that differ.")
+    numbers = {dataset.class_names.index(name): number for number, name in enumerate(class_names)}
     return LabelledImages(
         _Renumbered(dataset.rows, dataset.label_column, numbers),
         class_names,
@@ -88,10 +92,9 @@ class _Renumbered(Sequence[Mapping[str, Any]]):
         return {**row, self.label_column: self.numbers.get(int(row[self.label_column]), -1)}
 
 
-def _labels_of(dataset: LabelledImages, class_names: Sequence[str]) -> list[int]:
+def _need_names(dataset: LabelledImages, class_names: Sequence[str]) -> None:
     if stray := [name for name in class_names if name not in dataset.class_names]:
         raise ValueError(f"{stray[:5]} are no classes of {dataset.name}; it has {list(dataset.class_names)[:5]}...")
-    return [dataset.class_names.index(name) for name in class_names]
 
 
 def check_disjoint(*datasets: LabelledImages) -> None:

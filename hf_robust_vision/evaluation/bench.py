@@ -1,142 +1,134 @@
-"""What sanity checks have in common: the samples, the attacks on them that several checks share, and a verdict."""
+"""What sanity checks have in common: samples on trial, the attacks on them that several checks share, and a verdict."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_robust_vision.attacks import Ball, Misclassified, Protocol, StartNoise, make_ball, run_protocol
-from hf_robust_vision.data.collator import collate_images
-from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.encoders import Encoder, image_embedder
-from hf_robust_vision.pixels import check_images
-from hf_robust_vision.text_bank import TextBank
-
-from .zero_shot import RobustnessProtocol
+from hf_robust_vision.attacks import Ball, Objective, StartNoise, Success, make_ball
 
 
-# Set, like the thresholds of `sanity`, before any model was looked at.
+# Set, like the thresholds of `checks`, before any model was looked at.
 # Share of the samples by which a comparison may come out on the wrong side. Of 100 samples five turn on luck; a model
 # that masks its gradients loses tens of points.
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The samples, all classified rightly, and the model that does it.
+class Trial(ABC):
+    """A batch of samples that the model gets right, and all that checks need to know of their task.
 
     Args:
-        classify: Images in [0, 1] to logits, shape (batch, classes).
-        images: In [0, 1], shape (samples, 3, height, width).
-        labels: Shape (samples,).
+        images: Clean, in [0, 1], shape (batch, 3, height, width).
         noise: One id a sample.
-        batch_size: Images that go through the model at once.
     """
 
-    classify: Callable[[Tensor], Tensor]
     images: Tensor
-    labels: Tensor
     noise: StartNoise
-    batch_size: int
 
-    def each(self, function: Callable[[Tensor, Tensor, StartNoise], Tensor], rows: Tensor | None = None) -> Tensor:
-        """What a function of images, labels and noise gives for each sample; False for those not in `rows`."""
-        rows = torch.arange(len(self.labels)) if rows is None else rows
-        if len(rows) == 0:
-            return torch.zeros(len(self.labels), dtype=torch.bool)
-        parts = []
-        for part in rows.split(self.batch_size):
-            place = part.to(self.images.device)
-            parts.append(function(self.images[place], self.labels[place], self.noise.take(part)).cpu())
-        values = torch.cat(parts)
-        whole = values.new_zeros(len(self.labels), *values.shape[1:])
-        whole[rows] = values
-        return whole
+    @property
+    @abstractmethod
+    def loss(self) -> Objective:
+        """What an attacker raises who follows the gradient."""
 
-    def attacked(self, protocol: Protocol, ball: Ball, rows: Tensor | None = None) -> Tensor:
-        """Which samples a protocol fools; False for those not in `rows`."""
+    @property
+    @abstractmethod
+    def margin(self) -> Objective:
+        """What an attacker raises who has no gradient: how near the answer is to a wrong one."""
 
-        def run(images: Tensor, labels: Tensor, noise: StartNoise) -> Tensor:
-            outcome = run_protocol(protocol, self.classify, images, labels, ball, noise)
-            return torch.tensor([name is not None for name in outcome.fooled_by])
+    @property
+    @abstractmethod
+    def fooled(self) -> Success:
+        """Where an attack may stop."""
 
-        return self.each(run, rows)
+    @abstractmethod
+    def scores(self, images: Tensor) -> Tensor:
+        """The numbers that the answers are chosen by, shape (batch, ..., choices)."""
 
-    def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One flag an image."""
+    @abstractmethod
+    def attack(self, ball: Ball, steps: int) -> Tensor:
+        """Which samples the white-box attacks of the measurement win, shape (batch,)."""
+
+    @abstractmethod
+    def take(self, rows: Tensor) -> Trial:
+        """The same for some of the samples."""
+
+    def lost(self, images: Tensor) -> Tensor:
+        """The verdict on any images of the same shape, boolean flags of shape (batch,)."""
         with torch.no_grad():
-            return Misclassified(self.classify, labels)(images)
+            return self.fooled(images)
 
 
 @dataclass(frozen=True)
-class AttackedBench:
-    """Which samples the gradient attacks fool at any budget and radius that a check asks for; each is run once.
+class Bench:
+    """The samples, and which of them the white-box attacks win at any radius and budget; each of these is run once.
 
     Args:
-        bench: The samples.
-        white: The attacks of the protocol that follow a gradient.
-        how: The measurement that is checked.
+        trials: The samples in batches of one image size.
+        norm: Of the measurement.
+        eps: Its radii.
+        steps: Its steps.
+        chance: Share of the samples that may stand where all images can be made equal; None where the task sets none.
+        chance_is: What that share is, in words.
+        stronger: What to try where the attacks are too weak.
     """
 
-    bench: Bench
-    white: Protocol
-    how: RobustnessProtocol
+    trials: Sequence[Trial]
+    norm: str
+    eps: Sequence[float]
+    steps: int
+    chance: float | None
+    chance_is: str
+    stronger: str
     _flags: dict[tuple[float, int], Tensor] = field(default_factory=dict)
 
-    @property
-    def steps(self) -> int:
-        """Of the measurement."""
-        return max(attack.steps for attack in self.white.attacks)
+    def __len__(self) -> int:
+        return sum(len(trial.images) for trial in self.trials)
 
     @property
     def ball(self) -> Ball:
         """Of the largest radius of the measurement."""
-        return make_ball(self.how.norm, max(self.how.eps))
+        return make_ball(self.norm, max(self.eps))
 
-    def __call__(self, ball: Ball, steps: int) -> Tensor:
+    def each(self, function: Callable[[Any], Tensor], wanted: Tensor | None = None) -> Tensor:
+        """What a function of a trial gives for each sample; False for those that are not `wanted`."""
+        flags = torch.ones(len(self), dtype=torch.bool) if wanted is None else wanted
+        values, start = [], 0
+        for trial in self.trials:
+            count = len(trial.images)
+            rows = flags[start : start + count].nonzero().flatten()
+            start += count
+            if len(rows):
+                part = trial if len(rows) == count else trial.take(rows.to(trial.images.device))
+                values.append(function(part).cpu())
+        if not values:
+            return torch.zeros(len(self), dtype=torch.bool)
+        found = torch.cat(values)
+        whole = found.new_zeros(len(self), *found.shape[1:])
+        whole[flags] = found
+        return whole
+
+    def attacked(self, ball: Ball, steps: int) -> Tensor:
         """Which samples fall, independent of every other radius and budget."""
         if (ball.eps, steps) not in self._flags:
-            self._flags[ball.eps, steps] = self.bench.attacked(self.white.with_budget(steps=steps), ball)
+            self._flags[ball.eps, steps] = self.each(lambda trial: trial.attack(ball, steps))
         return self._flags[ball.eps, steps]
 
-
-def classifier(encoder: Encoder, bank: TextBank) -> Callable[[Tensor], Tensor]:
-    """Images in [0, 1] of any size to logits; they are fitted to the tower inside."""
-    embed = image_embedder(encoder)
-    return bank.classify(lambda images: embed(encoder.transform.fit(images)))
+    def white(self) -> Tensor:
+        """Which samples fall to the measurement, at its largest radius."""
+        return self.attacked(self.ball, self.steps)
 
 
-def pick_bench(
-    encoder: Encoder,
-    bank: TextBank,
-    dataset: LabelledImages,
-    how: RobustnessProtocol,
-    samples: int,
-    device: torch.device,
-) -> Bench:
-    """The first rightly classified images in a seeded order."""
-    classify = classifier(encoder, bank)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(how.seed)).tolist()
-    images, labels, ids = [], [], []
-    for start in range(0, len(order), how.batch_size):
-        batch = collate_images([dataset[index] for index in order[start : start + how.batch_size]])
-        raw, truth = check_images(batch["images"]).to(device), batch["labels"].to(device)
-        with torch.no_grad():
-            right = (classify(raw).argmax(1) == truth).nonzero().flatten()
-        images.append(raw[right])
-        labels.append(truth[right])
-        ids += [batch["ids"].tolist()[row] for row in right.tolist()]
-        if len(ids) >= samples:
-            break
-    if not ids:
-        raise ValueError(f"the model is right about none of {len(dataset)} images: there is nothing to attack.")
-    picked = torch.cat(images)[:samples], torch.cat(labels)[:samples]
-    return Bench(classify, *picked, StartNoise(how.seed, ids[:samples]), how.batch_size)
+def right_on_grey(trials: Sequence[Trial]) -> float:
+    """Share of the samples that are answered rightly without looking: their image is grey."""
+    lost = torch.cat([trial.lost(torch.full_like(trial.images, 0.5)).cpu() for trial in trials])
+    return standing(lost)
 
 
 def standing(fooled: Tensor) -> float:

@@ -28,9 +28,9 @@ from hf_robust_vision.encoders import Encoder, attack_mode, tensor_sha256, weigh
 from hf_robust_vision.pixels import check_images
 from hf_robust_vision.text_bank import TextBank
 
-from .bench import classifier
 from .results import RobustnessResult, SampleRecord, versions, wilson_interval
 from .samples import Records, SampleId, SampleStore, measure_all
+from .zero_shot import classifier
 
 
 PROTOCOL = "imagenet-c"

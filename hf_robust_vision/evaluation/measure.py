@@ -38,7 +38,7 @@ class EvaluationSet:
         config: Configuration of a Hub dataset.
         revision: Branch, tag or commit on the Hub.
         split: Of the dataset.
-        image_column: Column of the image.
+        image_column: Column of the image; by default found.
         label_column: Column of the label.
         class_names: File of names in the order of the labels: a local file, or one of the dataset's own folder or Hub
             repository. By default the names that the label column carries.
@@ -54,7 +54,7 @@ class EvaluationSet:
     config: str | None = None
     revision: str | None = None
     split: str = "test"
-    image_column: str = "image"
+    image_column: str | None = None
     label_column: str = "label"
     class_names: str | None = None
     templates: str | None = None

@@ -11,15 +11,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_robust_vision import __version__
-from hf_robust_vision.attacks import EmbeddingDistance, Logits, StartNoise, apgd, cosine_distance, make_ball
+from hf_robust_vision.attacks import Ball, EmbeddingDistance, Logits, StartNoise, apgd, cosine_distance, make_ball
 from hf_robust_vision.data.captions import CaptionedImages
 from hf_robust_vision.encoders import (
     CLIPEncoder,
@@ -143,7 +144,47 @@ class ImageLost:
         return replace(self, captions=self.captions[rows], bar=self.bar[rows])
 
 
-class _Gallery:
+class Stage(NamedTuple):
+    """One attack on samples that search: success is to push what they search out of the first `k`."""
+
+    name: str
+    k: int
+    objective: Any
+    fooled: Any
+
+
+@dataclass(frozen=True)
+class Search:
+    """Samples that search, or are searched for, and the attacks on them.
+
+    Args:
+        samples: Images or captions of the dataset.
+        images: Those to attack, one a sample, in [0, 1].
+        stages: In order.
+        ranks: Images, and the rows of the samples that they belong to, to the ranks of what these search.
+    """
+
+    samples: list[int]
+    images: Tensor
+    stages: Sequence[Stage]
+    ranks: Callable[[Tensor, Tensor], Tensor]
+
+    def strike(self, stage: Stage, rows: Tensor, ball: Ball, how: RetrievalProtocol) -> Tensor:
+        """Ranks of some samples after one attack, shape (rows,)."""
+        found = apgd(
+            stage.objective.take(rows),
+            self.images[rows],
+            ball,
+            steps=how.steps,
+            noise=StartNoise(how.seed, [self.samples[row] for row in rows.tolist()]),
+            restarts=how.restarts,
+            fooled=stage.fooled.take(rows),
+        )
+        with torch.no_grad():
+            return self.ranks(found, rows)
+
+
+class Gallery:
     """Embeddings of a dataset and the attacks on it, in one direction or the other."""
 
     def __init__(self, encoder: CLIPEncoder, tokenizer: Any, dataset: CaptionedImages, how: RetrievalProtocol):
@@ -161,22 +202,31 @@ class _Gallery:
         self.owners = torch.tensor(dataset.owners, device=self.device)
 
     def load(self, places: Sequence[int]) -> Tensor:
+        """Images of the dataset, in [0, 1]."""
         return check_images(torch.stack([self.dataset.image(place) for place in places])).to(self.device)
 
-    def image_to_text(self, images: list[int]) -> Records:
-        """Worst rank of the best own caption, for each image and radius."""
+    def samples(self, direction: str) -> range:
+        """All that searches."""
+        return range(len(self.dataset) if direction == "image_to_text" else len(self.dataset.captions))
+
+    def search(self, direction: str, samples: list[int]) -> Search:
+        """What some samples of a direction search, and the attacks on them."""
+        return self._texts(samples) if direction == "image_to_text" else self._images(samples)
+
+    def _texts(self, images: list[int]) -> Search:
+        """The best own caption of each image."""
         own = self.owners[None] == torch.tensor(images, device=self.device)[:, None]
         similar = Logits(lambda batch: self.scale * self.embed(batch) @ self.captions.T)
         margin = CaptionLoss(similar, own, 1)
         stages = [
-            (f"apgd-{kind}@{k}", k, replace(margin, kind=kind, k=k), CaptionsLost(replace(margin, k=k)))
+            Stage(f"apgd-{kind}@{k}", k, replace(margin, kind=kind, k=k), CaptionsLost(replace(margin, k=k)))
             for k in sorted(self.how.ks)
             for kind in ("nll", "margin")
         ]
-        return self._attack(images, images, stages, lambda batch, rows: _caption_ranks(similar(batch), own[rows]))
+        return Search(images, self.load(images), stages, lambda batch, rows: _caption_ranks(similar(batch), own[rows]))
 
-    def text_to_image(self, texts: list[int]) -> Records:
-        """Worst rank of the own image, for each caption and radius; one attack serves every k."""
+    def _images(self, texts: list[int]) -> Search:
+        """The own image of each caption; one attack serves every k."""
         captions, owners = self.captions[texts], self.owners[texts]
         others = (captions @ self.images.T).scatter(1, owners[:, None], -torch.inf)
         k = max(self.how.ks)
@@ -186,43 +236,26 @@ class _Gallery:
         def ranks(batch: Tensor, rows: Tensor) -> Tensor:
             return (others[rows] > (self.embed(batch) * captions[rows]).sum(1, keepdim=True)).sum(1)
 
-        return self._attack(texts, owners.tolist(), [("apgd-cosine", k, away, lost)], ranks)
+        return Search(texts, self.load(owners.tolist()), [Stage("apgd-cosine", k, away, lost)], ranks)
 
-    def _attack(
-        self,
-        samples: list[int],
-        places: list[int],
-        stages: Sequence[tuple[str, int, Any, Any]],
-        ranks: Callable[[Tensor, Tensor], Tensor],
-    ) -> Records:
-        """Run (name, k, objective, success) in order, each on the samples whose worst rank is still under k."""
-        how, images = self.how, self.load(places)
-        everyone = torch.arange(len(samples), device=self.device)
+    def measure(self, direction: str, samples: list[int]) -> Records:
+        """Worst rank of what each sample searches, for each radius: the stages in order, each on those under its k."""
+        how, search = self.how, self.search(direction, samples)
         with torch.no_grad():
-            worst = ranks(images, everyone)
+            worst = search.ranks(search.images, torch.arange(len(samples), device=self.device))
         latest = [
             SampleRecord(sample, 0, rank, fooled_by="clean" if rank else None)
             for sample, rank in zip(samples, worst.tolist())
         ]
         records: Records = {sample: [] for sample in samples}
         for eps in how.eps:
-            for name, k, objective, success in stages if eps > 0 else ():
-                rows = (worst < k).nonzero().flatten()
+            for stage in search.stages if eps > 0 else ():
+                rows = (worst < stage.k).nonzero().flatten()
                 if len(rows) == 0:
                     continue
-                found = apgd(
-                    objective.take(rows),
-                    images[rows],
-                    make_ball(how.norm, eps),
-                    steps=how.steps,
-                    noise=StartNoise(how.seed, [samples[row] for row in rows.tolist()]),
-                    restarts=how.restarts,
-                    fooled=success.take(rows),
-                )
-                with torch.no_grad():
-                    worst[rows] = torch.maximum(worst[rows], ranks(found, rows))
+                worst[rows] = torch.maximum(worst[rows], search.strike(stage, rows, make_ball(how.norm, eps), how))
                 for row, rank in zip(rows.tolist(), worst[rows].tolist()):
-                    fooled_by = latest[row].fooled_by or (name if rank else None)
+                    fooled_by = latest[row].fooled_by or (stage.name if rank else None)
                     latest[row] = replace(latest[row], adversarial=rank, fooled_by=fooled_by)
             for record in latest:
                 records[int(record.id)].append(record)
@@ -269,16 +302,14 @@ def evaluate_retrieval(
     sha256, dtype = weights_sha256(encoder), encoder.visual_projection.weight.dtype
     results = []
     with attack_mode(encoder):
-        gallery = _Gallery(encoder, tokenizer, dataset, how)
+        gallery = Gallery(encoder, tokenizer, dataset, how)
         identity = asdict(how) | {"weights": sha256, "data": dataset.name, "split": dataset.split, "dtype": str(dtype)}
         identity |= {"captions": dataset.captions, "owners": dataset.owners, "texts": tensor_sha256(gallery.captions)}
         identity |= {"rows": getattr(dataset.rows, "_fingerprint", ""), "version": __version__}
         identity |= {"pixels": asdict(encoder.transform), "fit": asdict(dataset.transform)}
         del identity["batch_size"]
-        for direction, measure, ids in (
-            ("image_to_text", gallery.image_to_text, range(len(dataset))),
-            ("text_to_image", gallery.text_to_image, range(len(dataset.captions))),
-        ):
+        for direction in DIRECTIONS:
+            ids, measure = gallery.samples(direction), partial(gallery.measure, direction)
             label = f"{Path(model_name).name}-{direction}-{how.norm}"
             store = SampleStore(samples_dir, label, how.eps, identity)
             bar = f"{model_name}: {direction.replace('_', ' ')}"

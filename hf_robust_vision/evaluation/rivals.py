@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from hf_robust_vision.attacks import Attack, CrossEntropy, Margin, Misclassified, Protocol, StartNoise, apgd, square
-from hf_robust_vision.encoders import Encoder, attack_mode
-from hf_robust_vision.text_bank import TextBank
+from hf_robust_vision.attacks import Ball, Objective, apgd, square
 
-from .bench import TOLERANCE, AttackedBench, check, classifier, standing
+from .bench import TOLERANCE, Bench, Trial, check, standing
 
 
-TARGETS = 3  # strongest wrong classes that the other loss aims at
+@dataclass(frozen=True)
+class OtherLoss:
+    """An attack on a loss that the measurement may not have followed.
+
+    Args:
+        why: What it is and what to do where it wins; or why there is none.
+        attack: Samples, ball and steps to one flag a sample; None where there is no such loss.
+    """
+
+    why: str
+    attack: Callable[[Any, Ball, int], Tensor] | None = None
 
 
-def another_loss(attacked: AttackedBench, classes: int) -> dict[str, Any]:
-    """A targeted margin at the budget of the measurement."""
-    targets = min(TARGETS, classes - 1)
-    attack = Attack("apgd", objective="targeted-margin", targets=targets, steps=attacked.steps)
-    white = attacked(attacked.ball, attacked.steps)
-    only = attacked.bench.attacked(Protocol("another loss", (attack,)), attacked.ball, (~white).nonzero().flatten())
-    return check(
-        "as strong as another loss",
-        f"APGD on the margin to each of the {targets} strongest wrong classes, which no scale of the logits changes, must "
-        "find next to nothing that the protocol missed. Where it does, the protocol follows the wrong loss for this "
-        "model: take 'robustvlm' or 'autoattack'.",
-        {"robust": standing(white), "only_by_another_loss": only.double().mean().item()},
-        "only_by_another_loss",
-        most=TOLERANCE,
-    )
+def another_loss(bench: Bench, other: OtherLoss) -> dict[str, Any]:
+    """A loss that no scale changes, at the budget of the measurement."""
+    name, key, attack = "as strong as another loss", "only_by_another_loss", other.attack
+    if attack is None:
+        return check(name, other.why, None, key, most=TOLERANCE)
+    white = bench.white()
+    only = bench.each(lambda trial: attack(trial, bench.ball, bench.steps), ~white)
+    return check(name, other.why, {"robust": standing(white), key: only.double().mean().item()}, key, most=TOLERANCE)
 
 
-def black_box(attacked: AttackedBench, queries: int) -> dict[str, Any]:
-    """Square, which asks for logits only."""
-    bench, ball = attacked.bench, attacked.ball
+def black_box(bench: Bench, queries: int) -> dict[str, Any]:
+    """Square, which asks for scores only."""
 
-    def search(images: Tensor, labels: Tensor, noise: StartNoise) -> Tensor:
-        fooled = Misclassified(bench.classify, labels)
-        objective = Margin(bench.classify, labels)
-        found = square(objective, images, ball, queries=queries, noise=noise, fooled=fooled)
-        return bench.fooled(found, labels)
+    def search(trial: Trial) -> Tensor:
+        found = square(trial.margin, trial.images, bench.ball, queries=queries, noise=trial.noise, fooled=trial.fooled)
+        return trial.lost(found)
 
-    white = attacked(ball, attacked.steps)
-    only = bench.each(search, (~white).nonzero().flatten())
+    white = bench.white()
+    only = bench.each(search, ~white)
     return check(
         "as strong as a black box",
         "Square asks for logits only. What it fools, an attack that knows the whole model should have fooled. Where the "
-        "gradients are sound, the protocol is too weak for this model: take 'robustvlm' or 'autoattack'.",
+        f"gradients are sound, the protocol is too weak for this model: {bench.stronger}.",
         {"robust": standing(white), "only_by_black_box": only.double().mean().item(), "queries": queries},
         "only_by_black_box",
         most=TOLERANCE,
     )
 
 
-def transfer(attacked: AttackedBench, surrogate: Encoder | None, bank: TextBank) -> dict[str, Any]:
-    """APGD on another model, the images carried over."""
+def transfer(bench: Bench, surrogate: Callable[[Any], Objective] | None) -> dict[str, Any]:
+    """APGD on another model, the images carried over.
+
+    Args:
+        bench: The samples.
+        surrogate: Samples to their loss on the other model; None where there is none.
+    """
     name = "as strong as a transfer"
     why = (
         "Images that fool another model fool this one by accident. What they fool, an attack on the model itself should "
@@ -66,17 +71,13 @@ def transfer(attacked: AttackedBench, surrogate: Encoder | None, bank: TextBank)
         return check(
             name, f"{why} Pass surrogate=, such as the undefended model.", None, "only_by_transfer", most=TOLERANCE
         )
-    bench, ball = attacked.bench, attacked.ball
-    classify = classifier(surrogate, bank)
 
-    def carry(images: Tensor, labels: Tensor, noise: StartNoise) -> Tensor:
+    def carry(trial: Trial) -> Tensor:
         # To the highest loss, not to the first image that fools: what barely fools one model fools no other.
-        found = apgd(CrossEntropy(classify, labels), images, ball, steps=attacked.steps, noise=noise)
-        return bench.fooled(found, labels)
+        found = apgd(surrogate(trial), trial.images, bench.ball, steps=bench.steps, noise=trial.noise)
+        return trial.lost(found)
 
-    with attack_mode(surrogate):
-        carried = bench.each(carry)
-    white = attacked(ball, attacked.steps)
+    carried, white = bench.each(carry), bench.white()
     numbers = {
         "robust": standing(white),
         "robust_to_transfer": standing(carried),

@@ -121,8 +121,7 @@ def evaluate_zero_shot(
     identity |= {"config": {name: encoder.config.to_dict().get(name) for name in ("vision_config", "hidden_act")}}
     del identity["batch_size"]
     store = SampleStore(samples_dir, f"{Path(model_name).name}-{protocol.name}-{how.norm}", how.eps, identity)
-    embed = image_embedder(encoder)
-    classify = bank.classify(lambda images: embed(encoder.transform.fit(images)))
+    classify = classifier(encoder, bank)
     saved = AdversarialImages(Path(samples_dir or "") / store.images)
     store.forget({sample for sample in save_images if sample not in saved})
 
@@ -172,6 +171,12 @@ def evaluate_zero_shot(
         )
         for place, eps in enumerate(how.eps)
     ]
+
+
+def classifier(encoder: Encoder, bank: TextBank) -> Callable[[Tensor], Tensor]:
+    """Images in [0, 1] of any size to logits; they are fitted to the tower inside."""
+    embed = image_embedder(encoder)
+    return bank.classify(lambda images: embed(encoder.transform.fit(images)))
 
 
 def _measure(

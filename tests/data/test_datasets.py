@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -17,7 +18,9 @@ from hf_robust_vision.data.datasets import (
     decode_image,
     load_labelled_images,
 )
+from hf_robust_vision.data.splits import only_classes, relabel
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.training_data import DataArguments, load_splits
 from tests.conftest import NAMES, SIZE, make_dataset, picture
 
 
@@ -166,13 +169,31 @@ class TestSavedDatasets:
 
     def test_names_that_stand_twice(self, tmp_path):
         folder = saved(rows_of(6), tmp_path / "d", names=None)
-        with pytest.raises(ValueError, match="more than once"):
-            load_labelled_images(folder, "train", FIT, class_names=("red", "red", "blue"))
+        with pytest.warns(UserWarning, match=r"\['red'\] stand more than once: text can not tell"):
+            part = load_labelled_images(folder, "train", FIT, class_names=("red", "red", "blue"))
+        assert part.labels() == [0, 1, 2, 0, 1, 2]
+        with pytest.warns(UserWarning, match="more than once"):
+            both = only_classes(part, ["red"])
+        assert both.labels() == [0, 1, 0, 1]  # of both classes, not only the first of that name
+        with pytest.raises(ValueError, match="need names that differ"):
+            relabel(part, ["red", "blue"])
 
     def test_text_labels(self, tmp_path):
         folder = saved(rows_of(3, ["red", "green", "blue"]), tmp_path / "d", names=None)
         with pytest.raises(ValueError, match=r"label"):
             load_labelled_images(folder, "train", FIT, class_names=NAMES)
+
+    def test_the_image_column_is_found(self, tmp_path):
+        rows = rows_of(6).rename_column("image", "photo").class_encode_column("label")
+        datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "d"))
+        names = {"class_names": NAMES}
+        assert load_labelled_images(tmp_path / "d", "train", FIT, **names).image_column == "photo"
+        with pytest.raises(ValueError, match="no column 'image'"):  # one that is named is meant
+            load_labelled_images(tmp_path / "d", "train", FIT, **names, image_column="image")
+        two = rows.map(lambda row: {"copy": row["photo"]})
+        datasets.DatasetDict({"train": two}).save_to_disk(str(tmp_path / "two"))
+        with pytest.raises(ValueError, match=r"2 columns of images.*--image_column"):
+            load_labelled_images(tmp_path / "two", "train", FIT, **names)
 
     def test_other_columns(self, tmp_path):
         rows = rows_of(6).rename_columns({"image": "img", "label": "fine"})
@@ -180,6 +201,53 @@ class TestSavedDatasets:
         datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "d"))
         part = load_labelled_images(tmp_path / "d", "train", FIT, image_column="img", label_column="fine")
         assert part[4]["labels"] == 1
+
+
+class TestHubLayout:
+    """A folder laid out as on the Hub: Parquet files of each split."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for split, count in (("train", 9), ("validation", 4), ("test", 6)):
+            rows = rows_of(count).cast_column("label", datasets.ClassLabel(names=list(NAMES)))
+            rows.to_parquet(str(tmp_path / "hub" / "data" / f"{split}-0.parquet"))
+        return tmp_path / "hub"
+
+    @pytest.fixture
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        return lambda: sorted({file.stem.split("-")[-1] for file in (tmp_path / "cache").rglob("*.arrow")})
+
+    def test_one_split_alone(self, folder, cache):
+        part = load_labelled_images(folder, "test", FIT, only_split=True)
+        assert (part.class_names, part.labels(), part.name) == (NAMES, [0, 1, 2, 0, 1, 2], "hub")
+        assert cache() == ["test"]
+        with pytest.raises(ValueError, match=r"no split 'tset'; it has \['test', 'train', 'validation'\]"):
+            load_labelled_images(folder, "tset", FIT, only_split=True)
+
+    def test_while_a_stream_trains_no_training_image_is_prepared(self, folder, cache):
+        options = DataArguments(dataset_name=str(folder), streaming=True, validation_split="validation")
+        train, validation, test = load_splits(options, 0, FIT)
+        assert isinstance(train, StreamedImages)
+        assert sorted(item["labels"] for item in train) == sorted([0, 1, 2] * 3)
+        assert (len(validation), len(test)) == (4, 6)
+        assert cache() == ["test", "validation"]
+        few = replace(options, max_validation_samples=2, max_test_samples=3)
+        assert [len(part) for part in load_splits(few, 0, FIT)[1:]] == [2, 3]
+
+    def test_without_a_measurement_no_test_split_is_opened(self, folder, cache):
+        options = DataArguments(
+            dataset_name=str(folder), streaming=True, validation_split="validation", test_split="validation"
+        )
+        with pytest.raises(ValueError, match="must differ"):
+            load_splits(options, 0, FIT)
+        assert load_splits(options, 0, FIT, measure=False)[2] is None
+        assert cache() == ["validation"]
+
+    def test_a_stream_needs_a_split_for_validation(self, folder, cache):
+        with pytest.raises(ValueError, match="--validation_split"):
+            load_splits(DataArguments(dataset_name=str(folder), streaming=True), 0, FIT)
+        assert cache() == []
 
 
 class TestLabelledImages:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hf_robust_vision.encoders import CLIPEncoder
 from hf_robust_vision.text_bank import TextBank
@@ -40,3 +41,11 @@ def masked(encoder: CLIPEncoder, kind: type[CLIPEncoder]) -> CLIPEncoder:
 def saturated(bank: TextBank) -> TextBank:
     """A logit scale at which the softmax is exactly 0 and 1 in float32, and so without slope (Carlini and Wagner 2016)."""
     return replace(bank, logit_scale=1e5)
+
+
+def rounded_tower(vlm: nn.Module) -> nn.Module:
+    """A copy of a LLaVA whose vision tower is shown about 16 levels a channel."""
+    twin = copy.deepcopy(vlm)
+    first = next(layer for layer in twin.model.vision_tower.modules() if isinstance(layer, nn.Conv2d))
+    first.register_forward_pre_hook(lambda layer, args: (args[0] * 4).round() / 4)
+    return twin

@@ -119,9 +119,9 @@ def test_clean_recall_is_that_of_sorting(measure, by_hand, dataset, tmp_path):
 def test_what_is_attacked(encoder, processor, dataset, by_hand, monkeypatch, direction):
     """With black as the attack's answer, ranks are those of a black image in place of the one attacked alone."""
     monkeypatch.setattr(retrieval, "apgd", lambda objective, images, *args, **settings: torch.zeros_like(images))
-    gallery = retrieval._Gallery(encoder, processor.tokenizer, dataset, replace(HOW, eps=(1.0,), ks=(4,)))
+    gallery = retrieval.Gallery(encoder, processor.tokenizer, dataset, replace(HOW, eps=(1.0,), ks=(4,)))
     count = len(dataset) if direction == "image_to_text" else len(dataset.captions)
-    records = getattr(gallery, direction)(list(range(count)))
+    records = gallery.measure(direction, list(range(count)))
     black = embeddings(encoder, processor.tokenizer, torch.zeros(1, 3, SIZE, SIZE), dataset.captions)
     black = (black[0] @ black[1].T)[0]
     clean = ranks_by_hand(by_hand, dataset.owners)[direction == "text_to_image"]

@@ -15,9 +15,9 @@ import torch
 from hf_robust_vision.attacks import Attack, CrossEntropy, LinfBall, Protocol, StartNoise, get_protocol, pgd
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.encoders import as_encoder, image_embedder, load_encoder, load_tokenizer, weights_sha256
-from hf_robust_vision.evaluation import sanity
-from hf_robust_vision.evaluation.bench import AttackedBench, Bench
-from hf_robust_vision.evaluation.sanity import add_sanity, check_sanity, sanity_text
+from hf_robust_vision.evaluation import checks
+from hf_robust_vision.evaluation.bench import Bench
+from hf_robust_vision.evaluation.sanity import ClassifiedImages, add_sanity, check_sanity, sanity_text
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.text_bank import make_text_bank
 from tests.conftest import NAMES, TEMPLATE, build_clip, build_processor, make_dataset
@@ -153,15 +153,43 @@ def test_no_trace(honest, smooth, images):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def bench(classify, count=20):
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.rand(count, 3, 4, 4, generator=generator)
-    return Bench(classify, batch, classify(batch).argmax(1).detach(), StartNoise(0, range(count)), 7)
+def bench(classify, images=None, labels=None, size=7, count=20):
+    images = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0)) if images is None else images
+    labels = classify(images).argmax(1).detach() if labels is None else labels
+    whole = ClassifiedImages(images, StartNoise(0, range(count)), classify, labels, get_protocol("quick", steps=40))
+    trials = [whole.take(rows) for rows in torch.arange(count).split(size)]
+    commonest = labels.bincount().max().item() / count
+    return Bench(trials, "linf", HOW.eps, 40, commonest, "the share of the commonest class", "try harder")
 
 
 def linear(batch):
     weight = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
     return (batch.flatten(1) - 0.5) @ weight.T
+
+
+def test_samples_keep_their_places_in_batches_of_different_sizes():
+    """What a check finds belongs to its sample, also where only some are wanted."""
+    small, large = (
+        ClassifiedImages(
+            torch.full((2, 3, side, side), side / 10),
+            StartNoise(0, [side, -side]),
+            linear,
+            torch.tensor([0, 1]),
+            get_protocol("quick"),
+        )
+        for side in (4, 5)
+    )
+    several = Bench([small, large], "linf", HOW.eps, 40, 0.5, "half", "try harder")
+    assert len(several) == 4
+
+    def look(trial):
+        return torch.stack([trial.images.flatten(1)[:, 0], trial.labels, torch.tensor(trial.noise.ids)], 1)
+
+    whole = torch.tensor([[0.4, 0, 4], [0.4, 1, -4], [0.5, 0, 5], [0.5, 1, -5]])
+    assert torch.allclose(several.each(look), whole)
+    wanted = torch.tensor([False, True, False, False])
+    assert torch.allclose(several.each(look, wanted), whole * wanted[:, None])
+    assert several.each(look, torch.zeros(4, dtype=torch.bool)).tolist() == [False] * 4
 
 
 def test_broken_gradients_are_unusable():
@@ -171,7 +199,7 @@ def test_broken_gradients_are_unusable():
         logits = linear(batch)
         return torch.cat([logits[:15], logits[15:] + (logits[15:] * 0).sqrt()])
 
-    check = sanity._gradients(replace(bench(classify), batch_size=20))
+    check = checks.gradients(bench(classify, size=20))
     assert check["verdict"] == "flagged"
     assert check["numbers"]["not_finite"] == check["numbers"]["unusable"] == 0.25
     assert check["numbers"]["zero"] == 0
@@ -185,9 +213,9 @@ def test_a_rare_draw_is_seen():
         calls.append(1)
         return linear(batch) + (len(calls) % 5 == 0)
 
-    check = sanity._same_answer(replace(bench(linear), classify=classify, batch_size=20))
+    check = checks.same_answer(bench(classify, labels=torch.zeros(20, dtype=torch.long), size=20))
     assert check["verdict"] == "flagged"
-    assert sanity._same_answer(bench(linear))["verdict"] == "passed"
+    assert checks.same_answer(bench(linear))["verdict"] == "passed"
 
 
 @pytest.mark.parametrize(
@@ -200,12 +228,12 @@ def test_a_rare_draw_is_seen():
     ],
 )
 def test_steps(fallen, flagged):
-    attacked = AttackedBench(bench(linear), get_protocol("quick", steps=40), HOW)
+    attacked = bench(linear)
     for steps, count in zip((1, 10, 40, 80), fallen):
         attacked._flags[attacked.ball.eps, steps] = torch.arange(20) < count
-    checks = sanity._steps(attacked)
-    assert checks[0]["numbers"]["robust"] == pytest.approx([1 - count / 20 for count in fallen])
-    assert {check["name"] for check in checks if check["verdict"] == "flagged"} == flagged
+    found = checks.more_steps(attacked)
+    assert found[0]["numbers"]["robust"] == pytest.approx([1 - count / 20 for count in fallen])
+    assert {check["name"] for check in found if check["verdict"] == "flagged"} == flagged
 
 
 @pytest.mark.parametrize(
@@ -218,14 +246,14 @@ def test_steps(fallen, flagged):
     ],
 )
 def test_radii(fallen, flagged, monkeypatch):
-    monkeypatch.setattr(sanity, "_lost_to_noise", lambda bench, ball: torch.arange(20) < 1)
-    attacked = AttackedBench(bench(linear), get_protocol("quick", steps=40), HOW)
+    monkeypatch.setattr(checks, "lost_to_noise", lambda bench, ball: torch.arange(20) < 1)
+    attacked = bench(linear)
     radii = (32 / 255, 64 / 255, 0.5)
     for eps, count in zip(radii, fallen):
         attacked._flags[eps, 40] = torch.arange(20) < count
-    checks = sanity._radii(attacked, make_dataset(3))
-    assert checks[0]["numbers"]["eps"] == pytest.approx(radii, rel=1e-3)
-    assert {check["name"] for check in checks if check["verdict"] == "flagged"} == flagged
+    found = checks.radii(attacked)
+    assert found[0]["numbers"]["eps"] == pytest.approx(radii, rel=1e-3)
+    assert {check["name"] for check in found if check["verdict"] == "flagged"} == flagged
 
 
 def test_noise_is_the_worst_of_ten_draws_inside_the_ball():
@@ -236,22 +264,25 @@ def test_noise_is_the_worst_of_ten_draws_inside_the_ball():
         met.append(batch)
         return torch.stack([batch[:, 0, 0, 0], 1 - batch[:, 0, 0, 0]], 1)
 
-    grey = replace(bench(linear), images=torch.full((20, 3, 4, 4), 0.51), labels=torch.zeros(20, dtype=torch.long))
-    lost = sanity._lost_to_noise(replace(grey, classify=classify), LinfBall(0.1))
+    grey = bench(classify, torch.full((20, 3, 4, 4), 0.51), torch.zeros(20, dtype=torch.long))
+    lost = checks.lost_to_noise(grey, LinfBall(0.1))
     assert lost.double().mean() > 0.9  # all but one in 2 ** 10
-    assert len(met) == 10 * 3  # draws times batches
     assert torch.allclose((torch.cat(met) - 0.51).abs(), torch.tensor(0.1))
-    assert not sanity._lost_to_noise(replace(grey, classify=classify), LinfBall(0.005)).any()
+    assert 20 < len(torch.cat(met)) < 20 * 5  # what fell meets no further draw
+    met.clear()
+    assert not checks.lost_to_noise(grey, LinfBall(0.005)).any()
+    assert len(met) == 10 * 3  # draws times batches
 
 
 def test_the_grey_image_bounds_every_classifier():
     """At half the pixel range all balls share a point: no classifier keeps more than its commonest class."""
-    with_labels = bench(linear)
+    images = torch.cat([trial.images for trial in bench(linear).trials])
+    labels = linear(images).argmax(1)
     ball = LinfBall(0.5)
-    grey = ball.project(torch.full_like(with_labels.images, 0.5), with_labels.images)
+    grey = ball.project(torch.full_like(images, 0.5), images)
     assert torch.allclose(grey, torch.full_like(grey, 0.5))
-    kept = (linear(grey).argmax(1) == with_labels.labels).double().mean()
-    assert kept <= with_labels.labels.bincount().max() / 20
+    kept = (linear(grey).argmax(1) == labels).double().mean()
+    assert kept <= labels.bincount().max() / 20
 
 
 def test_add_sanity_fills_the_results_of_each_model(honest, smooth, images):

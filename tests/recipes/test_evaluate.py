@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import subprocess
 import sys
+import tarfile
+from itertools import product
 from pathlib import Path
 
 import pytest
 import yaml
 
+from hf_robust_vision.evaluation.measure import measure_model
+from hf_robust_vision.evaluation.page import write_report
 from hf_robust_vision.evaluation.results import load_results
 from recipes.evaluate import read_list
+from tests.conftest import picture
 
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +76,50 @@ def test_the_thirteen():
     assert all(part.dataset.startswith("clip-benchmark/wds_") for part in sets)
     _, some = read_list(ROOT / "recipes" / "datasets" / "zero_shot_13.yaml", ["Pets"])
     assert [part.name for part in some] == ["Pets"]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_one_of_the_thirteen_from_files_laid_out_like_its_own(kind, clip_folder, tmp_path):
+    """CLIP_benchmark's layout: shards of `<key>.<jpg or webp>` and `<key>.cls`, names and templates beside them."""
+    folder = tmp_path / "wds_imagenet_sketch"
+    for split, place in product(("train", "test"), range(2)):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        (folder / split / "nshards.txt").write_text("2\n")
+        with tarfile.open(folder / split / f"{place}.tar", "w") as shard:
+            for i in range(4 * place, 4 * place + 4):
+                image = io.BytesIO()
+                picture(i, i % 3).save(image, {"jpg": "jpeg"}.get(kind, kind))
+                for name, content in (("cls", str(i % 4).encode()), (kind, image.getvalue())):
+                    entry = tarfile.TarInfo(f"s{i:07}.{name}")
+                    entry.size = len(content)
+                    shard.addfile(entry, io.BytesIO(content))
+    (folder / "classnames.txt").write_text("red\ngreen\nblue\ngreen")
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\na {c}.")
+    content = yaml.safe_load((ROOT / "recipes" / "datasets" / "zero_shot_13.yaml").read_text())
+    content["datasets"] = [part for part in content["datasets"] if part["name"] == "ImageNet-Sketch"]
+    content["datasets"][0]["dataset"] = str(folder)
+    content["defaults"]["max_samples"] = 7
+    file = tmp_path / "one.yaml"
+    file.write_text(yaml.safe_dump(content | {"steps": 1, "restarts": 1}))
+    how, sets = read_list(file, ["ImageNet-Sketch"])
+    with pytest.warns(UserWarning, match=r"\['green'\] stand more than once"):
+        results = measure_model(str(clip_folder), sets, how, tmp_path / "out", device="cpu", examples=2)
+    assert [(result.dataset, result.num_samples, result.split) for result in results] == [
+        ("ImageNet-Sketch", 7, "test")
+    ] * 2
+    assert results[0].class_names == ["red", "green", "blue", "green"]
+    assert results[0].templates == ["a photo of a {}.", "a {}."]
+    records = [json.loads(line) for line in (tmp_path / "out" / results[0].samples).read_text().splitlines()]
+    assert sorted({record["label"] for record in records}) == [0, 1, 2, 3]
+    page = write_report([tmp_path / "out"], tmp_path / "out")[0].read_text()
+    assert "ImageNet-Sketch" in page
+
+
+def test_queries_are_those_of_the_list(two):
+    content = yaml.safe_load(two.read_text()) | {"protocol": "autoattack", "queries": 7}
+    two.write_text(yaml.safe_dump(content))
+    how, _ = read_list(two, None)
+    assert [attack.steps for attack in how.protocol.attacks if attack.algorithm == "square"] == [7]
 
 
 def test_misspelt_names_are_refused(two, tmp_path):

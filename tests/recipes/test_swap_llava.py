@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,12 @@ from hf_robust_vision.vlm import find_towers
 
 
 pytest.importorskip("easy_vqa")
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+RECIPES = str(Path(__file__).parents[2] / "recipes")
+sys.path.insert(0, RECIPES)
 import swap_llava
+
+
+sys.path.remove(RECIPES)  # `evaluate.py` there must not be taken for the library in later tests
 
 
 def run(monkeypatch, *words):
@@ -63,7 +68,9 @@ def test_perturbed_tower_is_measured_swapped_and_saved(monkeypatch, tmp_path, ca
     tower.save_pretrained(tmp_path / "tower")
     AutoProcessor.from_pretrained(demo_checkpoint()).save_pretrained(tmp_path / "tower")
     words = ["--tower", str(tmp_path / "tower"), "--output_dir", str(output), "--num_questions", "2"]
-    run(monkeypatch, *words, "--steps", "1", "--restarts", "1", "--eps", "4/255")
+    few = partial(swap_llava.check_vqa_sanity, samples=1, queries=1)
+    monkeypatch.setattr(swap_llava, "check_vqa_sanity", few)
+    run(monkeypatch, *words, "--steps", "1", "--restarts", "1", "--eps", "4/255", "--sanity")
     again = AutoModelForImageTextToText.from_pretrained(output)
     (swapped,) = find_towers(again)
     assert weights_sha256(swapped.module) == weights_sha256(tower.vision_model)
@@ -73,7 +80,11 @@ def test_perturbed_tower_is_measured_swapped_and_saved(monkeypatch, tmp_path, ca
     assert (output / "answers.png").stat().st_size > 1000
     results = {(r.group, r.model, r.eps): r for r in load_results(output)}
     (radius,) = {eps for _, _, eps in results if eps}
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("colour/shape")]
+    checked = {(r.group, r.model) for r in results.values() if r.sanity is not None}
+    assert checked == {("colour/shape", "before"), ("colour/shape", "after")}
+    shown = capsys.readouterr().out
+    assert "sanity checks, after on easy-vqa, colour/shape, answer accuracy: " in shown
+    rows = [line for line in shown.splitlines() if line.lstrip().startswith("colour/shape")]
     for line, name, kind in zip(rows, ("clean", "4/255"), ("clean", "robust"), strict=True):
         values = [getattr(results["colour/shape", m, radius], f"{kind}_accuracy") for m in ("before", "after")]
         assert line.split()[1] == name

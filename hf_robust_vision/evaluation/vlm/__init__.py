@@ -6,6 +6,7 @@ from .example import AnswerExample, attack_example
 from .flamingo import FlamingoInputs
 from .inputs import SingleImageInputs, TiledInputs, VLMInputs, vlm_inputs
 from .protocol import VLMProtocol
+from .sanity import check_targeted_sanity, check_vqa_sanity
 from .targeted import evaluate_targeted
 from .vqa import evaluate_vqa
 
@@ -25,6 +26,8 @@ __all__ = [
     "answer_task",
     "attack_example",
     "bleu",
+    "check_targeted_sanity",
+    "check_vqa_sanity",
     "chrf",
     "evaluate_captions",
     "evaluate_targeted",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust_vision import __version__
-from hf_robust_vision.attacks import Attack, Objective, StartNoise, Success, make_ball
+from hf_robust_vision.attacks import Attack, Ball, Objective, StartNoise, Success, make_ball
 from hf_robust_vision.encoders import attack_mode, weights_sha256
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, versions
 from hf_robust_vision.evaluation.samples import Records, SampleStore, measure_all
@@ -181,10 +181,8 @@ def worst_case(goal: Goal, how: VLMProtocol, attacks: Sequence[Attack], images: 
         for attack in attacks:
             if len(alive) == 0 or eps == 0 or attack.steps == 0:
                 break
-            objective, fooled = goal.aim(attack, alive)
             noise = start_noise(how.seed, attack, [ids[row] for row in alive.tolist()])
-            found = run_attack(attack, objective, fooled, images[alive], ball, noise)
-            verdicts = goal.judge(alive, found)
+            verdicts = strike(goal, attack, alive, images[alive], ball, noise)
             for row, verdict in zip(alive.tolist(), verdicts):
                 latest[row] = _worse(latest[row], verdict, attack.name)
             alive = alive[torch.tensor([not verdict.lost for verdict in verdicts], device=alive.device)]
@@ -193,7 +191,13 @@ def worst_case(goal: Goal, how: VLMProtocol, attacks: Sequence[Attack], images: 
     return records
 
 
-def start_noise(seed: int, attack: Attack, ids: Sequence[int]) -> StartNoise:
+def strike(goal: Goal, attack: Attack, rows: Tensor, images: Tensor, ball: Ball, noise: StartNoise) -> list[Verdict]:
+    """What the model says about some rows' images after one attack on them."""
+    objective, fooled = goal.aim(attack, rows)
+    return goal.judge(rows, run_attack(attack, objective, fooled, images, ball, noise))
+
+
+def start_noise(seed: int, attack: Attack, ids: Sequence[int | str]) -> StartNoise:
     """Starts of one attack: each objective begins at points of its own, whatever runs before it."""
     plain = attack.objective == OBJECTIVES[0]
     return StartNoise(seed, [sample if plain else f"{sample} {attack.objective}" for sample in ids])

@@ -1,0 +1,133 @@
+"""The data of a training run: which splits there are, and that no image is in two of them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import cast
+
+from tqdm.auto import tqdm
+
+from hf_robust_vision.data.datasets import LabelledImages, StreamedImages, load_labelled_images
+from hf_robust_vision.data.demo import DEMO_NAME, load_demo
+from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_off
+from hf_robust_vision.data.templates import read_class_names
+from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.processes import rank_and_world
+
+
+# Above this many images a full decode before training would take longer than it saves: they are then decoded, and
+# a broken one is named, as they come.
+SCAN_LIMIT = 50_000
+
+
+@dataclass
+class DataArguments:
+    """What to fine-tune and to measure on.
+
+    Args:
+        dataset_name: Dataset name or local folder; by default the demo data.
+        dataset_config: Configuration of a Hub dataset.
+        train_split: Split to fine-tune on.
+        validation_split: Split that every choice is made on; by default drawn from `train_split`.
+        validation_size: Images drawn for validation where there is no split for it.
+        test_split: Split that the reported numbers come from.
+        image_column: Column of the image; by default found.
+        label_column: Column of the label.
+        class_names: File of class names in the order of the labels; by default the dataset's own.
+        streaming: Stream the training split of a Hub dataset; needs `validation_split`. Of the other splits nothing but
+            their own files is downloaded.
+        skip_corrupt: Count and leave out images that can not be decoded.
+        max_validation_samples: Seeded subset of the validation split; all of it by default.
+        max_test_samples: Seeded subset of the test split; all of it by default.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset or folder; default: the demo."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split to fine-tune on."})
+    validation_split: str | None = field(default=None, metadata={"help": "Split for choices; default: drawn."})
+    validation_size: int = field(default=1000, metadata={"help": "Images drawn for validation."})
+    test_split: str = field(default="test", metadata={"help": "Split of the reported numbers."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the image; default: found."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label."})
+    class_names: str | None = field(default=None, metadata={"help": "File of class names in label order."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the training split."})
+    skip_corrupt: bool = field(default=False, metadata={"help": "Count and leave out broken images."})
+    max_validation_samples: int | None = field(default=None, metadata={"help": "Seeded subset of validation."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
+
+
+def load_splits(
+    options: DataArguments, seed: int, transform: PixelTransform, *, measure: bool = True
+) -> tuple[LabelledImages | StreamedImages, LabelledImages, LabelledImages | None]:
+    """Train, validation and test: disjoint, seeded, and readable to the last image.
+
+    Args:
+        options: Which data.
+        seed: Of what is drawn for validation, and of a stream's order.
+        transform: Fits each image to the tower.
+        measure: Without it the test split is not opened, and None.
+
+    Raises:
+        ValueError: If a split is missing, shares images with another, or holds a broken image.
+    """
+    test: LabelledImages | None = None
+    if options.dataset_name is None:
+        train: LabelledImages | StreamedImages = load_demo("train", transform)
+        validation, test = load_demo("validation", transform), load_demo("test", transform) if measure else None
+    else:
+        named = [options.train_split, options.validation_split, *([options.test_split] if measure else [])]
+        if len(set(named)) < len(named):
+            raise ValueError(
+                f"train_split, validation_split and test_split must differ, got {named}; a number measured on a "
+                "training image says nothing."
+            )
+        if options.streaming and options.validation_split is None:
+            raise ValueError("a streamed training split can not give up images: name a --validation_split.")
+        if measure:
+            test = cast(LabelledImages, _load(options, options.test_split, transform))
+        train = _load(options, options.train_split, transform, streaming=options.streaming, seed=seed)
+        if options.validation_split is not None:
+            validation = cast(LabelledImages, _load(options, options.validation_split, transform))
+        else:
+            whole = cast(LabelledImages, train)
+            train, validation = split_off(whole, options.validation_size, seed=seed, name="validation")
+    validation = seeded_subset(validation, options.max_validation_samples, seed=0)
+    if test is not None:
+        test = seeded_subset(test, options.max_test_samples, seed=0)
+    check_disjoint(*(part for part in (train, validation, test) if isinstance(part, LabelledImages)))
+    if isinstance(train, LabelledImages):
+        train = _without_broken(train, options.skip_corrupt)
+    validation = _without_broken(validation, options.skip_corrupt)
+    return train, validation, _without_broken(test, options.skip_corrupt) if test is not None else None
+
+
+def _load(
+    options: DataArguments, split: str, transform: PixelTransform, streaming: bool = False, seed: int | None = None
+) -> LabelledImages | StreamedImages:
+    assert options.dataset_name is not None
+    names = read_class_names(options.class_names) if options.class_names else None
+    return load_labelled_images(
+        options.dataset_name,
+        split,
+        transform,
+        config_name=options.dataset_config,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        class_names=names,
+        streaming=streaming,
+        skip_corrupt=options.skip_corrupt,
+        shuffle_seed=seed if streaming else None,
+        only_split=options.streaming,
+    )
+
+
+def _without_broken(part: LabelledImages, skip: bool) -> LabelledImages:
+    if part.name == DEMO_NAME or (len(part) > SCAN_LIMIT and not skip):
+        return part
+    broken = part.corrupt(lambda rows: tqdm(rows, desc=f"reading {part.split}", delay=2))
+    if broken and not skip:
+        part[broken[0]]  # raises, with the name of the file
+    if broken and rank_and_world()[0] == 0:
+        print(f"skipped {len(broken)} corrupt images of {part.split}", file=sys.stderr)
+    return part.select([index for index in range(len(part)) if index not in set(broken)])
