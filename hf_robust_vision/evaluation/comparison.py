@@ -103,7 +103,11 @@ def section(content: Mapping[str, Any]) -> str:
     budget = content["budget"]
     ran = content.get("attacks", [content["protocol"]])
     attacks = ", then ".join(map(_said, ran))
-    caveat = " Worst case per sample." if len(ran) > 1 else " One attack is not the worst case: see [the report](report/report.md)."
+    caveat = (
+        " Worst case per sample."
+        if len(ran) > 1
+        else " One attack is not the worst case: see [the report](report/report.md)."
+    )
     counts = {row["group"]: row["num_samples"] for row in content["rows"]}
     sources = sorted({source for row in content["rows"] for source in row["source"]})
     made_with = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
