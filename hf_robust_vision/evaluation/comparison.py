@@ -134,7 +134,13 @@ def spread(values: Sequence[float]) -> str:
 def section(content: Mapping[str, Any]) -> str:
     """One command's tables, with what they were made with."""
     budget = content["budget"]
-    attacks = ", then ".join(map(_said, content.get("attacks", [content["protocol"]])))
+    ran = content.get("attacks", [content["protocol"]])
+    attacks = ", then ".join(map(_said, ran))
+    caveat = (
+        " Worst case per sample."
+        if len(ran) > 1
+        else " One attack is not the worst case: see [the report](report/report.md)."
+    )
     counts = {row["group"]: row["num_samples"] for row in content["rows"]}
     sources = sorted({source for row in content["rows"] for source in row["source"]})
     made_with = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
@@ -145,7 +151,7 @@ def section(content: Mapping[str, Any]) -> str:
 - Data: {content.get("about", "the demo")}, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
 - Fine-tuning: {budget["steps"]} updates of {budget["batch_size"]} images, AdamW at {budget["learning_rate"]:g}, attack
   of {budget["training"]["attack_steps"]} steps at {255 * budget["training"].get("attack_eps", 8 / 255):g}/255, seeds {", ".join(map(str, content["seeds"]))}.
-- Measured by {attacks}, worst case per sample, over all class names.
+- Measured by {attacks}, over all class names.{caveat}
 - CPU s: processor seconds of the fine-tuning, on one thread.
 - Made with {made_with}.
 - Hashes: start checkpoint `{content["hashes"]["start"][:16]}`, prompts `{content["hashes"]["prompts"]}`, source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -25,7 +26,7 @@ from hf_robust_vision.vlm import find_towers
 pytest.importorskip("easy_vqa")
 RECIPES = str(Path(__file__).parents[2] / "recipes")
 sys.path.insert(0, RECIPES)
-import swap_llava
+swap_llava = importlib.import_module("swap_llava")
 
 
 sys.path.remove(RECIPES)  # `evaluate.py` there must not be taken for the library in later tests
