@@ -37,11 +37,13 @@ def _harden(words: list[str]) -> int:
     from importlib import import_module
 
     from hf_robust_vision.pipeline import USER_ERRORS, parse, run
+    from hf_robust_vision.processes import part
 
     module, name = METHODS[words[0]]
     trainer_class = getattr(import_module(module), name)
     try:
         run(trainer_class, *parse(trainer_class, words[1:]))
+        part()
     except USER_ERRORS as error:
         raise ValueError(str(error)) from error
     return 0

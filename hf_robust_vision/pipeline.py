@@ -114,7 +114,8 @@ def run(
 ) -> list[RobustnessResult]:
     """Measure a model, harden it, measure it again, and leave a stock model folder with its numbers.
 
-    Every input is checked before anything is written. Rank 0 writes; all ranks measure.
+    Every input is checked before anything is written. Rank 0 writes; all ranks measure. A script that has nothing else to
+    do then calls `processes.part`; with `push_to_hub` the processes have parted already.
 
     Args:
         trainer_class: The method.
@@ -176,15 +177,15 @@ def run(
     if results:
         trainer.log(tracked_metrics(results))
     if test is not None and args.should_save:
+        _write(output, results, trainer, options)
         if options.sanity:
             models = {"before": trainer.reference.encoder, "after": hardened}
             banked = {model: (encoder, trainer.text_bank(test, encoder)) for model, encoder in models.items()}
             add_sanity(results, banked, test, how)
             print(sanity_text(results))
-        _write(output, results, trainer, options)
+            _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
-    part()  # before the upload, which is measured again by one process alone
-    if args.push_to_hub and test is not None and trainer.is_world_process_zero():
+    if args.push_to_hub and test is not None:
         _push(trainer, test)
     return results
 
@@ -198,7 +199,11 @@ def _check_push(options: PipelineArguments, args: AdversarialTrainingArguments) 
 
 
 def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
-    """Publish what was written, and measure some samples of the download again."""
+    """Part; then the first process publishes what was written, and measures some samples of the download again."""
+    first = trainer.is_world_process_zero()
+    part()
+    if not first:
+        return
     try:
         print(trainer.push_to_hub(verify=True, dataset=test, device=trainer.args.device))
     except VerificationError as error:  # it is published; what to make of it is for the reader to say

@@ -115,8 +115,8 @@ def check_class_names(class_names: Sequence[str]) -> None:
     """Refuse fewer than two classes, and warn of names that stand twice.
 
     "missile" and "sunglasses" do so among ImageNet's names in CLIP_benchmark. No text tells such classes apart: their
-    logits are equal up to rounding, as a rule the first is answered, and the images of the others count as wrong. The
-    published numbers on these names have this, too.
+    logits are equal up to rounding. As a rule the first is answered, the images of the others count as wrong, and
+    whether those of the first count as robust may hang on rounding.
 
     Raises:
         ValueError: If there are fewer than two classes.

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import shlex
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from transformers import AutoProcessor
 
 from hf_robust_vision.data.demo import DEMO_EPS, demo_checkpoint, load_demo
 from hf_robust_vision.encoders import load_encoder
+from hf_robust_vision.evaluation.comparison import command_line
 from hf_robust_vision.evaluation.results import wilson_interval
 from hf_robust_vision.trainers.sim_clip import SimCLIPArguments, SimCLIPTrainer
 
@@ -98,8 +98,7 @@ def harden(
                 metrics = trainer.evaluate()
                 robust, clean = metrics["eval_robust_accuracy"], metrics["eval_clean_accuracy"]
                 if spent >= seconds or (target is not None and robust >= target):
-                    gain = trainer._measured["attack_gain"][-1].item()
-                    return {"seconds": spent, "updates": updates, "robust": robust, "clean": clean, "gain": gain}
+                    return {"seconds": spent, "updates": updates, "robust": robust, "clean": clean}
     raise AssertionError("unreachable")
 
 
@@ -108,15 +107,15 @@ def robustness_table(seconds: float) -> list[str]:
     published = harden(10, seconds, every=10, target=None)
     target = published["robust"]
     lines = [
-        "| attack steps | precision | seconds | updates | robust | 95 % interval | clean | attack gain |",
-        "|" + "---|" * 8,
+        "| attack steps | precision | seconds | updates | robust | 95 % interval | clean |",
+        "|" + "---|" * 7,
     ]
 
     def add(steps: int, precision: str, row: dict[str, float]) -> None:
         low, high = wilson_interval(round(row["robust"] * 256), 256)
         reached = f"{row['seconds']:.0f}" if row["robust"] >= target else f"not in {row['seconds']:.0f}"
         cells = (steps, precision, reached, row["updates"], f"{row['robust']:.3f}", f"{low:.3f} to {high:.3f}")
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['clean']:.3f} | {row['gain']:.3f} |")
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['clean']:.3f} |")
         print(lines[-1], file=sys.stderr)
 
     add(10, "fp32 (published)", published)
@@ -139,7 +138,7 @@ def main() -> None:
     shape = (args.batch_size, args.steps, args.rounds)
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     machine += f"; CPU capability: {torch.backends.cpu.get_cpu_capability()}"
-    command = shlex.join(["python", *sys.argv])
+    command = command_line("recipes/benchmark.py", sys.argv[1:])
     setting = f"ViT-B/32, 224 px, batch {args.batch_size}, PGD-{args.steps}"
     measures = {
         "steps": (setting, lambda: steps_table(*shape)),

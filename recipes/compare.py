@@ -1,8 +1,8 @@
 """Every method on the same budget, on classes seen in fine-tuning and on classes never seen in it.
 
-    python recipes/compare.py                # the comparison, on test images
-    python recipes/compare.py --ablation     # what TIMA's parts do, on validation images
-    python recipes/compare.py --sweep        # TIMA's weights, on validation images
+    python recipes/compare.py                              # the comparison, on test images
+    python recipes/compare.py --ablation --docs FOLDER     # what TIMA's parts do, on validation images
+    python recipes/compare.py --sweep --docs FOLDER        # TIMA's weights, on validation images
     python recipes/compare.py --protocol robustvlm --eps 8/255 --images 128    # a stronger attack on the same towers
     python recipes/compare.py --benchmark emoji --data outputs/emoji --model outputs/emoji-clip
 
@@ -10,20 +10,18 @@ Some classes are held out, of the demo six colour-shape combinations: neither th
 fine-tuning. All methods share the data, the seeds, the optimiser, the schedule, the updates and the steps of the
 attack, and differ in nothing but their two functions. Zero-shot classification is over all names. What is trained or
 measured is read back from its folder, so an interrupted command goes on when repeated, and another measurement trains
-nothing anew. Nothing else writes `docs/results.md`.
+nothing anew. Nothing else writes `docs/results.md`, and numbers there are replaced by those of the same settings only;
+`--docs FOLDER` takes any others.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -31,6 +29,7 @@ from typing import Any
 
 import torch
 from compare_methods import ABLATION, EMOJI_METHODS, METHODS, RIVALS, SWEEP, Method
+from pool import QUIET, digest, perform_all, words
 from transformers import AutoProcessor, PrinterCallback
 from transformers.utils import logging
 
@@ -123,12 +122,12 @@ class Run:
         shared["benchmark"] = [self.benchmark.fingerprint, *self.benchmark.class_names]
         shared["prompts"] = get_templates(self.benchmark.templates)
         name = self.method.trainer.__name__ if self.method.trainer else "undefended"
-        return self.root / f"{name}-{_digest(shared)}" / f"seed{self.seed}"
+        return self.root / f"{name}-{digest(shared)}" / f"seed{self.seed}"
 
     @property
     def folder(self) -> Path:
         """Below the tower's, named by a hash of what is measured."""
-        return self.tower / f"{self.measuring.split}-{_digest(asdict(self.measuring))}"
+        return self.tower / f"{self.measuring.split}-{digest(asdict(self.measuring))}"
 
 
 def perform(run: Run) -> list[RobustnessResult]:
@@ -156,9 +155,7 @@ def harden(run: Run) -> dict[str, Any]:
     benchmark = run.benchmark
     encoder = load_encoder(benchmark.checkpoint)
     train = benchmark.training_images(encoder.transform)
-    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    settings = run.budget.training(benchmark) | quiet | dict(run.method.options)
-    settings |= {"use_cpu": True, "seed": run.seed}
+    settings = run.budget.training(benchmark) | QUIET | dict(run.method.options) | {"seed": run.seed}
     args = run.method.trainer.args_class(output_dir=str(run.tower), **settings)
     processor = AutoProcessor.from_pretrained(benchmark.checkpoint)
     trainer = run.method.trainer(encoder, args, train_dataset=train, processing_class=processor)
@@ -190,34 +187,12 @@ def measure(encoder: Encoder, tokenizer: Any, run: Run) -> list[RobustnessResult
     return results
 
 
-def perform_all(runs: Sequence[Run], jobs: int) -> dict[Run, list[RobustnessResult]]:
-    """All runs, `jobs` at a time, one thread each.
-
-    Raises:
-        RuntimeError: If a run failed; the others are finished first.
-    """
-    done: dict[Run, list[RobustnessResult]] = {}
-    failed = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(perform, run): run for run in runs}
-        for count, future in enumerate(as_completed(futures), 1):
-            run = futures[future]
-            line = f"[{count}/{len(runs)}] {run.method.label}, seed {run.seed}: "
-            if error := future.exception():
-                failed.append(f"{run.method.label}, seed {run.seed}: {error}")
-                print(f"{line}failed: {error}", file=sys.stderr, flush=True)
-                continue
-            done[run] = future.result()
-            at = {row.group: row for row in done[run] if row.eps == max(run.measuring.eps)}
-            numbers = [
-                f"{group} {100 * r.clean_accuracy:.1f} / {100 * r.robust_accuracy:.1f}" for group, r in at.items()
-            ]
-            seconds = at["seen"].training["cpu_seconds"] if at["seen"].training else 0
-            print(f"{line}{', '.join(numbers)} % clean / robust, {seconds:.0f} CPU s", flush=True)
-    if failed:
-        raise RuntimeError("; ".join(failed))
-    return done
+def numbers(run: Run, results: Sequence[RobustnessResult]) -> str:
+    """Clean and robust accuracy at the largest radius, for the terminal."""
+    at = {row.group: row for row in results if row.eps == max(run.measuring.eps)}
+    found = [f"{group} {100 * r.clean_accuracy:.1f} / {100 * r.robust_accuracy:.1f}" for group, r in at.items()]
+    seconds = at["seen"].training["cpu_seconds"] if at["seen"].training else 0
+    return f"{', '.join(found)} % clean / robust, {seconds:.0f} CPU s"
 
 
 def summary(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str, Method]) -> list[dict[str, Any]]:
@@ -294,15 +269,6 @@ def report(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str,
     return content
 
 
-def _digest(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def words(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Read "a,b,c"."""
-    return lambda text: [convert(word) for word in text.split(",") if word]
-
-
 def main() -> None:
     """Perform what is missing, and write the page."""
     run_alone("compare.py")
@@ -363,7 +329,7 @@ def main() -> None:
         for method in rows.values()
         if method.trainer or seed == args.seeds[0]
     ]
-    done = perform_all(runs, args.jobs)
+    done = perform_all(perform, runs, args.jobs, lambda run: f"{run.method.label}, seed {run.seed}", numbers)
     write_page(report(done, rows, mode), args.docs)
     print(f"wrote {args.docs / 'results.md'} after {time.time() - start:.0f} s")
 

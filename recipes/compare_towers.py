@@ -1,7 +1,7 @@
 """Where to harden a tower for a VLM: at its class token, or at the patch tokens that the VLM reads.
 
-    python recipes/compare_towers.py                          # Sim-CLIP, pooled against both
-    python recipes/compare_towers.py --methods sim-clip,fare --features pooled,patch_tokens,both
+    python recipes/compare_towers.py --docs FOLDER    # Sim-CLIP, pooled against both
+    python recipes/compare_towers.py --docs FOLDER --methods sim-clip,fare --features pooled,patch_tokens,both
 
 All towers share the demo's images, the updates, the steps of the attack and the seeds, and differ in the features that
 the distance is taken at. Each is swapped into the shipped LLaVA, whose colour and shape questions are then attacked
@@ -15,19 +15,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare import words
+from pool import QUIET, digest, perform_all, words
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 from transformers.utils import logging
@@ -112,8 +110,8 @@ class Training:
             return root / "original"
         defaults = {item.name: item.default for item in fields(METHODS[self.row.method][1].args_class)}
         known = {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
-        digest = _digest(known | self.arguments() | {"clip": _sha256(demo_checkpoint())})
-        return root / f"{self.row.method}-{self.row.feature}-{digest}" / f"seed{self.seed}"
+        settings = known | self.arguments() | {"clip": _sha256(demo_checkpoint())}
+        return root / f"{self.row.method}-{self.row.feature}-{digest(settings)}" / f"seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -131,16 +129,12 @@ class Measuring:
     def folder(self, tower: Path) -> Path:
         """Below the tower's, named by a hash of every setting and of both checkpoints."""
         checkpoints = {name: _sha256(demo_checkpoint(name)) for name in ("demo-clip", "demo-llava")}
-        return tower / f"{self.split}-{_digest(asdict(self) | checkpoints)}"
+        return tower / f"{self.split}-{digest(asdict(self) | checkpoints)}"
 
 
 @cache
 def _sha256(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-
-def _digest(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def perform(training: Training, measuring: Measuring, root: Path) -> list[RobustnessResult]:
@@ -166,8 +160,7 @@ def harden(training: Training, tower: Path) -> dict[str, Any]:
         return dict(json.loads(written.read_text()))
     _, trainer_class, _ = METHODS[training.row.method]
     encoder = load_encoder(demo_checkpoint())
-    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    settings = training.arguments() | quiet | {"use_cpu": True, "seed": training.seed}
+    settings = training.arguments() | QUIET | {"seed": training.seed}
     trainer = trainer_class(
         encoder,
         trainer_class.args_class(output_dir=str(tower), **settings),
@@ -222,34 +215,24 @@ def measure(
     return found
 
 
-def perform_all(
-    trainings: Sequence[Training], measuring: Measuring, root: Path, jobs: int
-) -> dict[Training, list[RobustnessResult]]:
-    """All towers, `jobs` at a time, one thread each.
+def label(training: Training) -> str:
+    """Names a tower, for the terminal."""
+    return f"{training.row.label}, rate {training.learning_rate:g}, seed {training.seed}"
 
-    Raises:
-        RuntimeError: If one failed; the others are finished first.
-    """
-    done: dict[Training, list[RobustnessResult]] = {}
-    failed = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(perform, training, measuring, root): training for training in trainings}
-        for count, future in enumerate(as_completed(futures), 1):
-            training = futures[future]
-            line = f"[{count}/{len(futures)}] {training.row.label}"
-            line += f", rate {training.learning_rate:g}, seed {training.seed}" if training.row.method else ""
-            if error := future.exception():
-                failed.append(f"{line}: {error}")
-                print(f"{line}: failed: {error}", file=sys.stderr, flush=True)
-                continue
-            done[training] = future.result()
-            answers = at(done[training], "vqa", DEMO_EPS)
-            numbers = f"{100 * answers.clean_accuracy:.1f} / {100 * answers.robust_accuracy:.1f}"
-            print(f"{line}: answers on {measuring.split} {numbers} % clean / 8/255", flush=True)
-    if failed:
-        raise RuntimeError("; ".join(failed))
-    return done
+
+def numbers(training: Training, results: Sequence[RobustnessResult]) -> str:
+    """Answers that are right, clean and at 8/255, for the terminal."""
+    answers = at(results, "vqa", DEMO_EPS)
+    found = f"{100 * answers.clean_accuracy:.1f} / {100 * answers.robust_accuracy:.1f}"
+    return f"answers on {answers.split} {found} % clean / 8/255"
+
+
+def measured(
+    trainings: Sequence[Training], measuring: Measuring, args: argparse.Namespace
+) -> dict[Training, list[RobustnessResult]]:
+    """All towers, hardened and measured, `args.jobs` at a time."""
+    task = partial(perform, measuring=measuring, root=args.output_dir)
+    return perform_all(task, trainings, args.jobs, label, numbers)
 
 
 def at(results: Sequence[RobustnessResult], task: str, eps: float) -> RobustnessResult:
@@ -372,10 +355,10 @@ def main() -> None:
         validation = Measuring(
             "validation", (DEMO_EPS,), args.choice_questions, args.attack_steps, 1, args.images, args.zero_shot_steps
         )
-        rates, choice = choose(perform_all(tried, validation, args.output_dir, args.jobs))
+        rates, choice = choose(measured(tried, validation, args))
     trainings = [Training(row, seed, rates[row], **shared) for seed in args.seeds for row in rows]
     everything = [Training(Row(), 0, 0.0, 0, 0), *trainings]
-    found = perform_all(everything, test, args.output_dir, args.jobs)
+    found = measured(everything, test, args)
     done = {training: found[training] for training in everything}  # in the order of the tables
     content = {
         "command": command_line("recipes/compare_towers.py", sys.argv[1:]),

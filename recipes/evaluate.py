@@ -79,6 +79,7 @@ def main() -> None:
         "--save_examples", type=int, default=4, metavar="N", help="images of each dataset kept to show"
     )
     parser.add_argument("--sanity", action="store_true", help="check the numbers for gradient masking")
+    parser.add_argument("--surrogate", help="model whose adversarial images the sanity checks try, too")
     parser.add_argument("--corruptions", action="store_true", help="accuracy on corrupted images, too")
     args = parser.parse_args()
     output_dir = args.output_dir or f"outputs/evaluate-{Path(args.model).name}"
@@ -95,6 +96,7 @@ def main() -> None:
             dtype=getattr(torch, args.dtype),
             examples=args.save_examples,
             sanity=args.sanity,
+            surrogate=args.surrogate,
             corruptions=args.corruptions,
         )
         if rank_and_world()[0] == 0:

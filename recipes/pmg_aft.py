@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from hf_robust_vision.pipeline import USER_ERRORS, parse, run
+from hf_robust_vision.processes import part
 from hf_robust_vision.trainers.pmg_aft import PMGAFTTrainer
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     try:
         options, args = parse(PMGAFTTrainer, demo_config=Path(__file__).parent / "configs" / "pmg_aft_demo.yaml")
         run(PMGAFTTrainer, options, args)
+        part()
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from hf_robust_vision.pipeline import USER_ERRORS, parse, run
+from hf_robust_vision.processes import part
 from hf_robust_vision.trainers.tecoa import TeCoATrainer
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     try:
         options, args = parse(TeCoATrainer, demo_config=Path(__file__).parent / "configs" / "tecoa_demo.yaml")
         run(TeCoATrainer, options, args)
+        part()
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 

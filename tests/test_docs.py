@@ -109,8 +109,43 @@ def test_commands_name_flags_that_exist(code):
             assert not stray
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_files_resolve(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
 def test_results_page_is_what_its_numbers_say():
     assert (ROOT / "docs" / "results.md").read_text() == make_page(ROOT / "docs")
+
+
+def test_readme_table_is_the_run_of_its_first_command():
+    results = json.loads((ROOT / "docs" / "results" / "sim_clip_demo.json").read_text())["results"]
+    readme = (ROOT / "README.md").read_text()
+
+    def cell(row, kind):
+        low, high = row["ci95"][f"{kind}_accuracy"]
+        return f"{100 * row[f'{kind}_accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+    before, after = ([row for row in results if row["model"] == model] for model in ("before", "after"))
+    assert f"| clean | {cell(before[0], 'clean')} | {cell(after[0], 'clean')} |" in readme
+    for one, other in zip(before, after, strict=True):
+        trained = " (trained)" if one["eps"] == 8 / 255 else ""
+        name = f"{255 * one['eps']:g}/255{trained}"
+        assert f"| {name} | {cell(one, 'robust')} | {cell(other, 'robust')} |" in readme
+    (count,) = {row["num_samples"] for row in results}
+    assert f"over {count} images" in readme
+    assert {row["protocol"] for row in results} == {"robustvlm"}
+    (steps,) = {attack["steps"] for row in results for attack in row["attacks"]}
+    assert f"(test images, `robustvlm` with {steps} steps" in readme
+
+
+def test_readme_has_the_table_of_the_report():
+    page, readme = (ROOT / "docs" / "report" / "report.md").read_text(), (ROOT / "README.md").read_text()
+    table = page[page.index("| model | clean |") :].split("\n\n")[0]
+    assert len(table.splitlines()) == 2 + 5
+    assert table in readme
 
 
 def test_readme_compares_what_was_measured():

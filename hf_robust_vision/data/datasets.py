@@ -252,7 +252,7 @@ def load_labelled_images(
         # A folder of one split holds no other: it would be train, validation and test at once.
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
         rows = _pick_split(parts, split, str(path))
-    elif path.is_dir() and not any(file.suffix in DATA_SUFFIXES for file in path.rglob("*")):
+    elif path.is_dir() and ((path / split).is_dir() or not any(f.suffix in DATA_SUFFIXES for f in path.rglob("*"))):
         rows = _load_folder(path, split)
     else:
         try:
@@ -306,13 +306,16 @@ def _load_dataset(
     import datasets
 
     settings: dict[str, Any] = {}
-    if only_split and not streaming:
+    whole = split.split("[")[0]  # of "validation[:1000]"
+    if only_split and not streaming and "+" not in split:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         # There are none where a cache is read offline.
         files = {str(key): value for key, value in (builder.config.data_files or {}).items()}
         if files:
-            _pick_split(files, split, name)
-            settings = {"data_files": {split: list(files[split])}, "features": builder.info.features}
+            settings = {
+                "data_files": {whole: list(_pick_split(files, whole, name))},
+                "features": builder.info.features,
+            }
             settings["verification_mode"] = "no_checks"  # which would miss the other splits
     return datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision, **settings)
 
@@ -320,6 +323,8 @@ def _load_dataset(
 def _image_column(columns: Sequence[str], features: Mapping[str, Any]) -> str:
     import datasets
 
+    if IMAGE_COLUMNS[0] in columns:
+        return IMAGE_COLUMNS[0]
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if len(images) == 1:
         return images[0]

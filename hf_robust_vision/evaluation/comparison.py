@@ -29,7 +29,7 @@ TITLES = {
     "emoji-sweep": "Emoji: TIMA's weights",
 }
 PLOTTED = ("compare", "emoji")
-FOLDERS = ("--docs", "--output_dir")
+FOLDERS = ("--docs", "--output_dir", "--output")
 
 
 def command_line(recipe: str, arguments: Sequence[str]) -> str:
@@ -136,11 +136,7 @@ def section(content: Mapping[str, Any]) -> str:
     budget = content["budget"]
     ran = content.get("attacks", [content["protocol"]])
     attacks = ", then ".join(map(_said, ran))
-    caveat = (
-        " Worst case per sample."
-        if len(ran) > 1
-        else " One attack is not the worst case: see [the report](report/report.md)."
-    )
+    caveat = " Worst case per sample." if len(ran) > 1 else " One attack is not the worst case."
     counts = {row["group"]: row["num_samples"] for row in content["rows"]}
     sources = sorted({source for row in content["rows"] for source in row["source"]})
     made_with = ", ".join(f"{name} {number}" for name, number in content["versions"].items())

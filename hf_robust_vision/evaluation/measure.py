@@ -194,13 +194,14 @@ def measure_model(
                 samples_dir=output_dir,
             )
         if rank_and_world()[0] == 0:
+            add_results(attacked + corrupted, output_dir)  # before the checks, which may take hours
             if sanity:
                 models = {label: (encoder, bank)}
                 if other is not None:
                     second = make_text_bank(other[0], load_tokenizer(other[1]), images.class_names, templates)
                     models[f"{surrogate} (surrogate)"] = (other[0], second)
                 add_sanity(attacked, models, images, how)
-            add_results(attacked + corrupted, output_dir)
+                add_results(attacked, output_dir)
         barrier()
         results += attacked + corrupted
     return results

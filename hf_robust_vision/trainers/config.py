@@ -110,6 +110,8 @@ class AdversarialTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._join_launcher()
         self.remove_unused_columns = False
+        if str(getattr(self, "resume_from_checkpoint", None)).lower() in ("false", ""):  # as YAML and a shell say it
+            self.resume_from_checkpoint = None
         # Without a name, trackio would open a second run for what is logged after training.
         self.run_name = getattr(self, "run_name", None) or Path(self.output_dir).absolute().name
         if self.device.type == "cpu":
@@ -144,7 +146,7 @@ class AdversarialTrainingArguments(TrainingArguments):
         if launched > 1 and not self.use_cpu:
             need_a_gpu_each("--use_cpu true")
         super().__post_init__()
-        if launched != self.world_size:
+        if launched > self.world_size:
             raise ValueError(
                 f"the launcher started {launched} processes, but none can see a GPU of its own and each would train "
                 "alone; type --use_cpu true to train on the CPU."

@@ -68,7 +68,13 @@ def stream_loader(
 
     Accelerate would let one process read and decode for all. `Trainer` goes on after a resume by reading and dropping
     as many batches as were seen.
+
+    Raises:
+        ValueError: If something is to happen at the end of each epoch: a stream has none.
     """
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            raise ValueError(f"a stream has no epochs, so {name}=epoch would wait for ever; type --{name} steps.")
     return DataLoaderShard(
         Endless(stream.share(args.process_index, args.world_size)),
         device=args.device,

@@ -90,6 +90,10 @@ def test_folder(image_folder):
     item = part[0]
     assert item["images"].shape == (3, SIZE, SIZE)
     assert 0 <= item["images"].min() <= item["images"].max() <= 1
+    # An archive that lies about, as ImageNet's does, changes nothing.
+    (image_folder / "all.tar").write_bytes(b"archive")
+    assert len(load_labelled_images(image_folder, "train", FIT)) == 12
+    (image_folder / "all.tar").unlink()
     # The label is that of the folder the file lies in.
     for index in range(12):
         folder = part.rows[index]["image"]["path"].split("/")[-2]
@@ -195,6 +199,15 @@ class TestSavedDatasets:
         with pytest.raises(ValueError, match=r"2 columns of images.*--image_column"):
             load_labelled_images(tmp_path / "two", "train", FIT, **names)
 
+    def test_a_column_called_image_is_meant(self, tmp_path):
+        """Beside it a mask may be the only column that `datasets` calls an image."""
+        rows = rows_of(6).class_encode_column("label").map(lambda row: {"mask": row["image"]})
+        rows = rows.cast_column("image", {"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+        datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "d"))
+        part = load_labelled_images(tmp_path / "d", "train", FIT, class_names=NAMES)
+        assert part.image_column == "image"
+        assert part[0]["images"].shape == (3, SIZE, SIZE)
+
     def test_other_columns(self, tmp_path):
         rows = rows_of(6).rename_columns({"image": "img", "label": "fine"})
         rows = rows.cast_column("fine", datasets.ClassLabel(names=list(NAMES)))
@@ -224,6 +237,8 @@ class TestHubLayout:
         assert cache() == ["test"]
         with pytest.raises(ValueError, match=r"no split 'tset'; it has \['test', 'train', 'validation'\]"):
             load_labelled_images(folder, "tset", FIT, only_split=True)
+        assert len(load_labelled_images(folder, "validation[:3]", FIT, only_split=True)) == 3
+        assert cache() == ["test", "validation"]
 
     def test_while_a_stream_trains_no_training_image_is_prepared(self, folder, cache):
         options = DataArguments(dataset_name=str(folder), streaming=True, validation_split="validation")

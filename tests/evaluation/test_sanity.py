@@ -281,8 +281,7 @@ def test_the_grey_image_bounds_every_classifier():
     ball = LinfBall(0.5)
     grey = ball.project(torch.full_like(images, 0.5), images)
     assert torch.allclose(grey, torch.full_like(grey, 0.5))
-    kept = (linear(grey).argmax(1) == labels).double().mean()
-    assert kept <= labels.bincount().max() / 20
+    assert len(linear(grey).argmax(1).unique()) == 1 < len(labels.unique())
 
 
 def test_add_sanity_fills_the_results_of_each_model(honest, smooth, images):

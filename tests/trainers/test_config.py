@@ -87,6 +87,11 @@ def test_anchor_weight_is_free_where_it_is_not_used(tmp_path):
     assert arguments(tmp_path, form="frozen", anchor_weight=0).anchor_weight == 0
 
 
+@pytest.mark.parametrize(("said", "read"), [("false", None), ("False", None), ("true", "true"), ("a/b", "a/b")])
+def test_no_resume_may_be_said(said, read, tmp_path):
+    assert arguments(tmp_path, resume_from_checkpoint=said).resume_from_checkpoint == read
+
+
 def test_columns_are_kept_whatever_is_asked(tmp_path):
     assert arguments(tmp_path, remove_unused_columns=True).remove_unused_columns is False
 

@@ -61,3 +61,8 @@ def test_persistent_workers_are_kept(tmp_path):
     settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     assert stream_loader(make_stream(), arguments(tmp_path, **settings), list).persistent_workers
     assert not stream_loader(make_stream(), arguments(tmp_path), list).persistent_workers
+
+
+def test_a_stream_has_no_epochs(tmp_path):
+    with pytest.raises(ValueError, match="type --save_strategy steps"):
+        stream_loader(make_stream(), arguments(tmp_path, save_strategy="epoch"), list)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_robust_vision.attacks import StartNoise, make_ball
+from hf_robust_vision.attacks import make_ball
 from hf_robust_vision.encoders import attack_mode
 
 from .inputs import vlm_inputs
 from .protocol import VLMProtocol, run_attack
+from .run import start_noise
 from .vqa import AnotherAnswer, Question
 
 
@@ -53,10 +54,12 @@ def attack_example(
     with attack_mode(vlm):
         image = question.pixels(inputs)[None].to(inputs.device)
         goal, row = AnotherAnswer(inputs, prompt, [question], image), torch.tensor([0], device=image.device)
-        found, noise = image, StartNoise(0, [question.id])
+        found = image
         for attack in VLMProtocol((eps,), steps=steps, restarts=restarts).attacks():
             objective, fooled = goal.aim(attack, row)
-            found = run_attack(attack, objective, fooled, image, make_ball("linf", eps), noise)
+            found = run_attack(
+                attack, objective, fooled, image, make_ball("linf", eps), start_noise(0, attack, [question.id])
+            )
             if fooled is not None and fooled(found).all():
                 break
         clean, attacked = (goal.judge(row, images)[0].text for images in (image, found))
