@@ -40,7 +40,7 @@ Written by `recipes/compare_towers.py`; do not edit. The numbers lie in `towers.
   {training["attack_steps"]} steps at 8/255; AdamW at the rate of the table, {training["lr_scheduler_type"]} schedule.
 - Answers: {content["num_questions"]} colour and shape questions on test images. PGD-{how["attack_steps"]} through the whole
   VLM on the answer's loss and on its margin, random starts each: {how["restarts"]}; worst case per question.
-- Zero-shot: {content["num_images"]} test images, all class names, APGD-CE with {how["zero_shot_steps"]} steps.
+- Zero-shot: {content["num_images"]} test images, all class names, APGD-CE with {how["zero_shot_steps"]} steps; one attack is not the worst case.
 - Cosine: clean patch tokens at the layer that the VLM reads, old tower to new. CPU s: of the fine-tuning, one thread.
 - Made with {made_with}.
 - Hashes: start checkpoint `{content["hashes"]["clip"][:16]}`, LLaVA `{content["hashes"]["llava"][:16]}`, source
