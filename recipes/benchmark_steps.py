@@ -217,10 +217,9 @@ def options_table(table: str, batch_size: int, steps: int, rounds: int) -> list[
         medians = interleaved({first: build, name: other}, rounds)  # all at once would fill a small machine
         rows.setdefault(first, (medians[first], 1.0))
         rows[name] = (medians[name], medians[first] / medians[name])
-    lines = ["| step | images/s | times the first row | peak memory, MiB |", "|---|---|---|---|"]
+    lines = ["| step | images/s | times the first row |", "|---|---|---|"]
     for name, (seconds, times) in rows.items():
-        memory = peak_memory(table, name, batch_size, steps)
-        lines.append(f"| {name} | {batch_size / seconds:.2f} | {times:.2f} | {memory:.0f} |")
+        lines.append(f"| {name} | {batch_size / seconds:.2f} | {times:.2f} |")
     return lines
 
 
