@@ -133,19 +133,19 @@ def test_as_strong_as_pyautoattack_on_500_images(folders, model, eps, capsys):
 @pytest.mark.parity
 @pytest.mark.slow
 def test_apgd_is_faster_where_it_breaks_the_model(capsys):
-    """At 24/255 the undefended model falls within a few steps, and what has fallen costs no more.
+    """At 32/255 the undefended model falls within a few steps, and what has fallen costs no more.
 
     Processor time, the two in turn, three times. The flags are equal: nothing is robust against either.
     """
     case = load(demo_checkpoint(), 100)
     mine, other = 0.0, 0.0
     for seed in range(3):
-        flags, seconds = timed(ours, case, "apgd-ce", 24 / 255, seed=seed)
-        wanted, more = timed(their_apgd, case, 24 / 255, steps=100)
+        flags, seconds = timed(ours, case, "apgd-ce", 32 / 255, seed=seed)
+        wanted, more = timed(their_apgd, case, 32 / 255, steps=100)
         assert flags == wanted
         mine, other = mine + seconds, other + more
     with capsys.disabled():
-        print(f"\nAPGD-CE, undefended, 24/255: {mine:.1f} s, theirs {other:.1f} s, ratio {other / mine:.1f}")
+        print(f"\nAPGD-CE, undefended, 32/255: {mine:.1f} s, theirs {other:.1f} s, ratio {other / mine:.1f}")
     assert other >= 3 * mine
 
 
