@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,7 @@ def load_labelled_images(
         # A folder of one split holds no other: it would be train, validation and test at once.
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
         rows = _pick_split(parts, split, str(path))
-    elif path.is_dir() and ((path / split).is_dir() or not any(f.suffix in DATA_SUFFIXES for f in path.rglob("*"))):
+    elif path.is_dir() and (_holds(path / split, IMAGE_SUFFIXES) or not _holds(path, DATA_SUFFIXES)):
         rows = _load_folder(path, split)
     else:
         try:
@@ -286,6 +286,10 @@ def load_labelled_images(
     loaded_images = LabelledImages(rows, names, transform, **shared, **columns_used)
     loaded_images.check_labels()
     return loaded_images
+
+
+def _holds(folder: Path, suffixes: Container[str]) -> bool:
+    return any(file.suffix.lower() in suffixes for file in folder.rglob("*"))
 
 
 def _load_folder(path: Path, split: str) -> Any:
