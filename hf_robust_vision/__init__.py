@@ -52,6 +52,7 @@ _HOME = {
     "pgd": "attacks",
     "push_robust_encoder": "hub.push",
     "remeasure": "evaluation.adversarial",
+    "remeasure_retrieval": "evaluation.retrieval",
     "square": "attacks",
     "swap_vision_encoder": "vlm.swap",
     "write_report": "evaluation.page",
@@ -100,6 +101,7 @@ __all__ = [
     "pgd",
     "push_robust_encoder",
     "remeasure",
+    "remeasure_retrieval",
     "square",
     "swap_vision_encoder",
     "write_report",
@@ -126,7 +128,7 @@ if TYPE_CHECKING:
     from .evaluation.metrics import AttackSuccessRate, RelativeRobustness, RobustAccuracy
     from .evaluation.page import write_report
     from .evaluation.results import RobustnessResult, load_results
-    from .evaluation.retrieval import RetrievalProtocol, evaluate_retrieval
+    from .evaluation.retrieval import RetrievalProtocol, evaluate_retrieval, remeasure_retrieval
     from .evaluation.retrieval_sanity import check_retrieval_sanity
     from .evaluation.sanity import check_sanity
     from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot

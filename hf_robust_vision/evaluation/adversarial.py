@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,7 @@ class Remeasured:
 def remeasure(
     encoder: Encoder, bank: TextBank, result: RobustnessResult, folder: str | Path, *, batch_size: int = 64
 ) -> Remeasured:
-    """Classify the saved images of a result again, without any attack, and compare with what was reported.
+    """Classify the saved images of a zero-shot result again, without any attack, and compare with what was reported.
 
     Args:
         encoder: The model that was measured, in the dtype that it was measured in.
@@ -114,16 +114,49 @@ def remeasure(
     Raises:
         ValueError: If the model or the classifier is another, or no images were saved.
     """
+    need_task(result, "zero_shot")
+    if bank.template_hash != result.template_hash:
+        raise ValueError("the bank has other class names or templates than the result; build it from the result's.")
+    embed, device = image_embedder(encoder), encoder.visual_projection.weight.device
+    classify = bank.classify(lambda batch: embed(encoder.transform.fit(batch)))
+
+    def hits(records: Sequence[SampleRecord], images: Tensor) -> list[bool]:
+        labels = torch.tensor([record.label for record in records], device=device)
+        with torch.no_grad(), attack_mode(encoder):
+            flags: list[bool] = (classify(check_images(images).to(device)).argmax(1) == labels).tolist()
+        return flags
+
+    return measure_again(result, folder, weights_sha256(encoder), hits, batch_size=batch_size)
+
+
+def measure_again(
+    result: RobustnessResult,
+    folder: str | Path,
+    sha256: str,
+    hits: Callable[[Sequence[SampleRecord], Tensor], list[bool]],
+    *,
+    told: Callable[[SampleRecord], tuple[bool, bool]] = lambda record: (record.clean_hit, record.robust_hit),
+    batch_size: int = 1,
+) -> Remeasured:
+    """Look at the saved images of a result again, and compare with its records.
+
+    Args:
+        result: With saved images.
+        folder: Where its `robustness.json` lies.
+        sha256: Of the weights that look.
+        hits: Records and their images to what is right, whatever the task calls right.
+        told: A record to its flags, clean and robust.
+        batch_size: Images looked at once; they must be of one size.
+
+    Raises:
+        ValueError: If the weights are others, or no images were saved.
+    """
     images, records = _saved(result, Path(folder))
-    if (sha256 := weights_sha256(encoder)) != result.model_sha256:
+    if sha256 != result.model_sha256:
         raise ValueError(
             f"{result.model} was measured with weights {result.model_sha256[:16]}, these are {sha256[:16]}."
         )
-    if bank.template_hash != result.template_hash:
-        raise ValueError("the bank has other class names or templates than the result; build it from the result's.")
     ball = make_ball(result.norm, result.eps)
-    embed, device = image_embedder(encoder), encoder.visual_projection.weight.device
-    classify = bank.classify(lambda batch: embed(encoder.transform.fit(batch)))
     ids = [sample for sample in images.ids() if sample in records]
     clean_hits, robust_hits, outside, farthest = [], [], [], 0.0
     for start in range(0, len(ids), batch_size):
@@ -135,28 +168,34 @@ def remeasure(
             1
         )
         outside += [row for row, fits in zip(rows, inside.tolist()) if not fits]
-        labels = torch.tensor([records[row].label for row in rows], device=device)
-        with torch.no_grad(), attack_mode(encoder):
-            right = classify(check_images(clean).to(device)).argmax(1) == labels
-            stands = right & (classify(adversarial.to(device)).argmax(1) == labels)
-        clean_hits += right.tolist()
-        robust_hits += stands.tolist()
-    told = [(records[row].clean_hit, records[row].robust_hit) for row in ids]
-    changed = [row for row, flags, seen in zip(ids, told, zip(clean_hits, robust_hits)) if flags != seen]
+        looked = [records[row] for row in rows]
+        right = hits(looked, clean)
+        clean_hits += right
+        robust_hits += [one and other for one, other in zip(right, hits(looked, adversarial))]
+    flags = [told(records[row]) for row in ids]
+    changed = [row for row, said, seen in zip(ids, flags, zip(clean_hits, robust_hits)) if said != seen]
     return Remeasured(
         num_samples=len(ids),
         clean_accuracy=sum(clean_hits) / len(ids),
         robust_accuracy=sum(robust_hits) / len(ids),
-        reported=sum(robust for _, robust in told) / len(ids),
+        reported=sum(robust for _, robust in flags) / len(ids),
         changed=changed,
         farthest=farthest,
         outside=outside,
     )
 
 
+def need_task(result: RobustnessResult, task: str) -> None:
+    """Refuse the result of another evaluator.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if result.task != task:
+        raise ValueError(f"this measures {task} results again, the given one is of the task {result.task!r}.")
+
+
 def _saved(result: RobustnessResult, folder: Path) -> tuple[AdversarialImages, dict[int, SampleRecord]]:
-    if result.task != "zero_shot":
-        raise ValueError(f"only zero-shot results can be measured again from images, this one is {result.task!r}.")
     images = AdversarialImages(folder / result.images) if result.images is not None else None
     if images is None or result.samples is None or not images.ids():
         raise ValueError(

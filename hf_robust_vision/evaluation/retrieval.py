@@ -9,7 +9,7 @@ Only images are attacked, never text. Each sample is attacked alone, in its own 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,9 @@ from hf_robust_vision.encoders import (
 from hf_robust_vision.pixels import check_images
 from hf_robust_vision.text_bank import tokenize
 
+from .adversarial import AdversarialImages, Remeasured, measure_again, need_task
 from .results import RobustnessResult, SampleRecord, summarize_hits, versions
+from .retrieval_goals import CaptionLoss, CaptionsLost, ImageLost
 from .samples import Records, SampleStore, measure_all
 
 
@@ -72,78 +74,6 @@ class RetrievalProtocol:
             make_ball(self.norm, eps)
 
 
-@dataclass(frozen=True)
-class CaptionLoss:
-    """How far an image is from its own captions, one loss per image.
-
-    "margin" is the k-th best wrong similarity minus the best own one: positive exactly where recall at k fails. "nll"
-    is the negative log-probability that a caption drawn by the model's softmax is an own one.
-
-    Args:
-        similarities: Images to scaled cosines with all captions, shape (batch, captions).
-        own: Which captions are an image's own, same shape.
-        k: Place to be pushed out of.
-        kind: "margin" or "nll".
-    """
-
-    similarities: Callable[[Tensor], Tensor]
-    own: Tensor
-    k: int
-    kind: str = "margin"
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """One loss per image, shape (batch,)."""
-        scores = self.similarities(images)
-        if self.kind == "nll":
-            return scores.logsumexp(1) - scores.masked_fill(~self.own, -torch.inf).logsumexp(1)
-        wrong = scores.masked_fill(self.own, -torch.inf).topk(self.k, dim=1).values[:, -1]
-        return wrong - scores.masked_fill(~self.own, -torch.inf).amax(1)
-
-    def take(self, rows: Tensor) -> CaptionLoss:
-        """The loss of some of the images."""
-        return replace(self, own=self.own[rows])
-
-
-@dataclass(frozen=True)
-class CaptionsLost:
-    """Success at k: at least k wrong captions are more similar than every own one."""
-
-    loss: CaptionLoss
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Boolean flags, shape (batch,)."""
-        with torch.no_grad():
-            return self.loss(images) > 0
-
-    def take(self, rows: Tensor) -> CaptionsLost:
-        """The criterion for some of the images."""
-        return replace(self, loss=self.loss.take(rows))
-
-
-@dataclass(frozen=True)
-class ImageLost:
-    """Success at k: at least k other images are more similar to the caption.
-
-    Args:
-        embed: Images to embeddings.
-        captions: Embeddings of the captions that search, shape (batch, dim).
-        bar: Similarity of the k-th best other image of the gallery, shape (batch,).
-    """
-
-    embed: Callable[[Tensor], Tensor]
-    captions: Tensor
-    bar: Tensor
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Boolean flags, shape (batch,)."""
-        with torch.no_grad():
-            return F.cosine_similarity(self.embed(images), self.captions, dim=1) < self.bar
-
-    def take(self, rows: Tensor) -> ImageLost:
-        """The criterion for some of the images."""
-        return replace(self, captions=self.captions[rows], bar=self.bar[rows])
-
-
 class Stage(NamedTuple):
     """One attack on samples that search: success is to push what they search out of the first `k`."""
 
@@ -169,8 +99,8 @@ class Search:
     stages: Sequence[Stage]
     ranks: Callable[[Tensor, Tensor], Tensor]
 
-    def strike(self, stage: Stage, rows: Tensor, ball: Ball, how: RetrievalProtocol) -> Tensor:
-        """Ranks of some samples after one attack, shape (rows,)."""
+    def strike(self, stage: Stage, rows: Tensor, ball: Ball, how: RetrievalProtocol) -> tuple[Tensor, Tensor]:
+        """Ranks of some samples after one attack, shape (rows,), and the attacked images."""
         found = apgd(
             stage.objective.take(rows),
             self.images[rows],
@@ -181,7 +111,7 @@ class Search:
             fooled=stage.fooled.take(rows),
         )
         with torch.no_grad():
-            return self.ranks(found, rows)
+            return self.ranks(found, rows), found
 
 
 class Gallery:
@@ -238,8 +168,13 @@ class Gallery:
 
         return Search(texts, self.load(owners.tolist()), [Stage("apgd-cosine", k, away, lost)], ranks)
 
-    def measure(self, direction: str, samples: list[int]) -> Records:
-        """Worst rank of what each sample searches, for each radius: the stages in order, each on those under its k."""
+    def measure(
+        self, direction: str, samples: list[int], saved: AdversarialImages | None = None, keep: Collection[int] = ()
+    ) -> Records:
+        """Worst rank of what each sample searches, for each radius: the stages in order, each on those under its k.
+
+        The images of the samples in `keep` are saved, those that the worst ranks are of.
+        """
         how, search = self.how, self.search(direction, samples)
         with torch.no_grad():
             worst = search.ranks(search.images, torch.arange(len(samples), device=self.device))
@@ -248,17 +183,25 @@ class Gallery:
             for sample, rank in zip(samples, worst.tolist())
         ]
         records: Records = {sample: [] for sample in samples}
+        found: list[dict[float, Tensor]] = [{} for _ in samples]
         for eps in how.eps:
             for stage in search.stages if eps > 0 else ():
                 rows = (worst < stage.k).nonzero().flatten()
                 if len(rows) == 0:
                     continue
-                worst[rows] = torch.maximum(worst[rows], search.strike(stage, rows, make_ball(how.norm, eps), how))
+                ranks, attacked = search.strike(stage, rows, make_ball(how.norm, eps), how)
+                for row, rank, image in zip(rows.tolist(), ranks.tolist(), attacked):
+                    if rank > worst[row]:
+                        found[row][eps] = image
+                worst[rows] = torch.maximum(worst[rows], ranks)
                 for row, rank in zip(rows.tolist(), worst[rows].tolist()):
                     fooled_by = latest[row].fooled_by or (stage.name if rank else None)
                     latest[row] = replace(latest[row], adversarial=rank, fooled_by=fooled_by)
             for record in latest:
                 records[int(record.id)].append(record)
+        for row, sample in enumerate(samples):  # before the records, which say that the samples are done
+            if saved is not None and sample in keep:
+                saved.write(sample, search.images[row], found[row])
         return records
 
 
@@ -271,6 +214,7 @@ def evaluate_retrieval(
     model_name: str,
     samples_dir: str | Path | None = None,
     progress: bool = True,
+    save_images: bool = False,
 ) -> list[RobustnessResult]:
     """Recall at k, clean and under attack, of images for captions and of captions for images.
 
@@ -289,13 +233,17 @@ def evaluate_retrieval(
         model_name: "before", "after", or a path, for the results.
         samples_dir: Folder for `samples-*.jsonl`.
         progress: Show a bar on the main process.
+        save_images: Keep the images of all samples in `samples_dir`, clean and adversarial, for
+            `remeasure_retrieval`. What was measured without them is measured again.
 
     Returns:
         One result for each direction, k and eps; `metric` is such as "image_to_text_recall@1".
 
     Raises:
-        ValueError: If the dataset is too small for the largest k to be missed.
+        ValueError: If the dataset is too small for the largest k to be missed, or images have no folder to go to.
     """
+    if save_images and samples_dir is None:
+        raise ValueError("save_images needs a samples_dir to save them in.")
     if max(how.ks) >= len(dataset):
         raise ValueError(f"recall at {max(how.ks)} of {len(dataset)} images is always 1; choose smaller ks.")
     start, how = time.time(), replace(how, eps=tuple(sorted(how.eps)))
@@ -309,9 +257,13 @@ def evaluate_retrieval(
         identity |= {"pixels": asdict(encoder.transform), "fit": asdict(dataset.transform)}
         del identity["batch_size"]
         for direction in DIRECTIONS:
-            ids, measure = gallery.samples(direction), partial(gallery.measure, direction)
+            ids = gallery.samples(direction)
             label = f"{Path(model_name).name}-{direction}-{how.norm}"
             store = SampleStore(samples_dir, label, how.eps, identity)
+            saved = AdversarialImages(Path(samples_dir or "") / store.images)
+            keep = ids if save_images else ()
+            store.forget({sample for sample in keep if sample not in saved})
+            measure = partial(gallery.measure, direction, saved=saved, keep=keep)
             bar = f"{model_name}: {direction.replace('_', ' ')}"
             records = measure_all(store, ids, measure, batch_size=how.batch_size, label=bar, progress=progress)
             for k in how.ks:
@@ -330,12 +282,45 @@ def evaluate_retrieval(
                         attacks=_describe(direction, how, dataset, dtype),
                         logit_scale=gallery.scale,
                         samples=store.names[place] if samples_dir is not None else None,
+                        images=store.images if samples_dir is not None and saved.ids() else None,
                         seconds=time.time() - start,
                         versions=versions(),
                         **summarize_hits([_rank(row) < k for row in rows], [_rank(row, True) < k for row in rows]),
                     )
                     results.append(result)
     return results
+
+
+def remeasure_retrieval(
+    encoder: CLIPEncoder, tokenizer: Any, dataset: CaptionedImages, result: RobustnessResult, folder: str | Path
+) -> Remeasured:
+    """Search with, or for, the saved images of a result again, without any attack, and compare with its records.
+
+    Args:
+        encoder: The model that was measured, in the dtype that it was measured in.
+        tokenizer: Of its text tower.
+        dataset: That was measured on.
+        result: Of `evaluate_retrieval`, with saved images.
+        folder: Where the `robustness.json` of the result lies.
+
+    Raises:
+        ValueError: If the model or the task is another, or no images were saved.
+    """
+    need_task(result, "retrieval")
+    direction, _, k = result.metric.partition("_recall@")
+    how = RetrievalProtocol(eps=(result.eps,), norm=result.norm, ks=(int(k),))
+    with torch.no_grad(), attack_mode(encoder):
+        gallery = Gallery(encoder, tokenizer, dataset, how)
+
+        def hits(records: Sequence[SampleRecord], images: Tensor) -> list[bool]:
+            search, rows = gallery.search(direction, [int(record.id) for record in records]), range(len(records))
+            ranks = search.ranks(check_images(images).to(gallery.device), torch.tensor(rows, device=gallery.device))
+            return [rank < int(k) for rank in ranks.tolist()]
+
+        def told(record: SampleRecord) -> tuple[bool, bool]:
+            return _rank(record) < int(k), _rank(record, True) < int(k)
+
+        return measure_again(result, folder, weights_sha256(encoder), hits, told=told)
 
 
 def _caption_ranks(scores: Tensor, own: Tensor) -> Tensor:

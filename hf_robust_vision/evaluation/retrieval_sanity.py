@@ -69,7 +69,7 @@ class SearchedImages(Trial):
         for stage in self.searched.stages:
             standing = (ranks < self.k).nonzero().flatten()
             if len(standing):
-                ranks[standing] = self.searched.strike(stage, rows[standing], ball, how)
+                ranks[standing], _ = self.searched.strike(stage, rows[standing], ball, how)
         return ranks >= self.k
 
     def lost(self, images: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ from hf_robust_vision.data.demo import CLASS_NAMES, load_demo_captions
 from hf_robust_vision.data.templates import TEMPLATES
 from hf_robust_vision.encoders import weights_sha256
 from hf_robust_vision.evaluation import retrieval
+from hf_robust_vision.evaluation.adversarial import AdversarialImages
 from hf_robust_vision.evaluation.page import write_report
 from hf_robust_vision.evaluation.results import load_samples, save_results, wilson_interval
-from hf_robust_vision.evaluation.retrieval import CaptionLoss, CaptionsLost, RetrievalProtocol, evaluate_retrieval
+from hf_robust_vision.evaluation.retrieval import RetrievalProtocol, evaluate_retrieval, remeasure_retrieval
+from hf_robust_vision.evaluation.retrieval_goals import CaptionLoss, CaptionsLost
 from hf_robust_vision.pixels import PixelTransform
 from tests.conftest import NAMES, SIZE, picture
 
@@ -247,3 +249,35 @@ def test_captions_of_a_datasets_table():
     rows = datasets.Dataset.from_dict({"image": ["a.png", "b.png"], "captions": [["one", "two"], ["three"]]})
     gallery = CaptionedImages(rows, FIT, name="x", split="x")
     assert (gallery.captions, gallery.owners) == (["one", "two", "three"], [0, 0, 1])
+
+
+def test_saved_images_give_the_reported_numbers(measure, encoder, processor, dataset, tmp_path):
+    tools = (encoder, processor.tokenizer, dataset)
+    with pytest.raises(ValueError, match="needs a samples_dir"):
+        measure(save_images=True)
+    without = measure(samples_dir=tmp_path)
+    with pytest.raises(ValueError, match="no images"):
+        remeasure_retrieval(*tools, without[0], tmp_path)
+    results = measure(samples_dir=tmp_path, save_images=True)  # what was measured without images is measured again
+    assert [r.robust_accuracy for r in results] == [r.robust_accuracy for r in without]
+    assert any(result.robust_accuracy < result.clean_accuracy for result in results)
+    for result in results:
+        again = remeasure_retrieval(*tools, result, tmp_path)
+        assert again.num_samples == result.num_samples
+        assert (again.clean_accuracy, again.robust_accuracy) == (result.clean_accuracy, result.robust_accuracy)
+        assert again.reported == result.robust_accuracy
+        assert (again.changed, again.outside) == ([], [])
+        assert again.farthest <= result.eps * (1 + 1e-4)
+    assert max(remeasure_retrieval(*tools, result, tmp_path).farthest for result in results) > EPS[1]
+
+
+def test_images_that_were_changed_on_disk_are_found(measure, encoder, processor, dataset, tmp_path):
+    results = measure(samples_dir=tmp_path, save_images=True)
+    result = next(row for row in results if row.eps == EPS[-1] and row.robust_accuracy < row.clean_accuracy)
+    images = AdversarialImages(tmp_path / result.images)
+    for sample in images.ids():
+        clean, _ = images.read(sample, 1.0)
+        images.write(sample, clean, {})
+    again = remeasure_retrieval(encoder, processor.tokenizer, dataset, result, tmp_path)
+    assert again.changed
+    assert again.robust_accuracy == result.clean_accuracy

@@ -13,6 +13,7 @@ from hf_robust_vision.attacks import LinfBall, StartNoise, pgd
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
 from hf_robust_vision.encoders import weights_sha256
+from hf_robust_vision.evaluation.adversarial import AdversarialImages
 from hf_robust_vision.evaluation.vlm import (
     AnswerLoss,
     VLMProtocol,
@@ -20,6 +21,7 @@ from hf_robust_vision.evaluation.vlm import (
     answer_task,
     attack_example,
     evaluate_vqa,
+    remeasure_vqa,
     vlm_inputs,
 )
 
@@ -181,3 +183,28 @@ def test_example_shows_the_attacked_answer(vlm, processor, questions):
     assert example.clean_answer == questions[0].answer
     assert example.adversarial_answer != questions[0].answer
     assert (example.adversarial - example.image).abs().max() <= 32 / 255 + 1e-6
+
+
+def test_saved_images_give_the_reported_numbers(vlm, processor, questions, tmp_path):
+    few, how = questions[:6], VLMProtocol((4 / 255, 16 / 255), steps=4, restarts=1)
+    kept = [question.id for question in few[1:]]
+    with pytest.raises(ValueError, match="needs a samples_dir"):
+        measure(vlm, processor, few, how, save_images=kept)
+    without = measure(vlm, processor, few, how, samples_dir=tmp_path)
+    with pytest.raises(ValueError, match="no images"):
+        remeasure_vqa(vlm, processor, few, without[0], tmp_path)
+    results = measure(vlm, processor, few, how, samples_dir=tmp_path, save_images=kept)
+    assert [result.robust_accuracy for result in results] == [result.robust_accuracy for result in without]
+    assert results[1].robust_accuracy < results[1].clean_accuracy
+    for result in results:
+        again = remeasure_vqa(vlm, processor, few, result, tmp_path)
+        assert again.num_samples == 5
+        assert (again.changed, again.outside) == ([], [])
+        assert again.robust_accuracy == again.reported
+        assert again.farthest <= result.eps * (1 + 1e-4)
+    assert again.farthest > 4 / 255
+    images = AdversarialImages(tmp_path / results[1].images)
+    for sample in images.ids():
+        clean, _ = images.read(sample, 1.0)
+        images.write(sample, clean, {})
+    assert remeasure_vqa(vlm, processor, few, results[1], tmp_path).changed

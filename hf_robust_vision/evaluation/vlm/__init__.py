@@ -8,7 +8,7 @@ from .inputs import SingleImageInputs, TiledInputs, VLMInputs, vlm_inputs
 from .protocol import VLMProtocol
 from .sanity import check_targeted_sanity, check_vqa_sanity
 from .targeted import evaluate_targeted
-from .vqa import evaluate_vqa
+from .vqa import evaluate_vqa, remeasure_vqa
 
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "evaluate_captions",
     "evaluate_targeted",
     "evaluate_vqa",
+    "remeasure_vqa",
     "vlm_inputs",
 ]

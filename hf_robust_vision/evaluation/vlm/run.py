@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_robust_vision import __version__
 from hf_robust_vision.attacks import Attack, Ball, Objective, StartNoise, Success, make_ball
 from hf_robust_vision.encoders import attack_mode, weights_sha256
+from hf_robust_vision.evaluation.adversarial import AdversarialImages
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, versions
 from hf_robust_vision.evaluation.samples import Records, SampleStore, measure_all
 from hf_robust_vision.pixels import Fitting, check_images
@@ -80,6 +81,7 @@ class Evaluation:
     samples_dir: str | Path | None = None
     blank: bool = False
     progress: bool = True
+    save_images: Collection[int] = ()
 
     def run(
         self,
@@ -92,13 +94,21 @@ class Evaluation:
         target: str | None = None,
         **fields: Any,
     ) -> list[RobustnessResult]:
-        """Measure all samples, one result per eps; `fields` go into the results as they are."""
+        """Measure all samples, one result per eps; `fields` go into the results as they are.
+
+        Raises:
+            ValueError: If images have no folder to go to.
+        """
+        if self.save_images and self.samples_dir is None:
+            raise ValueError("save_images needs a samples_dir to save them in.")
         start, how = time.time(), replace(self.how, eps=tuple(sorted(self.how.eps)))
         inputs, sha256 = vlm_inputs(self.vlm, self.processor), weights_sha256(self.vlm)
         identity = self._identity(inputs, how) | {"weights": sha256, "kind": kind, "target": target} | identity
         label = f"{Path(self.model_name).name}-{kind}-{self.group}-{how.norm}"
         store = SampleStore(self.samples_dir, label, how.eps, identity)
         ids = [sample.id for sample in self.samples]
+        saved = AdversarialImages(Path(self.samples_dir or "") / store.images)
+        store.forget({sample for sample in self.save_images if sample not in saved})
 
         def measure(indices: list[int]) -> Records:
             rows = [self.samples[index] for index in indices]
@@ -106,7 +116,11 @@ class Evaluation:
             for part, images in same_size([sample.pixels(inputs) for sample in rows]):
                 shown = check_images(torch.full_like(images, 0.5) if self.blank else images).to(inputs.device)
                 goal = make_goal(inputs, [rows[row] for row in part], shown)
-                records |= worst_case(goal, how, attacks, shown, [rows[row].id for row in part])
+                found: dict[int, dict[float, Tensor]] = {}
+                records |= worst_case(goal, how, attacks, shown, [rows[row].id for row in part], found)
+                for sample, image in zip([rows[row].id for row in part], shown):
+                    if sample in self.save_images:  # before the record, which says that the sample is done
+                        saved.write(sample, image, found.get(sample, {}))
             return {sample.id: records[sample.id] for sample in rows}
 
         with attack_mode(self.vlm):
@@ -126,6 +140,7 @@ class Evaluation:
                 norm=how.norm,
                 attacks=[describe(attack, make_ball(how.norm, eps), how, **about) for attack in attacks],
                 samples=store.names[place] if self.samples_dir is not None else None,
+                images=store.images if self.samples_dir is not None and saved.ids() else None,
                 seconds=time.time() - start,
                 versions=versions(),
                 **fields,
@@ -147,7 +162,14 @@ class Evaluation:
         }
 
 
-def worst_case(goal: Goal, how: VLMProtocol, attacks: Sequence[Attack], images: Tensor, ids: Sequence[int]) -> Records:
+def worst_case(
+    goal: Goal,
+    how: VLMProtocol,
+    attacks: Sequence[Attack],
+    images: Tensor,
+    ids: Sequence[int],
+    found: dict[int, dict[float, Tensor]] | None = None,
+) -> Records:
     """Attack a batch at rising radii with one attack after the other, each on the samples that are not lost yet.
 
     Args:
@@ -156,6 +178,7 @@ def worst_case(goal: Goal, how: VLMProtocol, attacks: Sequence[Attack], images: 
         attacks: Run in order.
         images: Clean images in [0, 1] of one size.
         ids: Of the samples.
+        found: Filled with the image that each record is about, by sample and radius, where a radius brought one.
 
     Returns:
         For each sample one record per radius.
@@ -182,19 +205,25 @@ def worst_case(goal: Goal, how: VLMProtocol, attacks: Sequence[Attack], images: 
             if len(alive) == 0 or eps == 0 or attack.steps == 0:
                 break
             noise = start_noise(how.seed, attack, [ids[row] for row in alive.tolist()])
-            verdicts = strike(goal, attack, alive, images[alive], ball, noise)
-            for row, verdict in zip(alive.tolist(), verdicts):
-                latest[row] = _worse(latest[row], verdict, attack.name)
+            verdicts, attacked = strike(goal, attack, alive, images[alive], ball, noise)
+            for row, verdict, image in zip(alive.tolist(), verdicts, attacked):
+                worse = _worse(latest[row], verdict, attack.name)
+                if found is not None and worse is not latest[row]:
+                    found.setdefault(ids[row], {})[eps] = image
+                latest[row] = worse
             alive = alive[torch.tensor([not verdict.lost for verdict in verdicts], device=alive.device)]
         for sample, record in zip(ids, latest):
             records[sample].append(record)
     return records
 
 
-def strike(goal: Goal, attack: Attack, rows: Tensor, images: Tensor, ball: Ball, noise: StartNoise) -> list[Verdict]:
-    """What the model says about some rows' images after one attack on them."""
+def strike(
+    goal: Goal, attack: Attack, rows: Tensor, images: Tensor, ball: Ball, noise: StartNoise
+) -> tuple[list[Verdict], Tensor]:
+    """What the model says about some rows' images after one attack on them, and the attacked images."""
     objective, fooled = goal.aim(attack, rows)
-    return goal.judge(rows, run_attack(attack, objective, fooled, images, ball, noise))
+    attacked = run_attack(attack, objective, fooled, images, ball, noise)
+    return goal.judge(rows, attacked), attacked
 
 
 def start_noise(seed: int, attack: Attack, ids: Sequence[int | str]) -> StartNoise:

@@ -82,7 +82,7 @@ class ShownImages(Trial):
             left = (~lost).nonzero().flatten()
             if len(left):
                 noise = start_noise(how.seed, attack, [self.noise.ids[row] for row in left.tolist()])
-                verdicts = strike(self.goal, attack, self.rows[left], self.images[left], ball, noise)
+                verdicts, _ = strike(self.goal, attack, self.rows[left], self.images[left], ball, noise)
                 lost[left] = torch.tensor([verdict.lost for verdict in verdicts], device=lost.device)
         return lost
 

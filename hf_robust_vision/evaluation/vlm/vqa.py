@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.attacks import Attack, Objective, Success
-from hf_robust_vision.evaluation.results import RobustnessResult, summarize
+from hf_robust_vision.encoders import attack_mode, weights_sha256
+from hf_robust_vision.evaluation.adversarial import Remeasured, measure_again, need_task
+from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize
+from hf_robust_vision.pixels import check_images
 
 from .answers import AnswerLoss, WrongAnswer, answer_task, say
-from .inputs import VLMInputs
+from .inputs import VLMInputs, vlm_inputs
 from .protocol import VLMProtocol
 from .run import Evaluation, Sample, Verdict
 
@@ -114,6 +117,7 @@ def evaluate_vqa(
     samples_dir: str | Path | None = None,
     blank: bool = False,
     progress: bool = True,
+    save_images: Collection[int] = (),
 ) -> list[RobustnessResult]:
     """Share of questions answered rightly on clean and on attacked images, one result per eps.
 
@@ -136,14 +140,16 @@ def evaluate_vqa(
         samples_dir: Folder for `samples-*.jsonl`.
         blank: Show a grey image instead (control: what is answerable without looking).
         progress: Show a bar.
+        save_images: Ids of questions whose images are kept in `samples_dir`, clean and adversarial, for
+            `remeasure_vqa`. One that was measured without them is measured again.
 
     Raises:
         TypeError: If `processor` is no processor of images and text.
-        ValueError: If it treats images in a way that the evaluator does not follow, or the prompt has no image token.
+        ValueError: If it treats images in a way that the evaluator does not follow, the prompt has no image token, or
+            images have no folder to go to.
     """
-    run = Evaluation(
-        vlm, processor, questions, how, prompt, model_name, dataset, split, group, samples_dir, blank, progress
-    )
+    about = (prompt, model_name, dataset, split, group, samples_dir, blank, progress, save_images)
+    run = Evaluation(vlm, processor, questions, how, *about)
     return run.run(
         lambda inputs, rows, images: AnotherAnswer(inputs, prompt, rows, images),
         kind="vqa",
@@ -154,3 +160,31 @@ def evaluate_vqa(
         metric="answer accuracy",
         generation={"prompt": prompt, "decoding": "greedy", "extra_tokens": EXTRA_TOKENS, "blank_image": blank},
     )
+
+
+def remeasure_vqa(
+    vlm: nn.Module, processor: Any, questions: Sequence[Question], result: RobustnessResult, folder: str | Path
+) -> Remeasured:
+    """Ask the saved images of a result of `evaluate_vqa` again, without any attack, and compare with its records.
+
+    Args:
+        vlm: The model that was measured, in the dtype that it was measured in.
+        processor: As there.
+        questions: As there.
+        result: With saved images.
+        folder: Where the `robustness.json` of the result lies.
+
+    Raises:
+        ValueError: If the model or the task is another, or no images were saved.
+    """
+    need_task(result, "vqa")
+    inputs, asked = vlm_inputs(vlm, processor), {question.id: question for question in questions}
+    prompt = str((result.generation or {})["prompt"])
+
+    def hits(records: Sequence[SampleRecord], images: Tensor) -> list[bool]:
+        shown = check_images(images).to(inputs.device)
+        goal = AnotherAnswer(inputs, prompt, [asked[int(record.id)] for record in records], shown)
+        return [not verdict.lost for verdict in goal.clean]
+
+    with torch.no_grad(), attack_mode(vlm):
+        return measure_again(result, folder, weights_sha256(vlm), hits)
