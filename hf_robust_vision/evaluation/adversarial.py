@@ -199,6 +199,6 @@ def _saved(result: RobustnessResult, folder: Path) -> tuple[AdversarialImages, d
     images = AdversarialImages(folder / result.images) if result.images is not None else None
     if images is None or result.samples is None or not images.ids():
         raise ValueError(
-            f"no images of {result.model} on {result.dataset} were saved; measure it with --save_adversarial."
+            f"no images of {result.model} on {result.dataset} were saved; measure it with save_images=, or --save_adversarial."
         )
     return images, {int(record.id): record for record in load_samples(folder / result.samples)}
