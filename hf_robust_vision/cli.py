@@ -195,7 +195,8 @@ def _remeasure(args: argparse.Namespace) -> int:
     path, agree = Path(args.results), True
     encoder, folder = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     sha256 = weights_sha256(encoder)
-    results = [row for row in load_results(path) if row.images is not None and row.model_sha256 == sha256]
+    mine = [row for row in load_results(path) if row.task == "zero_shot" and row.model_sha256 == sha256]
+    results = [row for row in mine if row.images is not None]
     if not results:
         raise ValueError(f"{path} holds no result of {args.model} with saved images; measure with --save_adversarial.")
     for result in results:

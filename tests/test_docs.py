@@ -13,6 +13,7 @@ import yaml
 from hf_robust_vision import pipeline
 from hf_robust_vision.cli import make_parser
 from hf_robust_vision.evaluation.comparison import make_page, short_table
+from hf_robust_vision.evaluation.results import load_results
 from hf_robust_vision.evaluation.towers import towers_page
 from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
 
@@ -146,6 +147,18 @@ def test_readme_has_the_table_of_the_report():
     table = page[page.index("| model | clean |") :].split("\n\n")[0]
     assert len(table.splitlines()) == 2 + 5
     assert table in readme
+    results = load_results(ROOT / "docs" / "report")
+    left = {
+        (row.model, round(255 * row.eps)): [attack["robust_accuracy"] for attack in row.attacks] for row in results
+    }
+    for model, *cells in (line.strip("| ").split(" | ") for line in table.splitlines()[2:]):
+        assert [float(cell.split(" %")[0]) for cell in cells[1:]] == [
+            pytest.approx(100 * left[model, eps][-1]) for eps in (4, 8, 16)
+        ]
+    assert {row.sanity["verdict"] for row in results} == {"passed"}
+    # What cross-entropy alone would have said, here and in concepts.md.
+    assert (left["FARE", 16], left["TeCoA", 16]) == ([0.40, 0.23], [0.32, 0.27])
+    assert (left["undefended", 8], left["Sim-CLIP", 16]) == ([0.41, 0.28], [0.37, 0.23])
 
 
 def test_readme_compares_what_was_measured():

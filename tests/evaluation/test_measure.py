@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation import corruptions, rivals, zero_shot
 from hf_robust_vision.evaluation.adversarial import AdversarialImages
 from hf_robust_vision.evaluation.measure import EvaluationSet, measure_model
-from hf_robust_vision.evaluation.results import load_results, load_samples
+from hf_robust_vision.evaluation.results import add_results, load_results, load_samples
 from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol
 from tests.conftest import NAMES
 
@@ -48,6 +49,10 @@ def test_evaluate_report_and_remeasure(evaluate, clip_folder, tmp_path, capsys):
     assert "# Mine" in (tmp_path / "r" / "report.md").read_text()
     assert "| mine | " in (tmp_path / "r" / "report.md").read_text()
     capsys.readouterr()
+    assert main(["remeasure", str(clip_folder), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("of 2 saved") == 2
+    # A result of another task in the same folder is for another function.
+    add_results([replace(results[0], task="retrieval", metric="image_to_text_recall@1")], tmp_path / "out")
     assert main(["remeasure", str(clip_folder), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.count("of 2 saved") == 2
     # An image that was changed on disk no longer gives the reported number, and the exit status says so.
