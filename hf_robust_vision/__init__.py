@@ -10,52 +10,52 @@ __version__ = "0.1.0"
 
 # Public name -> module. Loaded on first use, so that `import hf_robust_vision` costs next to nothing.
 _HOME = {
-    "AdversarialTrainer": "trainers.base",
-    "AdversarialTrainingArguments": "trainers.config",
+    "AdversarialTrainer": "training.base",
+    "AdversarialTrainingArguments": "training.config",
     "AttackSuccessRate": "evaluation.metrics",
     "CaptionedImages": "data.captions",
-    "FAREArguments": "trainers.fare",
-    "FARETrainer": "trainers.fare",
+    "FAREArguments": "methods.fare",
+    "FARETrainer": "methods.fare",
     "L2Ball": "attacks",
     "LabelledImages": "data.datasets",
     "LinfBall": "attacks",
-    "PMGAFTArguments": "trainers.pmg_aft",
-    "PMGAFTTrainer": "trainers.pmg_aft",
+    "PMGAFTArguments": "methods.pmg_aft",
+    "PMGAFTTrainer": "methods.pmg_aft",
     "RelativeRobustness": "evaluation.metrics",
-    "RetrievalProtocol": "evaluation.retrieval",
+    "RetrievalProtocol": "evaluation.tasks.retrieval",
     "RobustAccuracy": "evaluation.metrics",
-    "RobustnessProtocol": "evaluation.zero_shot",
+    "RobustnessProtocol": "evaluation.tasks.zero_shot",
     "RobustnessResult": "evaluation.results",
-    "SimCLIPArguments": "trainers.sim_clip",
-    "SimCLIPTrainer": "trainers.sim_clip",
+    "SimCLIPArguments": "methods.sim_clip",
+    "SimCLIPTrainer": "methods.sim_clip",
     "StartNoise": "attacks",
-    "TIMAArguments": "trainers.tima",
-    "TIMATrainer": "trainers.tima",
-    "TeCoAArguments": "trainers.tecoa",
-    "TeCoATrainer": "trainers.tecoa",
+    "TIMAArguments": "methods.tima",
+    "TIMATrainer": "methods.tima",
+    "TeCoAArguments": "methods.tecoa",
+    "TeCoATrainer": "methods.tecoa",
     "apgd": "attacks",
-    "as_encoder": "encoders",
-    "check_retrieval_sanity": "evaluation.retrieval_sanity",
-    "check_sanity": "evaluation.sanity",
-    "evaluate_corruptions": "evaluation.corruptions",
-    "evaluate_retrieval": "evaluation.retrieval",
-    "evaluate_zero_shot": "evaluation.zero_shot",
+    "as_encoder": "towers.clip",
+    "check_retrieval_sanity": "sanity.retrieval",
+    "check_sanity": "sanity.zero_shot",
+    "evaluate_corruptions": "evaluation.tasks.corruptions",
+    "evaluate_retrieval": "evaluation.tasks.retrieval",
+    "evaluate_zero_shot": "evaluation.tasks.zero_shot",
     "fab": "attacks",
     "fgsm": "attacks",
     "get_protocol": "attacks",
-    "load_encoder": "encoders",
+    "load_encoder": "towers.clip",
     "load_labelled_images": "data.datasets",
     "load_results": "evaluation.results",
     "load_robust_encoder": "hub.load",
-    "make_text_bank": "text_bank",
-    "merge_adapter": "trainers.adapters",
+    "make_text_bank": "towers.text_bank",
+    "merge_adapter": "training.adapters",
     "pgd": "attacks",
     "push_robust_encoder": "hub.push",
-    "remeasure": "evaluation.adversarial",
-    "remeasure_retrieval": "evaluation.retrieval",
+    "remeasure": "evaluation.images",
+    "remeasure_retrieval": "evaluation.tasks.retrieval",
     "square": "attacks",
-    "swap_vision_encoder": "vlm.swap",
-    "write_report": "evaluation.page",
+    "swap_vision_encoder": "swap.swap",
+    "write_report": "report.page",
 }
 
 __all__ = [
@@ -122,25 +122,25 @@ if TYPE_CHECKING:
     from .attacks import L2Ball, LinfBall, StartNoise, apgd, fab, fgsm, get_protocol, pgd, square
     from .data.captions import CaptionedImages
     from .data.datasets import LabelledImages, load_labelled_images
-    from .encoders import as_encoder, load_encoder
-    from .evaluation.adversarial import remeasure
-    from .evaluation.corruptions import evaluate_corruptions
+    from .evaluation.images import remeasure
     from .evaluation.metrics import AttackSuccessRate, RelativeRobustness, RobustAccuracy
-    from .evaluation.page import write_report
     from .evaluation.results import RobustnessResult, load_results
-    from .evaluation.retrieval import RetrievalProtocol, evaluate_retrieval, remeasure_retrieval
-    from .evaluation.retrieval_sanity import check_retrieval_sanity
-    from .evaluation.sanity import check_sanity
-    from .evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+    from .evaluation.tasks.corruptions import evaluate_corruptions
+    from .evaluation.tasks.retrieval import RetrievalProtocol, evaluate_retrieval, remeasure_retrieval
+    from .evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
     from .hub.load import load_robust_encoder
     from .hub.push import push_robust_encoder
-    from .text_bank import make_text_bank
-    from .trainers.adapters import merge_adapter
-    from .trainers.base import AdversarialTrainer
-    from .trainers.config import AdversarialTrainingArguments
-    from .trainers.fare import FAREArguments, FARETrainer
-    from .trainers.pmg_aft import PMGAFTArguments, PMGAFTTrainer
-    from .trainers.sim_clip import SimCLIPArguments, SimCLIPTrainer
-    from .trainers.tecoa import TeCoAArguments, TeCoATrainer
-    from .trainers.tima import TIMAArguments, TIMATrainer
-    from .vlm.swap import swap_vision_encoder
+    from .methods.fare import FAREArguments, FARETrainer
+    from .methods.pmg_aft import PMGAFTArguments, PMGAFTTrainer
+    from .methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
+    from .methods.tecoa import TeCoAArguments, TeCoATrainer
+    from .methods.tima import TIMAArguments, TIMATrainer
+    from .report.page import write_report
+    from .sanity.retrieval import check_retrieval_sanity
+    from .sanity.zero_shot import check_sanity
+    from .swap.swap import swap_vision_encoder
+    from .towers.clip import as_encoder, load_encoder
+    from .towers.text_bank import make_text_bank
+    from .training.adapters import merge_adapter
+    from .training.base import AdversarialTrainer
+    from .training.config import AdversarialTrainingArguments

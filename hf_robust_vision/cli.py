@@ -11,11 +11,11 @@ from typing import Any
 
 
 METHODS = {
-    "sim-clip": ("hf_robust_vision.trainers.sim_clip", "SimCLIPTrainer"),
-    "tima": ("hf_robust_vision.trainers.tima", "TIMATrainer"),
-    "fare": ("hf_robust_vision.trainers.fare", "FARETrainer"),
-    "tecoa": ("hf_robust_vision.trainers.tecoa", "TeCoATrainer"),
-    "pmg-aft": ("hf_robust_vision.trainers.pmg_aft", "PMGAFTTrainer"),
+    "sim-clip": ("hf_robust_vision.methods.sim_clip", "SimCLIPTrainer"),
+    "tima": ("hf_robust_vision.methods.tima", "TIMATrainer"),
+    "fare": ("hf_robust_vision.methods.fare", "FARETrainer"),
+    "tecoa": ("hf_robust_vision.methods.tecoa", "TeCoATrainer"),
+    "pmg-aft": ("hf_robust_vision.methods.pmg_aft", "PMGAFTTrainer"),
 }
 
 
@@ -74,7 +74,7 @@ def _other(words: list[str]) -> int:
     if "run" in args:
         status: int = args.run(args)
         return status
-    from hf_robust_vision.vlm.convert import convert_checkpoint, export_open_clip, export_v4
+    from hf_robust_vision.swap.convert import convert_checkpoint, export_open_clip, export_v4
 
     if args.command == "convert":
         settings = {"hidden_act": args.hidden_act, "num_attention_heads": args.num_attention_heads}
@@ -136,12 +136,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
     from hf_robust_vision.attacks import get_protocol
-    from hf_robust_vision.evaluation.measure import EvaluationSet, measure_model
-    from hf_robust_vision.evaluation.page import results_text, write_report
-    from hf_robust_vision.evaluation.sanity import sanity_text
-    from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol
+    from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol
+    from hf_robust_vision.pipeline.measure import EvaluationSet, measure_model
     from hf_robust_vision.processes import part, rank_and_world
-    from hf_robust_vision.trainers.config import Radius
+    from hf_robust_vision.report.page import results_text, write_report
+    from hf_robust_vision.sanity.zero_shot import sanity_text
+    from hf_robust_vision.training.config import Radius
 
     how = RobustnessProtocol(
         get_protocol(args.protocol, steps=args.steps, restarts=args.restarts, queries=args.queries),
@@ -177,7 +177,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from hf_robust_vision.evaluation.page import write_report
+    from hf_robust_vision.report.page import write_report
 
     for path in write_report(args.results, args.output_dir, title=args.title, examples=args.examples):
         print(path)
@@ -187,10 +187,10 @@ def _report(args: argparse.Namespace) -> int:
 def _remeasure(args: argparse.Namespace) -> int:
     import torch
 
-    from hf_robust_vision.encoders import weights_sha256
-    from hf_robust_vision.evaluation.adversarial import remeasure
-    from hf_robust_vision.evaluation.measure import bank_of, load_model
+    from hf_robust_vision.evaluation.images import remeasure
     from hf_robust_vision.evaluation.results import load_results, pretty_eps
+    from hf_robust_vision.pipeline.measure import bank_of, load_model
+    from hf_robust_vision.towers.clip import weights_sha256
 
     path, agree = Path(args.results), True
     encoder, folder = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))

@@ -25,12 +25,12 @@ import torch
 import yaml
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.evaluation.measure import EvaluationSet, measure_model
-from hf_robust_vision.evaluation.page import results_text, write_report
-from hf_robust_vision.evaluation.sanity import sanity_text
-from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol
+from hf_robust_vision.pipeline.measure import EvaluationSet, measure_model
 from hf_robust_vision.processes import part, rank_and_world
-from hf_robust_vision.trainers.config import Radius
+from hf_robust_vision.report.page import results_text, write_report
+from hf_robust_vision.sanity.zero_shot import sanity_text
+from hf_robust_vision.training.config import Radius
 
 
 def read_list(file: Path, only: list[str] | None) -> tuple[RobustnessProtocol, list[EvaluationSet]]:

@@ -6,7 +6,7 @@ The demo, offline, in minutes on two cores:
 
 The published setting (Tiny-ImageNet, ViT-B/32, eps 1/255), on as many GPUs as accelerate is configured for:
 
-    accelerate launch recipes/pmg_aft.py --config recipes/configs/pmg_aft_vitb32_tinyimagenet_eps1.yaml
+    accelerate launch recipes/pmg_aft.py --config hf_robust_vision/configs/pmg_aft_vitb32_tinyimagenet_eps1.yaml
 
 Every argument of the YAML file can be given on the command line, which wins.
 """
@@ -14,17 +14,16 @@ Every argument of the YAML file can be given on the command line, which wins.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+from hf_robust_vision.methods.pmg_aft import PMGAFTTrainer
 from hf_robust_vision.pipeline import USER_ERRORS, parse, run
 from hf_robust_vision.processes import part
-from hf_robust_vision.trainers.pmg_aft import PMGAFTTrainer
 
 
 def main() -> None:
     """Parse, run, and turn bad input into one line."""
     try:
-        options, args = parse(PMGAFTTrainer, demo_config=Path(__file__).parent / "configs" / "pmg_aft_demo.yaml")
+        options, args = parse(PMGAFTTrainer, demo_config="pmg_aft_demo")
         run(PMGAFTTrainer, options, args)
         part()
     except USER_ERRORS as error:

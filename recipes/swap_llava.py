@@ -30,21 +30,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hf_robust_vision import swap_vision_encoder
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
-from hf_robust_vision.evaluation.checks import not_run
-from hf_robust_vision.evaluation.report import draw_answers
 from hf_robust_vision.evaluation.results import RobustnessResult, load_samples, save_results
-from hf_robust_vision.evaluation.sanity import sanity_text
-from hf_robust_vision.evaluation.vlm import (
-    VLMProtocol,
-    attack_example,
-    check_vqa_sanity,
-    evaluate_targeted,
-    evaluate_vqa,
-)
-from hf_robust_vision.evaluation.vlm.vqa import Question
+from hf_robust_vision.evaluation.tasks import VLMProtocol, attack_example, evaluate_targeted, evaluate_vqa
+from hf_robust_vision.evaluation.tasks.vqa import Question
 from hf_robust_vision.processes import run_alone
-from hf_robust_vision.trainers.config import Radius
-from hf_robust_vision.vlm.source import load_source
+from hf_robust_vision.report.pictures import draw_answers
+from hf_robust_vision.sanity.checks import not_run
+from hf_robust_vision.sanity.vlm import check_vqa_sanity
+from hf_robust_vision.sanity.zero_shot import sanity_text
+from hf_robust_vision.swap.source import load_source
+from hf_robust_vision.training.config import Radius
 
 
 CHECK_STEPS = (1, 5, 10, 50)

@@ -20,9 +20,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import TEMPLATES
-from hf_robust_vision.encoders import load_encoder, load_tokenizer
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.text_bank import make_text_bank
+from hf_robust_vision.towers.clip import load_encoder, load_tokenizer
+from hf_robust_vision.towers.text_bank import make_text_bank
 
 
 SIZE = 32

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from comparison import make_page, short_table
+from towers_page import towers_page
 
-from hf_robust_vision import pipeline
 from hf_robust_vision.cli import make_parser
-from hf_robust_vision.evaluation.comparison import make_page, short_table
 from hf_robust_vision.evaluation.results import load_results
-from hf_robust_vision.evaluation.towers import towers_page
-from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
+from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
+from hf_robust_vision.pipeline import harden as pipeline
 
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def test_recipe_commands_parse(code, tmp_path, monkeypatch):
                 if word.startswith("--"):
                     assert f'"{word}"' in (ROOT / recipe).read_text(), f"{recipe} has no {word}"
             continue
-        demo = ROOT / "recipes" / "configs" / f"{Path(recipe).stem}_demo.yaml"
+        demo = ROOT / "hf_robust_vision" / "configs" / f"{Path(recipe).stem}_demo.yaml"
         pipeline.parse(trainer_of(recipe), [*words, "--output_dir", str(tmp_path)], demo)
 
 
@@ -80,7 +80,9 @@ def test_cli_commands_parse(code):
             make_parser().parse_args(words[1:])
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "hf_robust_vision" / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_configs_set_what_trainer_would_choose(config):
     """A published setting that leaves `max_grad_norm` to Trainer is not the published setting."""
     values = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -89,7 +91,7 @@ def test_configs_set_what_trainer_would_choose(config):
 
 
 def test_demo_config_is_read_only_for_the_demo(tmp_path):
-    demo = ROOT / "recipes" / "configs" / "sim_clip_demo.yaml"
+    demo = ROOT / "hf_robust_vision" / "configs" / "sim_clip_demo.yaml"
     _, with_demo = pipeline.parse(SimCLIPTrainer, ["--output_dir", str(tmp_path)], demo)
     words = ["--output_dir", str(tmp_path), "--model_name_or_path", "some/clip"]
     _, without = pipeline.parse(SimCLIPTrainer, words, demo)

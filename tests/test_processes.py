@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from hf_robust_vision.processes import meet, need_a_gpu_each, part, rank_and_world
-from hf_robust_vision.trainers.config import AdversarialTrainingArguments
-from tests.trainers.ranks import CONTEXT, free_port
+from hf_robust_vision.training.config import AdversarialTrainingArguments
+from tests.training.ranks import CONTEXT, free_port
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from .objectives import (
     squared_l2,
 )
 from .pgd import NonFiniteGradientWarning, fgsm, pgd
+from .protocol import PROTOCOLS, Attack, Outcome, Protocol, get_protocol, run_protocol
 from .square import square
-from .suite import PROTOCOLS, Attack, Outcome, Protocol, get_protocol, run_protocol
 
 
 __all__ = [

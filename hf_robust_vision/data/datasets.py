@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.text_bank import check_class_names
+from hf_robust_vision.towers.text_bank import check_class_names
 
 
 # What an image column is called where nothing else tells it apart, in the order in which it is looked for.

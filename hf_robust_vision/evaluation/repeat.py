@@ -13,12 +13,12 @@ from typing import Any, cast
 from hf_robust_vision.attacks import Protocol, get_protocol
 from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
 from hf_robust_vision.data.demo import DEMO_NAME, load_demo
-from hf_robust_vision.encoders import CLIPEncoder
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.text_bank import make_text_bank
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.text_bank import make_text_bank
 
 from .results import RobustnessResult, SampleRecord
-from .zero_shot import RobustnessProtocol, evaluate_zero_shot
+from .tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from hf_robust_vision.encoders import CLIPEncoder, Encoder, load_encoder, load_tokenizer, weights_sha256
 from hf_robust_vision.evaluation.repeat import Repeat, repeat_zero_shot
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
+from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, load_encoder, load_tokenizer, weights_sha256
 
 from .card import hardened
 from .release import ADAPTER, REPLACED

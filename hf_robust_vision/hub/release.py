@@ -15,7 +15,8 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
-from hf_robust_vision.encoders import (
+from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
+from hf_robust_vision.towers.clip import (
     CLIPEncoder,
     load_encoder,
     load_image_processor,
@@ -23,7 +24,6 @@ from hf_robust_vision.encoders import (
     vision_half,
     weights_sha256,
 )
-from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
 
 from .card import eval_results, hardened, is_hub_id, set_kind
 from .usage import KINDS, replace_usage, usage_block

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from hf_robust_vision import pipeline
 from hf_robust_vision.attacks import LinfBall, StartNoise, get_protocol, run_protocol
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_checkpoint, load_demo
 from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import TEMPLATES
-from hf_robust_vision.encoders import Encoder, attack_mode, load_encoder, load_tokenizer
-from hf_robust_vision.text_bank import make_text_bank
-from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
+from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
+from hf_robust_vision.pipeline import harden as pipeline
+from hf_robust_vision.towers.clip import Encoder, attack_mode, load_encoder, load_tokenizer
+from hf_robust_vision.towers.text_bank import make_text_bank
 
 
 autoattack = pytest.importorskip("pyautoattack")
@@ -34,7 +34,7 @@ def folders(tmp_path_factory):
     """The demo CLIP, and the same hardened for 60 updates."""
     output = tmp_path_factory.mktemp("hardened") / "model"
     words = ["--output_dir", str(output), "--max_steps", "60", "--measure", "false", "--save_strategy", "no"]
-    demo = Path(__file__).parents[2] / "recipes" / "configs" / "sim_clip_demo.yaml"
+    demo = Path(__file__).parents[2] / "hf_robust_vision" / "configs" / "sim_clip_demo.yaml"
     pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, [*words, "--disable_tqdm", "true"], demo))
     return {"undefended": demo_checkpoint(), "hardened": output}
 

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from benchmarks import demo_benchmark
 from PIL import Image
 
-from hf_robust_vision.data.benchmarks import demo_benchmark
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import CLASS_NAMES, COLOURS, SHAPES
 from hf_robust_vision.data.splits import only_classes, relabel

@@ -19,8 +19,8 @@ from hf_robust_vision.data.datasets import (
     load_labelled_images,
 )
 from hf_robust_vision.data.splits import only_classes, relabel
+from hf_robust_vision.pipeline.run_data import DataArguments, load_splits
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.training_data import DataArguments, load_splits
 from tests.conftest import NAMES, SIZE, make_dataset, picture
 
 

@@ -11,17 +11,17 @@ import torch
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.captions import CaptionedImages
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.encoders import weights_sha256
-from hf_robust_vision.evaluation.corruptions import evaluate_corruptions
-from hf_robust_vision.evaluation.retrieval import RetrievalProtocol, evaluate_retrieval
-from hf_robust_vision.evaluation.sanity import check_sanity
-from hf_robust_vision.evaluation.vlm import VLMProtocol, evaluate_captions, evaluate_targeted, evaluate_vqa
-from hf_robust_vision.evaluation.vlm.captions import CaptionMetric
-from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_captions, evaluate_targeted, evaluate_vqa
+from hf_robust_vision.evaluation.tasks.captions import CaptionMetric
+from hf_robust_vision.evaluation.tasks.corruptions import evaluate_corruptions
+from hf_robust_vision.evaluation.tasks.retrieval import RetrievalProtocol, evaluate_retrieval
+from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.text_bank import make_text_bank
+from hf_robust_vision.sanity.zero_shot import check_sanity
+from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.text_bank import make_text_bank
 from tests.conftest import SIZE, TEMPLATE, build_processor, picture
-from tests.evaluation.tiny_processors import PROMPT, Asked, make_processor, make_speaker
+from tests.towers.tiny_processors import PROMPT, Asked, make_processor, make_speaker
 
 
 FIVE = ("red", "green", "blue", "white", "photo")

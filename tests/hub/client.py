@@ -30,7 +30,7 @@ def stock_model(repo_id, **settings) -> dict:
     from huggingface_hub import hf_hub_download
     from transformers import CLIPModel, CLIPProcessor
 
-    from hf_robust_vision.encoders import weights_sha256
+    from hf_robust_vision.towers.clip import weights_sha256
 
     model, info = CLIPModel.from_pretrained(repo_id, output_loading_info=True, **settings)
     CLIPProcessor.from_pretrained(repo_id, **settings)
@@ -44,7 +44,7 @@ def stock_model(repo_id, **settings) -> dict:
 
 def load(name, **settings) -> dict:
     from hf_robust_vision import load_robust_encoder
-    from hf_robust_vision.encoders import weights_sha256
+    from hf_robust_vision.towers.clip import weights_sha256
 
     loaded = load_robust_encoder(name, **settings)
     return {
@@ -79,8 +79,8 @@ def run_usage(card: str) -> str:
 
 def recipe(words) -> list:
     """A recipe from parse to push: what it printed, and the error that ended it."""
+    from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
     from hf_robust_vision.pipeline import USER_ERRORS, parse, run
-    from hf_robust_vision.trainers.sim_clip import SimCLIPTrainer
 
     said, error = io.StringIO(), None
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

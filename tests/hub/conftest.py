@@ -11,12 +11,12 @@ import torch
 
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import decode_image, load_labelled_images
-from hf_robust_vision.encoders import load_encoder
-from hf_robust_vision.evaluation.report import plot_curve
 from hf_robust_vision.evaluation.results import save_results
-from hf_robust_vision.evaluation.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
-from hf_robust_vision.text_bank import make_text_bank
+from hf_robust_vision.report.pictures import plot_curve
+from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.text_bank import make_text_bank
 from tests.conftest import NAMES, picture
 from tests.hub.server import running_hub
 

@@ -8,12 +8,12 @@ from hashlib import sha256
 import pytest
 
 from hf_robust_vision.evaluation.results import load_results
-from hf_robust_vision.trainers import publishing
+from hf_robust_vision.training import publishing
 from tests.hub import client as remote
 from tests.hub.server import Fault, Repo
 from tests.launcher import TWO, launch, outcome, recipe
-from tests.test_pipeline import words
-from tests.trainers.helpers import arguments, make_trainer
+from tests.pipeline.test_harden import words
+from tests.training.helpers import arguments, make_trainer
 
 
 SAVES = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2")

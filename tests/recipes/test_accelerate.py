@@ -14,10 +14,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from transformers import CLIPModel
 
-from hf_robust_vision.trainers.launchers import check_launcher
+from hf_robust_vision.training.launchers import check_launcher
 from tests.launcher import ROOT, TWO, launch, outcome, recipe
-from tests.trainers.helpers import SGD, largest_gap
-from tests.trainers.ranks import final, free_port, said, start
+from tests.training.helpers import SGD, largest_gap
+from tests.training.ranks import final, free_port, said, start
 
 
 FILES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -102,7 +102,7 @@ def test_two_machines_train_one_model(clip_folder, tmp_path):
     words = json.dumps(settings | {"output_dir": str(two), "world_size": 2, "per_device_train_batch_size": 2})
     file = ROOT / "recipes" / "accelerate" / "multi_node.yaml"
     here = ["-m", "accelerate.commands.launch", "--config_file", file, "--machine_rank"]
-    there = ["--num_processes", 2, "--main_process_port", free_port(), "-m", "tests.trainers.run_training", words]
+    there = ["--num_processes", 2, "--main_process_port", free_port(), "-m", "tests.training.run_training", words]
     for machine in [launch(*here, number, *there) for number in (1, 0)]:
         status, _, wrong = outcome(machine)
         assert status == 0, wrong

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def recipe(monkeypatch):
     """Modules of the recipe by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     return importlib.import_module
 
 
@@ -35,7 +34,7 @@ def test_parts_that_were_not_run_keep_their_tables(recipe, tmp_path, monkeypatch
     monkeypatch.setattr(benchmark, "scaling_table", lambda *shape: [f"scaling of {shape}"])
     monkeypatch.setattr(benchmark, "options_table", lambda kind, *shape: [f"{kind} of {shape}"])
     for words in ("scaling --rounds 2", "options", "scaling --rounds 4"):
-        command = ["recipes/benchmark.py", "--output", str(page), "--parts", *words.split()]
+        command = ["recipes/research/benchmark.py", "--output", str(page), "--parts", *words.split()]
         monkeypatch.setattr(sys, "argv", command)
         benchmark.main()
     new = sections(page)
@@ -63,7 +62,7 @@ def test_scaling_is_a_ratio_below_its_ceiling(recipe):
 
 
 def test_scaling_refuses_a_world_of_another_size(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "benchmark_scaling.py"), "1", "1", "1", "2"]
+    command = [sys.executable, str(ROOT / "recipes" / "research" / "benchmark_scaling.py"), "1", "1", "1", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "BENCHMARK_MEETING": str(tmp_path), "BENCHMARK_COMMANDS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks import demo_benchmark
 from PIL import Image
 
-from hf_robust_vision.data.benchmarks import demo_benchmark
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import CLASS_NAMES
-from hf_robust_vision.trainers.tecoa import TeCoATrainer
+from hf_robust_vision.methods.tecoa import TeCoATrainer
 
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_compare_runs_and_goes_on_from_what_is_there(tmp_path):
     pytest.importorskip("easy_vqa")
-    command = [sys.executable, str(ROOT / "recipes" / "compare.py"), "--methods", "undefended,tecoa,tima"]
+    command = [sys.executable, str(ROOT / "recipes" / "research" / "compare.py"), "--methods", "undefended,tecoa,tima"]
     command += ["--seeds", "0,1", "--steps", "1", "--batch_size", "2", "--images", "2", "--eval_steps", "1"]
     command += ["--output_dir", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -54,7 +54,6 @@ def test_compare_runs_and_goes_on_from_what_is_there(tmp_path):
 @pytest.fixture
 def compare(monkeypatch):
     """The recipe as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     return importlib.import_module("compare")
 
 

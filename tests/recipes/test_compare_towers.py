@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from hf_robust_vision.evaluation.towers import write_towers
+from towers_page import write_towers
 
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +23,7 @@ SMALL += ["--images", "2", "--zero_shot_steps", "1", "--seeds", "0,1", "--jobs",
 @pytest.fixture(scope="module")
 def recipe():
     pytest.importorskip("easy_vqa")
-    sys.path.insert(0, str(ROOT / "recipes"))
-    yield importlib.import_module("compare_towers")
-    sys.path.remove(str(ROOT / "recipes"))
+    return importlib.import_module("compare_towers")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +109,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     row |= {"zero_shot_clean": [1.0, 1.0], "zero_shot": [0.25, 0.75], "drift": [0.9, 0.8], "cpu_seconds": [60, 70]}
     pair = {"one": "both", "other": "pooled", "eps": "8/255"}
     content = {
-        "command": "python recipes/compare_towers.py",
+        "command": "python recipes/research/compare_towers.py",
         "seeds": [0, 1],
         "training": {
             "max_steps": 7,
@@ -149,7 +146,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_its_page_and_goes_on_from_what_is_there(tmp_path):
     pytest.importorskip("easy_vqa")
-    command = [sys.executable, str(ROOT / "recipes" / "compare_towers.py"), *SMALL]
+    command = [sys.executable, str(ROOT / "recipes" / "research" / "compare_towers.py"), *SMALL]
     command += ["--output_dir", str(tmp_path / "towers"), "--docs", str(tmp_path / "docs")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)

@@ -16,9 +16,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from benchmarks import emoji_benchmark
 from PIL import Image, ImageDraw
 
-from hf_robust_vision.data.benchmarks import emoji_benchmark
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import load_labelled_images
 from hf_robust_vision.pixels import PixelTransform
@@ -89,7 +89,6 @@ def packages(tmp_path):
 @pytest.fixture
 def recipe(monkeypatch):
     """Import one of the recipes by its name."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     return importlib.import_module
 
 

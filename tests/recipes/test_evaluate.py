@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_robust_vision.evaluation.measure import measure_model
-from hf_robust_vision.evaluation.page import write_report
 from hf_robust_vision.evaluation.results import load_results
+from hf_robust_vision.pipeline.measure import measure_model
+from hf_robust_vision.report.page import write_report
 from recipes import evaluate
 from recipes.evaluate import read_list
 from tests.conftest import picture

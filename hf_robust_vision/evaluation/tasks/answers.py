@@ -1,0 +1,174 @@
+"""A batch of prompts with a text after each, as a function of their images: its loss, and whether it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_robust_vision.attacks import Logits
+from hf_robust_vision.towers.vlm_inputs import VLMInputs
+
+
+class AnswerTask:
+    """One batch of prompts and answers as a function of their images.
+
+    A loss and a success criterion on the same task share one forward pass per image, also after `take`.
+
+    Args:
+        inputs: How the model takes images and text.
+        input_ids: Prompt and answer, padded on the left, shape (batch, length).
+        attention_mask: Same shape.
+        answers: Token ids of the answers, padded on the left with -100, shape (batch, longest answer).
+    """
+
+    def __init__(self, inputs: VLMInputs, input_ids: Tensor, attention_mask: Tensor, answers: Tensor):
+        self.inputs = inputs
+        self.input_ids, self.attention_mask, self.answers = input_ids, attention_mask, answers
+        self.logits = Logits(self._forward)
+        self._taken: tuple[Tensor, AnswerTask] | None = None
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """Logits that predict each place of `answers`, shape (*answers.shape, vocabulary)."""
+        keep = self.answers.shape[1] + 1
+        logits = self.inputs.logits(images, self.input_ids, self.attention_mask, keep)[:, :-1].float()
+        if images.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+            raise RuntimeError(
+                f"no gradient reaches the images: {type(self.inputs.vlm).__name__} encodes them under torch.no_grad(). "
+                "An OpenFlamingo model is evaluated through FlamingoInputs; for another, lift the no_grad first."
+            )
+        return logits
+
+    def take(self, rows: Tensor) -> AnswerTask:
+        """The task of some of the prompts; the same object for the same `rows`."""
+        if self._taken is None or self._taken[0] is not rows:
+            parts = (self.input_ids[rows], self.attention_mask[rows], self.answers[rows])
+            self._taken = rows, AnswerTask(self.inputs, *parts)
+        return self._taken[1]
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """Negative log-likelihood of the answer, or the margin of its weakest token, one per image.
+
+    Args:
+        task: Prompts and answers.
+        kind: "nll" or "margin"; the margin is above 0 exactly where greedy decoding gives another answer.
+        wanted: The attacker wants the answer said: the loss with its sign turned.
+    """
+
+    task: AnswerTask
+    kind: str = "nll"
+    wanted: bool = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        loss = self._nll(images) if self.kind == "nll" else self._margin(images)
+        return -loss if self.wanted else loss
+
+    def _nll(self, images: Tensor) -> Tensor:
+        logits = self.task.logits(images)
+        return F.cross_entropy(logits.transpose(1, 2), self.task.answers, reduction="none").sum(1)
+
+    def _margin(self, images: Tensor) -> Tensor:
+        logits, answers = self.task.logits(images), self.task.answers
+        places = answers.clamp_min(0)[..., None]
+        true, other = logits.gather(2, places).squeeze(2), logits.scatter(2, places, -torch.inf).amax(2)
+        return (other - true).masked_fill(answers == -100, -torch.inf).amax(1)
+
+    def take(self, rows: Tensor) -> AnswerLoss:
+        """The loss of some of the images."""
+        return replace(self, task=self.task.take(rows))
+
+
+@dataclass(frozen=True)
+class WrongAnswer:
+    """Success: greedy decoding gives another answer, that is, some answer token is not the likeliest."""
+
+    task: AnswerTask
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
+        with torch.no_grad():
+            guesses, answers = self.task.logits(images).argmax(2), self.task.answers
+        return ((guesses != answers) & (answers != -100)).any(1)
+
+    def take(self, rows: Tensor) -> WrongAnswer:
+        """The criterion for some of the images."""
+        return replace(self, task=self.task.take(rows))
+
+
+@dataclass(frozen=True)
+class RightAnswer:
+    """Success of an attacker who wants the answer: greedy decoding begins with it."""
+
+    task: AnswerTask
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
+        return ~WrongAnswer(self.task)(images)
+
+    def take(self, rows: Tensor) -> RightAnswer:
+        """The criterion for some of the images."""
+        return replace(self, task=self.task.take(rows))
+
+
+def answer_task(
+    inputs: VLMInputs, prompts: Sequence[str], answers: Sequence[str], size: tuple[int, int]
+) -> AnswerTask:
+    """Tokenize prompts with their answers, as the model's own processor would.
+
+    Args:
+        inputs: How the model takes images and text.
+        prompts: With the image token.
+        answers: One a prompt.
+        size: Height and width of the images that will come.
+
+    Raises:
+        ValueError: If the tokenizer makes nothing of an answer.
+    """
+    before = inputs.encode(prompts, size)
+    after = [continuation(inputs.tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers)]
+    input_ids, attention_mask = pad_left([one + two for one, two in zip(before, after)], inputs)
+    width = max(map(len, after))
+    wanted = [[-100] * (width - len(ids)) + ids for ids in after]
+    return AnswerTask(inputs, input_ids, attention_mask, torch.tensor(wanted, device=inputs.device))
+
+
+def continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
+    """Token ids of a text that follows a prompt, a space between them where the prompt ends without one.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    gap = "" if prompt[-1:].isspace() else " "
+    before, joint = (
+        tokenizer(words, add_special_tokens=False)["input_ids"] for words in (prompt, prompt + gap + text)
+    )
+    ids: list[int] = joint[len(before) :]
+    if joint[: len(before)] != before:  # the last token of the prompt has merged with the text
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"the tokenizer makes no token of {text!r}.")
+    return ids
+
+
+def pad_left(rows: Sequence[Sequence[int]], inputs: VLMInputs) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, each of shape (rows, longest)."""
+    tokenizer, length = inputs.tokenizer, max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = [[pad] * (length - len(row)) + list(row) for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=inputs.device), torch.tensor(mask, device=inputs.device)
+
+
+@torch.no_grad()
+def say(inputs: VLMInputs, prompts: Sequence[Sequence[int]], images: Tensor, max_new_tokens: int) -> list[str]:
+    """What the model generates, greedily, after tokenized prompts."""
+    input_ids, attention_mask = pad_left(prompts, inputs)
+    new = inputs.generate(images, input_ids, attention_mask, max_new_tokens)
+    return [text.strip() for text in inputs.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -1,0 +1,1 @@
+"""One file a training method: its arguments, its losses, its trainer."""

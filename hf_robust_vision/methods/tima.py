@@ -1,0 +1,219 @@
+"""TIMA: text and image towers fine-tuned together, each aware of the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_robust_vision.attacks import CrossEntropy, Objective
+from hf_robust_vision.data.templates import get_templates
+from hf_robust_vision.towers.clip import Encoder
+from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts, tokenize
+from hf_robust_vision.training.base import Batch
+from hf_robust_vision.training.config import AdversarialTrainingArguments, one_of
+
+from .classes import ClassTrainer, divergence
+from .features import cosines
+
+
+CHOICES = {
+    "variant": ("aaai", "v1"),
+    "margin_mode": ("distance", "similarity", "constant"),
+    "margin_text": ("tuned", "original"),
+    "gate": ("class", "sample", "none"),
+    "takd_student": ("adversarial", "clean"),
+    "text_params": ("encoder", "projection", "none"),
+}
+WEIGHTS = ("mhe_weight", "iakd_weight", "takd_weight")
+
+
+@dataclass
+class TIMAArguments(AdversarialTrainingArguments):
+    """Arguments of `TIMATrainer`; only the added fields are listed.
+
+    Args:
+        variant: "aaai" (AAAI-26) or "v1" (2024): what `gate` and `takd_weight` are where they are not given.
+        margin: m, on the scale of the cosine.
+        margin_mode: "distance" (default: the gap grows as two class texts lie further apart), "similarity" (the gap
+            grows as they come closer) or "constant".
+        margin_text: Text distances from the "tuned" embeddings, without gradient, or from the "original" ones.
+        gate: Where the margin applies: "class" (default of "aaai": to classes that the original model finds nearly as
+            close to the clean image as the true one), "sample" (to all classes of images that the original model is
+            unsure of) or "none" (default of "v1": everywhere).
+        eta: Threshold of the gate.
+        mhe_weight: Of the energy that spreads the class texts.
+        iakd_weight: Of the distillation that keeps the text tower's predictions on clean images.
+        takd_weight: Of the distillation that keeps the image tower's predictions; by default 0 in "aaai", 1 in "v1".
+        takd_student: Image whose prediction the latter draws to the original's clean one: "adversarial" or "clean".
+        text_params: What of the text tower trains: "encoder" (all of it, the default), "projection" or "none" (the
+            default with `use_peft`; an adapter reaches the text tower only where this asks for it).
+    """
+
+    variant: str = field(default="aaai", metadata={"help": "aaai (2026) or v1 (2024)."})
+    margin: float = field(default=0.1, metadata={"help": "Margin m on the scale of the cosine."})
+    margin_mode: str = field(default="distance", metadata={"help": "distance, similarity or constant."})
+    margin_text: str = field(default="tuned", metadata={"help": "Text distances: tuned or original."})
+    gate: str | None = field(default=None, metadata={"help": "class, sample or none; default class (v1: none)."})
+    eta: float = field(default=0.95, metadata={"help": "Threshold of the gate."})
+    mhe_weight: float = field(default=1.0, metadata={"help": "Weight of the hyperspherical energy."})
+    iakd_weight: float = field(default=1.0, metadata={"help": "Weight of the text tower's distillation."})
+    takd_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the image tower's distillation; default 0 (v1: 1)."}
+    )
+    takd_student: str = field(default="adversarial", metadata={"help": "adversarial or clean."})
+    text_params: str | None = field(
+        default=None, metadata={"help": "encoder, projection or none; default encoder (use_peft: none)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate is None:
+            self.gate = "none" if self.variant == "v1" else "class"
+        if self.takd_weight is None:
+            self.takd_weight = 1.0 if self.variant == "v1" else 0.0
+        if self.text_params is None:
+            self.text_params = "none" if self.use_peft else "encoder"
+        for name, choices in CHOICES.items():
+            one_of(name, getattr(self, name), choices)
+        for name in ("margin", *WEIGHTS):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+
+
+def hyperspherical_energy(texts: Tensor) -> Tensor:
+    """Minimum-hyperspherical-energy loss (MHE): mean over pairs of `1 / (1 + ||t_j - t_k||^2)`, a scalar.
+
+    On the unit sphere the squared distance is `2 - 2 cos`. The "1 +" bounds the gradient where two texts coincide.
+
+    Args:
+        texts: Unit class embeddings, shape (classes, dim).
+    """
+    energy = 1 / (3 - 2 * cosines(texts, texts))
+    others = ~torch.eye(len(texts), dtype=torch.bool, device=texts.device)
+    return energy[others].mean()
+
+
+def required_gap(texts: Tensor, labels: Tensor, *, margin: float, mode: str = "distance") -> Tensor:
+    """How much closer than class k an image should lie to its own class, shape (batch, classes), without gradient.
+
+    Args:
+        texts: Unit class embeddings, shape (classes, dim).
+        labels: True classes, shape (batch,).
+        margin: m.
+        mode: "distance" is `m (1 - s)` with s the cosine of the two class texts, "similarity" is `m max(s, 0)`,
+            "constant" is `m`. What stands at the true class is cut off by the gate.
+    """
+    similarity = cosines(texts, texts).detach()[labels]
+    gaps = {"distance": 1 - similarity, "similarity": similarity.clamp_min(0), "constant": torch.ones_like(similarity)}
+    return margin * gaps[mode]
+
+
+def confusable(original: Tensor, labels: Tensor, *, eta: float, scale: float, gate: str = "class") -> Tensor:
+    """The gate: for which images and classes the margin applies, flags of shape (batch, classes).
+
+    Args:
+        original: Cosines of the clean images and the class texts, both of the original model.
+        labels: True classes, shape (batch,).
+        eta: Threshold.
+        scale: Of the logits.
+        gate: "class": the class's cosine is below the true one by at most `1 - eta` of the latter's size. "sample": the original gives the
+            true class a probability below `eta`. "none": everywhere. Never for the true class itself.
+    """
+    true = labels[:, None]
+    if gate == "class":
+        cosine = original.gather(1, true)
+        # Below, also where the true cosine is negative and `eta` times it would lie above.
+        applies = original >= cosine - (1 - eta) * cosine.abs()
+    elif gate == "sample":
+        applies = ((scale * original).softmax(1).gather(1, true) < eta).expand_as(original)
+    else:
+        applies = torch.ones_like(original, dtype=torch.bool)
+    return applies.scatter(1, true, False)
+
+
+class TIMATrainer(ClassTrainer):
+    """Fine-tune both towers: the text tower spreads the classes, the image tower keeps a margin that depends on them.
+
+    With z' the embedding of the adversarial image, T the tuned and T0 the original class embeddings, z0 the original
+    embedding of the clean image and `scale` the model's own frozen logit scale:
+
+    - margin (TAM, ASAM): `CE(scale * (cos(z', t_k) + gate_k * gap_k), c)`, see `required_gap` and `confusable`;
+    - MHE: `hyperspherical_energy(T)`;
+    - IAKD (SC-MHE's regulariser): `KL(softmax(scale cos(z0, T0)) || softmax(scale cos(z0, T)))`, which reaches the
+      text tower only;
+    - TAKD: `KL(softmax(scale cos(z0, T)) || softmax(scale cos(z, T)))` with T held fixed, which reaches the image
+      tower only.
+
+    Their weighted sum is minimised in one stage. The class prompts are encoded again with gradient at every step, in
+    the forward pass of the images; unseen class names later go through the tuned text tower. The attacker raises the
+    cross-entropy without margin, with the texts held fixed.
+
+    No public code exists and we did not read the full texts: which of this the papers state and which is our
+    reading is said line by line in docs/methods/tima.md, which also lists the readings that an option switches.
+
+    Relations:
+        With `margin=0`, all weights 0 and `text_params="none"` it is TeCoA.
+
+    Reference:
+        TIMA, https://huggingface.co/papers/2405.17678 (2024), https://doi.org/10.1609/aaai.v40i29.39603 (AAAI-26).
+    """
+
+    args_class = TIMAArguments
+    method: ClassVar[str] = "TIMA"
+    tag_names: ClassVar[tuple[str, ...]] = ("tima",)
+    paper: ClassVar[str | None] = "2405.17678"
+
+    args: TIMAArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        templates = get_templates(self.args.templates)
+        tokenizer = getattr(self.processing_class, "tokenizer", None)
+        self.prompts = tokenize(tokenizer, class_prompts(self.bank.class_names, templates), self.args.device)
+
+    def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
+        """Cross-entropy of the true class among the tuned class texts, which stay fixed during the attack."""
+        with torch.no_grad():
+            texts = self._classes(encoder(prompts=self.prompts).text_embeds)
+        return CrossEntropy(lambda images: self.logits(encoder(images).image_embeds, texts), batch.labels)
+
+    def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
+        """The weighted sum of the four terms, from one forward pass of both towers."""
+        args = self.args
+        needs_clean = bool(args.takd_weight) and args.takd_student == "clean"
+        output = model(torch.cat([adversarial, batch.images]) if needs_clean else adversarial, prompts=self.prompts)
+        texts = self._classes(output.text_embeds)
+        original, fixed = batch.original.image_embeds, texts.detach()
+        attacked, student = output.image_embeds[: len(adversarial)], output.image_embeds[-len(adversarial) :]
+        terms: dict[str, tuple[float | None, Tensor]] = {
+            "margin": (1.0, self._margin_loss(attacked, texts, batch)),
+            "mhe": (args.mhe_weight, hyperspherical_energy(texts)),
+            "iakd": (args.iakd_weight, divergence(self.logits(original), self.logits(original, texts))),
+        }
+        if needs_clean or args.takd_student == "adversarial":  # else nobody has encoded the student's image
+            distance = divergence(self.logits(original, fixed), self.logits(student, fixed))
+            terms["takd"] = (float(args.takd_weight or 0), distance)
+        for name, (_, value) in terms.items():
+            self.record(f"loss_{name}", value)
+        return torch.stack([weight * value for weight, value in terms.values() if weight]).sum()
+
+    def _margin_loss(self, embeds: Tensor, texts: Tensor, batch: Batch) -> Tensor:
+        args, scale = self.args, self.bank.logit_scale
+        seen_by_original = cosines(batch.original.image_embeds, self.bank.embeddings)
+        applies = confusable(seen_by_original, batch.labels, eta=args.eta, scale=scale, gate=str(args.gate))
+        spread = texts if args.margin_text == "tuned" else self.bank.embeddings.to(texts)
+        gap = required_gap(spread, batch.labels, margin=args.margin, mode=args.margin_mode)
+        self.record("gate_open", applies.sum(1) / (len(texts) - 1))
+        return F.cross_entropy(self.logits(embeds, texts) + scale * applies * gap, batch.labels)
+
+    def _classes(self, text_embeds: Tensor) -> Tensor:
+        return class_embeddings(text_embeds, len(self.bank.templates))
+
+    def training_record(self) -> dict[str, Any]:
+        """How this model was trained, for results and card."""
+        own = (*CHOICES, "margin", "eta", *WEIGHTS)
+        return super().training_record() | {name: getattr(self.args, name) for name in own}

@@ -1,0 +1,1 @@
+"""Tables, curves and pages of results, drawn once."""

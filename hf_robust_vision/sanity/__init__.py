@@ -1,0 +1,1 @@
+"""Checks against gradient masking, for any task."""

@@ -1,0 +1,275 @@
+"""A CLIP vision tower in the layout of transformers or of open_clip: how to read it and to change it in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from hf_robust_vision.towers.clip import attack_mode
+
+from .journal import Journal
+from .open_clip import PROJECTION, clip_keys, hf_to_openclip, openclip_to_hf, square_side
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_ACTIVATIONS = {
+    "QuickGELU": "quick_gelu",
+    "QuickGELUActivation": "quick_gelu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What must agree before weights may change places; the names are those of `CLIPVisionConfig`."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    patch_size: int
+    image_size: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    @classmethod
+    def of(cls, config: Any) -> Geometry:
+        """Read it from the config of a CLIP vision tower."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return int(self.image_size // self.patch_size) ** 2
+
+
+class Tower:
+    """A CLIP vision tower inside a model, with Hugging Face's names.
+
+    Args:
+        path: Its dotted name in the model; empty if it is the model itself.
+        module: Holds `embeddings`, `pre_layrnorm`, `encoder.layers` and `post_layernorm`.
+        projection: The projection that belongs to the tower, where the model has one that may change with it.
+        layers_read: Which of `tokens` the model reads, or None where that is not known.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        *,
+        projection: nn.Linear | None = None,
+        layers_read: tuple[int, ...] | None = None,
+    ):
+        self.path, self.module, self.projection, self.layers_read = path, module, projection, layers_read
+
+    def __repr__(self) -> str:
+        return f"{type(self.module).__name__} at {self.path or '(the model itself)'}"
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes and settings, from the config.
+
+        Raises:
+            ValueError: If the modules compute with other settings than the config says. In low precision the outputs
+                of two activations are too close to tell them apart.
+        """
+        told = Geometry.of(self.module.config)
+        for place, block in enumerate(self.blocks):
+            layer: Any = block
+            module = layer.mlp.activation_fn
+            same = type(module) is type(ACT2FN[told.hidden_act]) if told.hidden_act in ACT2FN else False
+            found = {
+                "hidden_act": told.hidden_act if same else _ACTIVATIONS.get(type(module).__name__, repr(module)),
+                "num_attention_heads": layer.self_attn.num_heads,
+                "layer_norm_eps": layer.layer_norm1.eps,
+            }
+            for name, value in found.items():
+                if value != getattr(told, name):
+                    raise ValueError(
+                        f"{self}: the config says {name}={getattr(told, name)!r}, block {place} computes with {value!r}: "
+                        f"set config.{name} to what the tower computes, or load the model anew from its config."
+                    )
+        return told
+
+    @property
+    def patch_weight(self) -> Tensor:
+        """The weight that meets the pixel values, and so tells their device and dtype."""
+        return self.module.get_parameter("embeddings.patch_embedding.weight")
+
+    @property
+    def first(self) -> nn.Module:
+        """The module whose output enters the first block."""
+        return self.module.get_submodule("pre_layrnorm")
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return self.module.get_submodule("encoder.layers")  # type: ignore[return-value]
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All weights of the tower under its own names, the projection among them."""
+        weights: dict[str, nn.Parameter] = dict(self.module.named_parameters(remove_duplicate=False))
+        if self.projection is not None:
+            weights[PROJECTION] = self.projection.get_parameter("weight")
+        return weights
+
+    def clip_state(self) -> dict[str, Tensor]:
+        """All weights under CLIP keys."""
+        return {name: weight.detach() for name, weight in self.weights().items()}
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From CLIP keys to the tower's own names."""
+        return state if self.projection is not None else {k: v for k, v in state.items() if k != PROJECTION}
+
+    def expected(self) -> set[str]:
+        """The names that a plain tower has."""
+        return clip_keys(self.geometry.num_hidden_layers) | ({PROJECTION} if self.projection is not None else set())
+
+    def unread(self) -> list[str]:
+        """Names of the weights that the model never reads, as far as that is known."""
+        if self.layers_read is None:
+            return []
+        idle = [f"encoder.layers.{i}." for i in range(max(self.layers_read), len(self.blocks))]
+        return [name for name in self.weights() if name.startswith((*idle, "post_layernorm.", PROJECTION))]
+
+    @torch.no_grad()
+    def tokens(self, pixel_values: Tensor) -> list[Tensor]:
+        """What enters the first block and what leaves each block, each of shape (batch, 1 + patches, width).
+
+        Entry i is `hidden_states[i]` of a `CLIPVisionModel`. The forward method is called past `torch.compile`, whose
+        graphs do not see new hooks.
+        """
+        caught: list[Tensor] = []
+
+        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            caught.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [module.register_forward_hook(catch) for module in (self.first, *self.blocks)]
+        try:
+            with attack_mode(self.module):
+                self.module.forward(pixel_values.to(self.patch_weight))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return caught
+
+    def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
+        """Switch activation, heads and image size; new positions are left for the weights to fill.
+
+        What the modules are `now` is an argument, because VideoLLaVA's two towers share one config, which the swap of
+        the first tower has changed already.
+        """
+        if wanted.hidden_act != now.hidden_act:
+            for block in self.blocks:
+                journal.set(block.mlp, "activation_fn", ACT2FN[wanted.hidden_act])
+        if wanted.num_attention_heads != now.num_attention_heads:
+            for block in self.blocks:
+                head_dim = wanted.hidden_size // wanted.num_attention_heads
+                journal.set(block.self_attn, "num_heads", wanted.num_attention_heads)
+                journal.set(block.self_attn, "head_dim", head_dim)
+                journal.set(block.self_attn, "scale", head_dim**-0.5)
+        if wanted.image_size != now.image_size:
+            self._resize(wanted, journal)
+        configs = {id(m.config): m.config for m in self.module.modules() if hasattr(m, "config")}
+        for config in configs.values():
+            tell_config(config, wanted, journal)
+
+    def _resize(self, wanted: Geometry, journal: Journal) -> None:
+        embeddings: Any = self.module.embeddings
+        rows = 1 + wanted.num_patches
+        journal.set(embeddings, "image_size", wanted.image_size)
+        journal.set(embeddings, "num_patches", wanted.num_patches)
+        journal.set(embeddings, "num_positions", rows)
+        journal.set(embeddings, "position_ids", torch.arange(rows, device=embeddings.position_ids.device)[None])
+        journal.set(embeddings.position_embedding, "weight", _empty_rows(embeddings.position_embedding.weight, rows))
+        journal.set(embeddings.position_embedding, "num_embeddings", rows)
+
+
+class OpenClipTower(Tower):
+    """An open_clip vision transformer inside a model, recognised by its shape: open_clip is never imported."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes and settings, from the modules, for there is no config."""
+        module: Any = self.module
+        block: Any = self.blocks[0]
+        activation = type(block.mlp.gelu).__name__
+        if activation not in _ACTIVATIONS or getattr(block.mlp.gelu, "approximate", "none") != "none":
+            raise ValueError(f"{self}: activation {block.mlp.gelu} is neither GELU nor QuickGELU.")
+        patch = module.conv1.kernel_size[0]
+        return Geometry(
+            hidden_size=module.conv1.out_channels,
+            num_hidden_layers=len(self.blocks),
+            intermediate_size=block.mlp.c_fc.out_features,
+            patch_size=patch,
+            image_size=patch * square_side(len(module.positional_embedding) - 1),
+            num_attention_heads=block.attn.num_heads,
+            hidden_act=_ACTIVATIONS[activation],
+            layer_norm_eps=block.ln_1.eps,
+        )
+
+    @property
+    def patch_weight(self) -> Tensor:
+        """The weight that meets the pixel values, and so tells their device and dtype."""
+        return self.module.get_parameter("conv1.weight")
+
+    @property
+    def first(self) -> nn.Module:
+        """The module whose output enters the first block."""
+        return self.module.get_submodule("ln_pre")
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return self.module.get_submodule("transformer.resblocks")  # type: ignore[return-value]
+
+    def clip_state(self) -> dict[str, Tensor]:
+        """All weights under CLIP keys."""
+        return openclip_to_hf(super().clip_state())
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From CLIP keys to open_clip's."""
+        return hf_to_openclip(state)
+
+    def expected(self) -> set[str]:
+        """The names that a plain tower has."""
+        nothing = dict.fromkeys(clip_keys(len(self.blocks)) | {PROJECTION}, torch.empty(0, 0))
+        return set(hf_to_openclip(nothing))
+
+    def unread(self) -> list[str]:
+        """The projection, where the model reads tokens; whether they are normalised depends on open_clip's version."""
+        return ["proj"] if self.layers_read is not None else []
+
+    def tokens(self, pixel_values: Tensor) -> list[Tensor]:
+        """As `Tower.tokens`; older versions of open_clip put the batch second."""
+        first, *rest = super().tokens(pixel_values)
+        if not getattr(self.module.transformer, "batch_first", False):
+            rest = [tokens.transpose(0, 1) for tokens in rest]
+        return [first, *rest]
+
+    def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
+        """Switch activation and heads; the image size stays, because nothing tells the caller's own transform."""
+        for block in self.blocks:
+            if wanted.hidden_act != now.hidden_act:
+                journal.set(block.mlp, "gelu", ACT2FN[wanted.hidden_act])
+            if wanted.num_attention_heads != now.num_attention_heads:
+                journal.set(block.attn, "num_heads", wanted.num_attention_heads)
+                journal.set(block.attn, "head_dim", wanted.hidden_size // wanted.num_attention_heads)
+
+
+def tell_config(config: Any, wanted: Geometry, journal: Journal) -> None:
+    """Write the settings that a swap can switch into the config of a vision tower."""
+    for name in ("hidden_act", "num_attention_heads", "image_size"):
+        if getattr(config, name) != getattr(wanted, name):
+            journal.set(config, name, getattr(wanted, name))
+
+
+def _empty_rows(weight: nn.Parameter, rows: int) -> nn.Parameter:
+    return nn.Parameter(weight.detach().new_zeros(rows, weight.shape[1]), requires_grad=weight.requires_grad)

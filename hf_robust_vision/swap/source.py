@@ -1,0 +1,223 @@
+"""Whatever a hardened encoder comes as, turned into CLIP weights and what is known about them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers.models.clip.configuration_clip import CLIPVisionConfig
+from transformers.utils.hub import cached_file
+
+from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.towers.clip import weights_sha256
+
+from .layouts import Geometry, Tower
+from .open_clip import PROJECTION, clip_state, load_state_dict, square_side
+from .towers import check_writable, find_towers
+
+
+_WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
+_CLASSES: dict[str, Any] = {
+    "CLIPModel": CLIPModel,
+    "CLIPVisionModelWithProjection": CLIPVisionModelWithProjection,
+}
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """What an image processor does to pixels; None where it is not told.
+
+    Args:
+        mean: Of the normalisation, zeros without one.
+        std: Likewise, ones without one.
+        rescale: Factor from whole numbers to fractions, 1 without one.
+        resample: PIL's code of the resize.
+        size: Height and width of the result.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale: float | None = None
+    resample: int | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights of a hardened encoder.
+
+    Args:
+        name: Where they come from, for the report; never a whole local path.
+        state: CLIP keys to tensors, `visual_projection.weight` among them if there is one.
+        geometry: Sizes and settings, or None for a bare state dict, which does not tell the settings.
+        pixels: Settings of the image processor, or None where unknown.
+    """
+
+    name: str
+    state: dict[str, Tensor]
+    geometry: Geometry | None = None
+    pixels: PixelSettings | None = None
+
+    def completed(self, donor: Geometry, *, hidden_act: str | None, num_attention_heads: int | None) -> Geometry:
+        """The whole geometry; the sizes are read from the weights, missing settings are those of `donor`."""
+        settings = self.geometry or donor
+        embeddings = self.state["embeddings.patch_embedding.weight"]
+        patch = embeddings.shape[-1]
+        side = square_side(len(self.state["embeddings.position_embedding.weight"]) - 1)
+        image_size = settings.image_size if settings.image_size // patch == side else side * patch
+        return replace(
+            settings,
+            hidden_size=embeddings.shape[0],
+            num_hidden_layers=1 + max(int(k.split(".")[2]) for k in self.state if k.startswith("encoder.layers.")),
+            intermediate_size=len(self.state["encoder.layers.0.mlp.fc1.bias"]),
+            patch_size=patch,
+            image_size=image_size,
+            hidden_act=settings.hidden_act if hidden_act is None else hidden_act,
+            num_attention_heads=settings.num_attention_heads if num_attention_heads is None else num_attention_heads,
+        )
+
+
+def load_source(source: Any, *, base: Any = None) -> Source:
+    """Read a hardened encoder from a model, a state dict, a file, a folder or a Hub id.
+
+    Args:
+        source: A model with one CLIP tower; a state dict of Hugging Face's or open_clip's layout; a `.safetensors` or
+            `.pt` file of one; a folder or Hub id of a CLIP model, of its vision half, or of a PEFT adapter.
+        base: The model that an adapter was trained on, or its folder or Hub id; by default the one that it names.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is not the whole of a CLIP vision tower.
+    """
+    if base is not None and not isinstance(source, str | Path):
+        raise ValueError(f"base= belongs to a PEFT adapter folder, but source is a {type(source).__name__}.")
+    if isinstance(source, nn.Module):
+        return _from_model(source, f"a {type(source).__name__} in memory")
+    if isinstance(source, Mapping):
+        return Source("a state dict in memory", clip_state(source))
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"source is a {type(source).__name__}; wanted a CLIP model, a state dict, or the path or Hub id of one."
+        )
+    path = Path(source)
+    if path.is_file() or path.suffix in _WEIGHT_FILES:
+        return Source(path.name, clip_state(load_state_dict(path)))
+    name = path.resolve().name if path.is_dir() else str(source)
+    if _is_adapter(str(source)):
+        return _from_adapter(str(source), name, base)
+    if base is not None:
+        raise ValueError(f"base= belongs to a PEFT adapter folder, but {name} has no adapter_config.json.")
+    return _from_model(load_model(str(source)), name, pixels=_pixels(str(source)))
+
+
+def reference_tower(state: dict[str, Tensor], geometry: Geometry) -> Tower:
+    """A `CLIPVisionModel` of these weights in evaluation mode, to compare with."""
+    config = CLIPVisionConfig(**asdict(geometry))
+    with torch.device("meta"):
+        model: Any = CLIPVisionModel(config)
+    model.load_state_dict({k: v for k, v in state.items() if k != PROJECTION}, strict=True, assign=True)
+    device = state["embeddings.class_embedding"].device
+    model.embeddings.position_ids = torch.arange(1 + geometry.num_patches, device=device)[None]
+    return Tower("", model.eval())
+
+
+def processor_pixels(processor: Any) -> PixelSettings | None:
+    """Settings of an image processor, or of the one inside a processor; None where mean or std is unknown."""
+    images = getattr(processor, "image_processor", processor)
+    mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
+    if mean is None or std is None:
+        return None
+    if getattr(images, "do_normalize", None) is False:
+        mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+    rescales = getattr(images, "do_rescale", None)
+    rescale = None if rescales is None else getattr(images, "rescale_factor", None) if rescales else 1.0
+    resample = getattr(images, "resample", None)
+    sides = getattr(images, "crop_size" if getattr(images, "do_center_crop", False) else "size", None)
+    height, width = (dict(sides or {}).get(side) for side in ("height", "width"))
+    size = (int(height), int(width)) if height and width else None
+    return PixelSettings(tuple(mean), tuple(std), rescale, None if resample is None else int(resample), size)
+
+
+def _from_model(model: nn.Module, name: str, pixels: PixelSettings | None = None) -> Source:
+    towers = find_towers(model)
+    if len(towers) > 1:
+        raise ValueError(
+            f"source has {len(towers)} CLIP towers ({', '.join(tower.path for tower in towers)}): pass the one wanted."
+        )
+    check_writable(towers[0])
+    transform = getattr(model, "transform", None)
+    if pixels is None and isinstance(transform, PixelTransform):
+        pixels = PixelSettings(
+            tuple(transform.mean), tuple(transform.std), resample=transform.resample, size=transform.crop
+        )
+    return Source(name, towers[0].clip_state(), towers[0].geometry, pixels)
+
+
+def load_model(name: str, *, whole: bool = False) -> Any:
+    """Load a CLIP model, or its vision half, with no weight left random.
+
+    Args:
+        name: Folder or Hub id.
+        whole: Wanted is a `CLIPModel`, with its text tower.
+
+    Raises:
+        ValueError: If it holds another model, or lacks a weight.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in (("clip",) if whole else ("clip", "clip_vision_model")):
+        wanted = "CLIPModel" if whole else "CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection"
+        raise ValueError(f"{name} holds a {config.model_type!r} model; wanted a {wanted}.")
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    kind = CLIPModel if whole else _CLASSES.get(architecture, CLIPVisionModel)
+    model, info = kind.from_pretrained(name, dtype="auto", output_loading_info=True)
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])}), which would be left "
+            "random. Export the whole model with save_pretrained."
+        )
+    return model
+
+
+def _pixels(name: str) -> PixelSettings | None:
+    auto: Any = AutoImageProcessor
+    try:
+        return processor_pixels(auto.from_pretrained(name))
+    except (OSError, ValueError):
+        return None  # many folders of weights have no processor; the comparison is then reported as not made
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a folder or Hub id holds an adapter; trouble with the Hub is left to the loading of the model."""
+    quiet = {f"_raise_exceptions_for_{trouble}": False for trouble in ("missing_entries", "connection_errors")}
+    return cached_file(name, "adapter_config.json", **quiet) is not None
+
+
+def _from_adapter(folder: str, name: str, base: Any) -> Source:
+    from peft import PeftConfig, PeftModel
+
+    base = base if base is not None else PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter {name} does not name the model that it was trained on: pass base=.")
+    pixels = None if isinstance(base, nn.Module) else _pixels(str(base))
+    model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_model(str(base))
+    before = [weights_sha256(tower.module) for tower in find_towers(model)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = PeftModel.from_pretrained(model, folder)
+    lost = [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
+    merged = adapted.merge_and_unload(safe_merge=True)
+    if lost or before == [weights_sha256(tower.module) for tower in find_towers(merged)]:
+        raise ValueError(
+            f"the adapter {name} leaves the vision tower of {type(model).__name__} as it was: it was trained on "
+            f"another class or on the text tower. Pass base= with a model of the class that it was trained on. "
+            f"{lost[0][:200] if lost else ''}".rstrip()
+        )
+    return _from_model(merged, name, pixels=pixels)

@@ -1,0 +1,227 @@
+"""Put a hardened CLIP encoder into a VLM: check everything, copy in place, verify, or leave the VLM as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from hf_robust_vision.pixels import OPENAI_MEAN, OPENAI_STD, PixelTransform
+from hf_robust_vision.towers.clip import weights_sha256
+
+from .journal import Journal
+from .layouts import tell_config
+from .open_clip import POSITIONS, PROJECTION, square_side
+from .plan import RESIZE, Plan, check_native, check_pixels, check_shared, make_plan, pixel_notes
+from .report import SwapReport, TowerReport
+from .source import Source, load_source
+from .towers import check_writable, find_towers, model_config
+
+
+PROVENANCE = "robust_vision_swap"  # the key in the VLM's config
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def swap_vision_encoder(
+    vlm: nn.Module,
+    source: Any,
+    *,
+    towers: str | Sequence[str] = "all",
+    resize: str = "error",
+    hidden_act: str | None = None,
+    num_attention_heads: int | None = None,
+    processor: Any = None,
+    verify: bool = True,
+    base: Any = None,
+) -> SwapReport:
+    """Copy the weights of a hardened CLIP encoder into the CLIP tower(s) of a VLM, in place.
+
+    The tower keeps its dtype, device, hooks and flags, and the VLM's config stays true to it. Everything is checked
+    before the first weight moves; on any failure the VLM is left as it was.
+
+    Args:
+        vlm: A model with a CLIP vision tower, of transformers, of the original LLaVA code or of OpenFlamingo.
+        source: The hardened encoder, see `load_source`.
+        towers: "all", or the paths of those to swap.
+        resize: What to do if source and tower differ in image size: "error"; "interpolate" the source's positions to
+            the tower's size; or "native": run the tower, and the processor, at the source's size.
+        hidden_act: The activation that the source was trained with, where that differs from what it or the tower
+            says; the tower is switched to it.
+        num_attention_heads: The number of heads of the source, likewise.
+        processor: The VLM's processor: its settings are compared with the source's, and "native" sets its sizes.
+        verify: Compare the new tower's output with the source's, and measure the drift from the old one.
+        base: The model that a PEFT adapter was trained on, if the adapter does not name it.
+
+    Returns:
+        A report, with `restore()`.
+
+    Raises:
+        ValueError: If anything does not fit; the message names what was found, what was wanted, and what to type.
+        RuntimeError: If the result does not equal the source; the VLM was brought back before.
+    """
+    if resize not in RESIZE:
+        raise ValueError(f"resize={resize!r}; choose one of {', '.join(map(repr, RESIZE))}.")
+    found = find_towers(vlm, towers)
+    for tower in found:
+        check_writable(tower)
+    loaded = load_source(source, base=base)
+    compared = check_pixels(loaded, processor)
+    plans = [
+        make_plan(tower, loaded, resize=resize, hidden_act=hidden_act, num_attention_heads=num_attention_heads)
+        for tower in found
+    ]
+    config = model_config(vlm)
+    check_native(getattr(config, "model_type", ""), plans, processor)
+    chosen = {tower.path for tower in found}
+    check_shared(plans, [tower.path for tower in find_towers(vlm) if tower.path not in chosen])
+
+    report = SwapReport(
+        model=type(vlm).__name__,
+        source=loaded.name,
+        resize=resize,
+        image_size=plans[0].new.image_size,
+        towers=[],
+        checks=_checks(compared, verify),
+        warnings=[*_warnings(config, loaded, plans, compared), *pixel_notes(loaded, processor, plans[0])],
+        versions={"transformers": transformers.__version__, "torch": torch.__version__},
+    )
+    journal = Journal()
+    try:
+        report.towers = [_commit(plan, journal, verify=verify) for plan in plans]
+        _sync(config, plans, processor, journal)
+        if config is not None:
+            journal.set(config, PROVENANCE, report.provenance())
+    except BaseException:
+        journal.undo()
+        raise
+    report._journal = journal
+    return report
+
+
+def _commit(plan: Plan, journal: Journal, *, verify: bool) -> TowerReport:
+    """Change one tower and compare it with its source."""
+    tower, state = plan.tower, plan.state
+    old_tokens = tower.tokens(_pixel_values(plan.old.image_size)) if verify else None
+    sha256_before = weights_sha256(tower.module)
+    old = {name: weight.detach() for name, weight in tower.weights().items()}
+    changed = sum(
+        int((old[name] != value).sum()) if old[name].shape == value.shape else value.numel()
+        for name, value in state.items()
+    )
+    journal.sign(tower.module)
+    tower.adapt(plan.old, plan.new, journal)
+    weights = tower.weights()
+    for name, value in state.items():
+        journal.copy(weights[name], value)
+    wrong = [name for name, value in state.items() if not torch.equal(weights[name].detach(), value)]
+    if wrong or tower.geometry != plan.new:
+        raise RuntimeError(f"{tower} did not take {wrong[:3] or 'the settings'} over; the old tower was brought back.")
+    drift = error = None
+    if old_tokens is not None:
+        drift, error = _measure(plan, old_tokens)
+    unread = tower.unread()
+    return TowerReport(
+        path=tower.path,
+        parameters=sum(weight.numel() for weight in weights.values()),
+        changed=changed,
+        unread=sum(weights[name].numel() for name in unread),
+        unread_names=unread,
+        drift=drift,
+        output_error=error,
+        sha256_before=sha256_before,
+        sha256_after=weights_sha256(tower.module),
+    )
+
+
+def _measure(plan: Plan, old_tokens: list[Tensor]) -> tuple[float, float]:
+    """Mean cosine of old and new patch tokens where the VLM reads, and the largest relative error to the source."""
+    pixel_values = _pixel_values(plan.new.image_size)
+    new_tokens = plan.tower.tokens(pixel_values)
+    reference = plan.reference.tokens(pixel_values)
+    error = max(
+        float((new - ref.to(new)).float().norm() / ref.float().norm().clamp_min(1e-12))
+        for new, ref in zip(new_tokens, reference, strict=True)
+    )
+    tolerance = _TOLERANCE[new_tokens[0].dtype]
+    if not error <= tolerance:
+        raise RuntimeError(
+            f"the output of {plan.tower} differs from the source's by {error:.2g} (relative), more than {tolerance}: "
+            "its code computes something else from the same weights. The old tower was brought back."
+        )
+    layers = plan.tower.layers_read or (len(new_tokens) - 1,)
+    cosines = [_cosine(old_tokens[layer][:, 1:].float(), new_tokens[layer][:, 1:].float()) for layer in layers]
+    return sum(cosines) / len(cosines), error
+
+
+def _cosine(old: Tensor, new: Tensor) -> float:
+    if old.shape[1] != new.shape[1]:  # another grid over the same images: compare at the same places
+        side, wanted = square_side(new.shape[1]), square_side(old.shape[1])
+        grid = new.transpose(1, 2).reshape(len(new), -1, side, side)
+        grid = F.interpolate(grid, (wanted, wanted), mode="bilinear", align_corners=False)
+        new = grid.flatten(2).transpose(1, 2)
+    return float(F.cosine_similarity(old, new, dim=-1).mean())
+
+
+def _pixel_values(size: int) -> Tensor:
+    """Two smooth random images, the same at any size, normalised as CLIP does; shape (2, 3, size, size)."""
+    coarse = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
+    return PixelTransform(size, None, OPENAI_MEAN, OPENAI_STD).normalize(images)
+
+
+def _sync(config: Any, plans: Sequence[Plan], processor: Any, journal: Journal) -> None:
+    """Tell the VLM's config, and at another image size its processor, what the towers are now."""
+    new = plans[0].new
+    vision_config = getattr(config, "vision_config", None)
+    if getattr(vision_config, "model_type", "") == "clip_vision_model":  # another object if the tower was replaced
+        tell_config(vision_config, new, journal)
+    if "image_size" not in plans[0].switched:
+        return
+    if hasattr(config, "image_seq_length"):
+        journal.set(config, "image_seq_length", new.num_patches)
+    square = {"height": new.image_size, "width": new.image_size}
+    for name in ("image_processor", "video_processor"):
+        part = getattr(processor, name, None)
+        if part is None:
+            continue
+        shortest = "shortest_edge" in dict(part.size)
+        journal.set(part, "size", {"shortest_edge": new.image_size} if shortest else square)
+        if getattr(part, "crop_size", None) is not None:
+            journal.set(part, "crop_size", dict(square))
+
+
+def _checks(compared: bool, verify: bool) -> list[str]:
+    checks = ["layout", "sizes", "activation", "heads", "layer-norm epsilon", "finite after the cast", "weights equal"]
+    return checks + ["image mean and std equal"] * compared + ["tokens equal the source's at every layer"] * verify
+
+
+def _warnings(config: Any, source: Source, plans: Sequence[Plan], compared: bool) -> list[str]:
+    new = plans[0].new
+    notes = []
+    if source.geometry is None:
+        notes.append(
+            "a bare state dict does not tell its settings; it runs with "
+            f"hidden_act={new.hidden_act!r}, num_attention_heads={new.num_attention_heads}, "
+            f"layer_norm_eps={new.layer_norm_eps}, taken from the arguments or from the old tower."
+        )
+    elif source.geometry.hidden_act != new.hidden_act:
+        notes.append(f"the source says hidden_act={source.geometry.hidden_act!r}; {new.hidden_act!r} was asked for.")
+    notes += [f"{name} of the tower was switched to {getattr(new, name)!r}." for name in plans[0].switched]
+    patches = len(source.state[POSITIONS]) - 1
+    if patches != new.num_patches:
+        notes.append(f"positions were interpolated from {patches} to {new.num_patches} patches.")
+    if PROJECTION not in source.state and any({PROJECTION, "proj"} & set(plan.tower.weights()) for plan in plans):
+        notes.append("the source has no projection: the old one was kept, and does not belong to the new tower.")
+    if not compared:
+        notes.append("image mean and std were not compared: source or processor= does not tell them.")
+    if getattr(config, "mm_vision_tower", None):
+        notes.append(
+            f"loading this LLaVA again fetches {config.mm_vision_tower!r} anew: save the tower on its own and point "
+            "config.mm_vision_tower to that folder."
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""What sees: the one room that knows transformers' model classes."""

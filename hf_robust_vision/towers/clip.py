@@ -1,0 +1,368 @@
+"""The one room that knows transformers' CLIP classes: load, encode images and text, attack without a trace.
+
+A `CLIPEncoder` is a `CLIPModel` whose `forward` takes images in [0, 1] and returns what every training loss needs.
+Its state dict and its saved folder are those of a stock `CLIPModel`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from hf_robust_vision.pixels import PixelTransform
+
+
+FEATURES = ("pooled", "patch_tokens", "both")
+DEFAULT_TOKEN_LAYER = -2  # the layer that LLaVA reads
+
+
+@dataclass
+class EncoderOutput(ModelOutput):
+    """What one forward pass gives a loss; what was not asked for is None.
+
+    Args:
+        image_embeds: Projected class-token embeddings, not normalised, shape (batch, dim).
+        patch_tokens: Patch tokens of the layer asked for, class token cut, shape (batch, patches, width).
+        text_embeds: Projected embeddings of the prompts, not normalised, shape (prompts, dim).
+    """
+
+    image_embeds: Tensor = None  # type: ignore[assignment]
+    patch_tokens: Tensor = None  # type: ignore[assignment]
+    text_embeds: Tensor = None  # type: ignore[assignment]
+
+
+class _EncoderMixin:
+    """What `CLIPEncoder` and `CLIPVisionEncoder` share."""
+
+    transform: PixelTransform
+    vision_model: Any
+    visual_projection: Any
+
+    def encode_images(self, images: Tensor, token_layer: int | None = None) -> EncoderOutput:
+        """Encode images in [0, 1] without touching text; normalisation happens here.
+
+        Args:
+            images: Shape (batch, 3, height, width), already of the tower's size.
+            token_layer: Also give the patch tokens of this entry of `hidden_states` (-2: what LLaVA reads).
+        """
+        pixel_values = self.transform.normalize(images)
+        output = self.vision_model(pixel_values, output_hidden_states=token_layer is not None)
+        tokens: Any = None if token_layer is None else output.hidden_states[token_layer][:, 1:]
+        return EncoderOutput(image_embeds=self.visual_projection(output.pooler_output), patch_tokens=tokens)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The module that takes the images; accelerate's FSDP2 asks for it, and a stock `CLIPModel` raises."""
+        return self.vision_model.embeddings
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save as the stock class, so that any reader of the config finds a class it knows."""
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        if self._hf_peft_config_loaded:  # type: ignore[attr-defined]
+            return  # transformers writes the adapter alone, and its folder is no model
+        self.config.architectures = [self.stock_class.__name__]  # type: ignore[attr-defined]
+        if kwargs.get("is_main_process", True):
+            self.config.save_pretrained(save_directory)  # type: ignore[attr-defined]
+
+
+class CLIPEncoder(_EncoderMixin, CLIPModel):
+    """A `CLIPModel` whose forward pass takes images in [0, 1] and, if asked, tokenized prompts."""
+
+    stock_class = CLIPModel
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        prompts: Mapping[str, Tensor] | None = None,
+        token_layer: int | None = None,
+    ) -> EncoderOutput:
+        """Encode images, prompts, or both.
+
+        Args:
+            images: Images in [0, 1], shape (batch, 3, height, width).
+            prompts: `input_ids` and `attention_mask` of the prompts.
+            token_layer: Also give the patch tokens of this entry of `hidden_states`.
+        """
+        output = self.encode_images(images, token_layer) if images is not None else EncoderOutput()
+        if prompts is not None:
+            output["text_embeds"] = self.encode_prompts(prompts)
+        return output
+
+    def encode_prompts(self, prompts: Mapping[str, Tensor]) -> Tensor:
+        """Projected text embeddings, not normalised, shape (prompts, dim)."""
+        return text_embeddings(self, prompts)
+
+
+class CLIPVisionEncoder(_EncoderMixin, CLIPVisionModelWithProjection):
+    """A `CLIPVisionModelWithProjection` whose forward pass takes images in [0, 1]."""
+
+    stock_class = CLIPVisionModelWithProjection
+
+    def forward(self, images: Tensor, token_layer: int | None = None) -> EncoderOutput:
+        """Encode images in [0, 1]; see `CLIPEncoder.forward`."""
+        return self.encode_images(images, token_layer)
+
+
+Encoder = CLIPEncoder | CLIPVisionEncoder
+
+
+def as_encoder(model: PreTrainedModel, transform: PixelTransform | None = None) -> Encoder:
+    """View a stock CLIP model as an encoder that shares its weights.
+
+    Args:
+        model: A `CLIPModel` or `CLIPVisionModelWithProjection` (an encoder is returned as it is).
+        transform: Pixel settings of its image processor; by default OpenAI's means at the tower's resolution.
+
+    Raises:
+        TypeError: If the model is of another class.
+    """
+    if isinstance(model, CLIPEncoder | CLIPVisionEncoder):
+        if transform is not None:
+            model.transform = transform
+        return model
+    for kind in (CLIPEncoder, CLIPVisionEncoder):
+        if isinstance(model, kind.stock_class):
+            break
+    else:
+        raise TypeError(f"wanted a CLIPModel or CLIPVisionModelWithProjection, got {type(model).__name__}.")
+    with torch.device("meta"):
+        encoder = kind(model.config)
+    for name, child in model.named_children():
+        setattr(encoder, name, child)
+    for name, parameter in model.named_parameters(recurse=False):
+        setattr(encoder, name, parameter)
+    size = _vision_config(model).image_size
+    encoder.transform = transform or PixelTransform(resize=size, crop=(size, size))
+    return encoder.train(model.training)
+
+
+def load_encoder(
+    name_or_path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str = torch.float32, **kwargs: Any
+) -> Encoder:
+    """Load a CLIP folder or Hub id as an encoder, and refuse anything that would be partly random.
+
+    Args:
+        name_or_path: Folder or Hub id of a `CLIPModel` or a `CLIPVisionModelWithProjection`.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Of the weights; float32 are the master weights that fine-tuning needs, "auto" is as they were saved.
+        kwargs: Passed on to `from_pretrained`.
+
+    Raises:
+        ValueError: If it is an adapter, another type of model, or a checkpoint with missing weights.
+    """
+    # Absolute, because models and adapters record it: read from elsewhere, "runs/clip" would look like a Hub id.
+    name = str(Path(name_or_path).absolute() if Path(name_or_path).is_dir() else name_or_path)
+    _refuse_adapter(name)
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    architectures = list(getattr(config, "architectures", None) or [])
+    if config.model_type == "clip" and architectures in ([], ["CLIPModel"]):
+        kind: type[CLIPEncoder] | type[CLIPVisionEncoder] = CLIPEncoder
+    elif config.model_type == "clip_vision_model" and "CLIPVisionModelWithProjection" in architectures:
+        kind = CLIPVisionEncoder
+    else:
+        raise ValueError(
+            f"{name} holds a {config.model_type!r} model (architectures {architectures}); wanted a CLIPModel or a "
+            "CLIPVisionModelWithProjection folder. A bare CLIPVisionModel has no projection to align with text: "
+            "save the CLIPModel that it came from."
+        )
+    model, info = kind.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True, **kwargs)
+    # A mismatch of shapes is left at random weights, too.
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of {kind.stock_class.__name__} ({', '.join(missing[:3])}, ...), "
+            "which would be left random. Export the whole model with save_pretrained."
+        )
+    size = _vision_config(model).image_size
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} has no image processor (preprocessor_config.json), so its pixel mean and std are unknown: {error}"
+        ) from error
+    model.transform = PixelTransform.from_image_processor(processor)
+    if model.transform.crop not in (None, (size, size)):
+        raise ValueError(f"{name}: the image processor crops to {model.transform.crop}, the tower takes {size} px.")
+    return model
+
+
+def vision_half(encoder: Encoder) -> CLIPVisionModelWithProjection:
+    """The tower of an encoder and its projection as a stock model that shares their weights."""
+    config = copy.deepcopy(_vision_config(encoder))
+    config.projection_dim = encoder.visual_projection.out_features  # a CLIPModel keeps its own beside the tower's
+    with torch.device("meta"):
+        tower = CLIPVisionModelWithProjection(config)
+    tower.vision_model, tower.visual_projection = encoder.vision_model, encoder.visual_projection
+    return tower.eval()
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of a CLIP folder or Hub id."""
+    return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision)
+
+
+def load_image_processor(name_or_path: str | Path, *, revision: str | None = None) -> Any:
+    """The image processor of a CLIP folder or Hub id."""
+    return AutoImageProcessor.from_pretrained(str(name_or_path), revision=revision)
+
+
+def _refuse_adapter(name: str) -> None:
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"{name} is a PEFT adapter of {base!r}, not a model. Merge it first: "
+            f"hf_robust_vision.merge_adapter({name!r}).save_pretrained(...)."
+        )
+
+
+def _vision_config(model: PreTrainedModel) -> Any:
+    return getattr(model.config, "vision_config", model.config)
+
+
+def token_layer_of(feature: str, layer: int) -> int | None:
+    """The layer to read for a `feature`, or None where only the pooled embedding is read.
+
+    Raises:
+        ValueError: If the feature is not one of "pooled", "patch_tokens", "both".
+    """
+    if feature not in FEATURES:
+        raise ValueError(f"unknown feature {feature!r}; choose one of {', '.join(map(repr, FEATURES))}.")
+    return None if feature == "pooled" else layer
+
+
+def freeze_unread(encoder: Encoder, *, feature: str = "pooled", token_layer: int = -2, text: str = "none") -> None:
+    """Let gradients flow only to what a loss on `feature` reaches; `logit_scale` always stays.
+
+    A parameter without a gradient would break DDP, and weight decay would still shrink it.
+
+    Args:
+        encoder: Changed in place.
+        feature: "pooled", "patch_tokens" or "both".
+        token_layer: Which entry of `hidden_states` the tokens are; for "patch_tokens" later layers are frozen.
+        text: What of the text half trains as well: "encoder" (all of it), "projection" or "none".
+
+    Raises:
+        ValueError: If the tower has no such layer.
+    """
+    layers: Any = encoder.vision_model.encoder.layers
+    if feature != "pooled" and not -len(layers) - 1 <= token_layer <= len(layers):
+        raise ValueError(
+            f"token_layer={token_layer} is not there: a tower of {len(layers)} layers has hidden states 0 to "
+            f"{len(layers)}, or {-len(layers) - 1} to -1 from the end."
+        )
+    encoder.requires_grad_(False)
+    encoder.vision_model.requires_grad_(True)
+    encoder.visual_projection.requires_grad_(True)
+    if feature == "patch_tokens":
+        read = token_layer if token_layer >= 0 else len(layers) + 1 + token_layer
+        layers[read:].requires_grad_(False)
+        encoder.vision_model.post_layernorm.requires_grad_(False)
+        encoder.visual_projection.requires_grad_(False)
+        if read == 0:  # before any attention the class token has not met the patches
+            encoder.vision_model.embeddings.class_embedding.requires_grad_(False)
+    if text != "none":
+        encoder.text_model.requires_grad_(text == "encoder")
+        encoder.text_projection.requires_grad_(True)
+
+
+class Reference:
+    """The original model: images in [0, 1] to its features, without gradient.
+
+    Args:
+        encoder: Copied and frozen.
+        token_layer: Also give the patch tokens of this layer.
+        share_weights: Copy the modules only, around the weights of `encoder` itself: the original of a model whose
+            adapter, added afterwards, is all that trains.
+    """
+
+    def __init__(self, encoder: Encoder, token_layer: int | None = None, *, share_weights: bool = False):
+        shared = {id(parameter): parameter for parameter in encoder.parameters()} if share_weights else {}
+        self.encoder = copy.deepcopy(encoder, shared).eval()
+        if not share_weights:
+            self.encoder.requires_grad_(False)
+        self.token_layer = token_layer
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> EncoderOutput:
+        """Features of the original model; the copy follows the images to their device once."""
+        # Shared weights move with the model that trains, the copy's own buffers do not.
+        tensors = [*self.encoder.parameters(), *self.encoder.buffers()]
+        if any(tensor.device != images.device for tensor in tensors):
+            self.encoder.to(images.device)
+        return self.encoder(images, token_layer=self.token_layer)
+
+
+@contextmanager
+def attack_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without parameter gradients, both restored at the end.
+
+    Under it a forward pass saves less for the backward pass (0.71 of the bytes were measured), and no `param.grad`
+    can be touched. The flags of every sub-module are restored one by one.
+    """
+    training = [module for module in model.modules() if module.training]
+    _show_shards(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for module in training:
+        module.training = False
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        _show_shards(model)  # or the learner's pass would find the gathered weights as the attack left them: frozen
+
+
+def _show_shards(model: nn.Module) -> None:
+    """Make the parameters of a model under FSDP2 its shards, whose flags count, and not what was gathered from them."""
+    for module in model.modules():
+        if callable(reshard := getattr(module, "reshard", None)):
+            reshard()
+
+
+def text_embeddings(model: CLIPModel, prompts: Mapping[str, Tensor]) -> Tensor:
+    """Projected text embeddings of tokenized prompts, not normalised, shape (prompts, dim)."""
+    return model.text_projection(model.text_model(**prompts).pooler_output)
+
+
+def image_embedder(encoder: Encoder) -> Callable[[Tensor], Tensor]:
+    """Images in [0, 1] to pooled embeddings at the dtype of the weights.
+
+    It goes around `forward`, which a launcher may have wrapped in autocast, so that an evaluation runs at the
+    precision that it reports.
+    """
+    return lambda images: encoder.encode_images(images).image_embeds
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{tensor_sha256(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

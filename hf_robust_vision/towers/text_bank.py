@@ -1,0 +1,138 @@
+"""Zero-shot classifiers from class names and prompt templates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPModel
+
+from .clip import attack_mode, text_embeddings
+
+
+@dataclass(frozen=True)
+class TextBank:
+    """Class embeddings of a zero-shot classifier.
+
+    Args:
+        embeddings: Unit vectors, shape (classes, dim).
+        class_names: In the order of the labels.
+        templates: Prompts that were averaged, with "{}" for the class name.
+        logit_scale: The model's own frozen `exp(logit_scale)`.
+    """
+
+    embeddings: Tensor
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    logit_scale: float
+
+    def logits(self, image_embeds: Tensor) -> Tensor:
+        """Scaled cosines, shape (batch, classes), from image embeddings that need not be normalised."""
+        bank = self.embeddings.to(device=image_embeds.device, dtype=image_embeds.dtype)
+        return self.logit_scale * F.normalize(image_embeds, dim=-1) @ bank.T
+
+    def classify(self, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Images to logits, given images to embeddings."""
+        return lambda images: self.logits(encode(images))
+
+    def need_classes(self, class_names: Sequence[str]) -> None:
+        """Refuse labels of other classes than the bank's, or in another order.
+
+        Raises:
+            ValueError: If the names differ.
+        """
+        if tuple(class_names) != self.class_names:
+            raise ValueError(
+                f"the dataset has classes {list(class_names)[:3]}..., the text bank {list(self.class_names)[:3]}...; "
+                "build the bank from dataset.class_names."
+            )
+
+    @property
+    def template_hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of templates and class names: same hash, same classifier text."""
+        text = json.dumps([self.templates, self.class_names], ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_text_bank(
+    model: CLIPModel, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str], *, batch_size: int = 256
+) -> TextBank:
+    """Embed every class name in every template, normalise, average, normalise again.
+
+    Args:
+        model: The CLIP model whose text tower classifies.
+        tokenizer: Its tokenizer.
+        class_names: At least two; a warning says which stand more than once.
+        templates: Each with one "{}" for the class name.
+        batch_size: Prompts per forward pass.
+
+    Raises:
+        ValueError: If there are fewer than two classes, or a template has no "{}".
+    """
+    check_class_names(class_names)
+    if not templates or any(template.count("{}") != 1 for template in templates):
+        raise ValueError(f'every template needs one "{{}}" for the class name, got {list(templates)}.')
+    prompts = class_prompts(class_names, templates)
+    embeddings = []
+    device = model.logit_scale.device
+    with torch.no_grad(), attack_mode(model):
+        for start in range(0, len(prompts), batch_size):
+            tokens = tokenize(tokenizer, prompts[start : start + batch_size], device)
+            embeddings.append(text_embeddings(model, tokens))
+        classes = class_embeddings(torch.cat(embeddings), len(templates))
+        scale = float(model.logit_scale.exp())
+    return TextBank(classes, tuple(class_names), tuple(templates), scale)
+
+
+def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every class name in every template, all prompts of the first class first."""
+    return [template.format(name) for name in class_names for template in templates]
+
+
+def class_embeddings(text_embeds: Tensor, templates: int) -> Tensor:
+    """One unit vector per class from the embeddings of its prompts: normalised, averaged, normalised again.
+
+    Args:
+        text_embeds: In the order of `class_prompts`, shape (classes * templates, dim); gradients flow through.
+        templates: Prompts per class.
+
+    Returns:
+        Shape (classes, dim), in float32 at least.
+    """
+    wide = text_embeds if text_embeds.dtype == torch.float64 else text_embeds.float()
+    return F.normalize(F.normalize(wide, dim=-1).view(-1, templates, wide.shape[-1]).mean(1), dim=-1)
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Refuse fewer than two classes, and warn of names that stand twice.
+
+    "missile" and "sunglasses" do so among ImageNet's names in CLIP_benchmark. No text tells such classes apart: their
+    logits are equal up to rounding. As a rule the first is answered, the images of the others count as wrong, and
+    whether those of the first count as robust may hang on rounding.
+
+    Raises:
+        ValueError: If there are fewer than two classes.
+    """
+    if len(class_names) < 2:
+        raise ValueError(f"a classifier needs at least 2 classes, got {list(class_names)}.")
+    twice = sorted(name for name, count in Counter(class_names).items() if count > 1)
+    if twice:
+        warnings.warn(
+            f"class names {twice[:5]} stand more than once: text can not tell these classes apart; as a rule the "
+            "first of each is answered, and the images of the others count as wrong.",
+            stacklevel=1,
+        )
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Prompts to padded `input_ids` and `attention_mask`, cut at the tokenizer's own limit."""
+    tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+    return {key: tokens[key].to(device) for key in ("input_ids", "attention_mask")}

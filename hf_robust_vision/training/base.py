@@ -1,0 +1,389 @@
+"""The loop that every method shares: attack the batch without a trace, then learn from what it found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd
+from hf_robust_vision.data.collator import collate_images
+from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.data.templates import get_templates
+from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.pixels import PixelTransform, check_images
+from hf_robust_vision.towers.clip import (
+    DEFAULT_TOKEN_LAYER,
+    CLIPEncoder,
+    Encoder,
+    Reference,
+    as_encoder,
+    attack_mode,
+    freeze_unread,
+    load_encoder,
+)
+from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
+
+from .adapter_checkpoints import AdapterTrainer
+from .adapters import add_adapter, has_adapter
+from .batch import Batch
+from .checkpoints import complete_checkpoint, mark_complete, need_settings, rotate, unmark
+from .collapse import Spread, check_collapse, warn_of_single_images
+from .config import AdversarialTrainingArguments
+from .launchers import check_launcher, gathered, is_sharded, make_shardable
+from .layers import decay_learning_rates, freeze_first_blocks
+from .publishing import PublishWhenMeasured
+from .speed import compile_in_place, matmul_precision
+from .streams import StreamTrainer
+from .targets import TargetCache
+
+
+class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
+    """`Trainer` for adversarial fine-tuning of CLIP; a method is a subclass with two functions.
+
+    A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
+    The attack runs through the unwrapped encoder with `autograd.grad`, the loss through the wrapped model, so that
+    DDP sees every gradient.
+
+    Args:
+        model: A `CLIPModel`, `CLIPVisionModelWithProjection`, or a folder or Hub id of one.
+        args: Attack and training settings.
+        train_dataset: `LabelledImages` or `StreamedImages`.
+        eval_dataset: `LabelledImages` for `evaluate()`.
+        processing_class: `CLIPProcessor` of the model: its tokenizer embeds the class names, its image processor
+            says how pixels are normalised, and both are saved with the model.
+        reference: The original model; by default a frozen copy of `model` or, with `use_peft`, `model` without its
+            adapter, which takes no memory of its own.
+        data_collator: Items to batches.
+        callbacks: As for `Trainer`.
+        optimizers: As for `Trainer`.
+
+    Raises:
+        ValueError: If the launcher wraps the model in a way that would break the attack.
+    """
+
+    args_class: ClassVar[type[AdversarialTrainingArguments]] = AdversarialTrainingArguments
+    method: ClassVar[str] = ""
+    tag_names: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str | None] = None
+    # Batches hold labels, and a CLIP accepts loss kwargs: Trainer would not divide by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    args: AdversarialTrainingArguments
+    control: Any
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: AdversarialTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: LabelledImages | None = None,
+        processing_class: Any = None,
+        reference: Reference | None = None,
+        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]] = collate_images,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        encoder = load_encoder(model) if isinstance(model, str) else as_encoder(model, _transform(processing_class))
+        if has_adapter(encoder):
+            raise ValueError("the model holds an adapter already; start from the model that it was trained on.")
+        self.token_layer = self.token_layer_of(args)
+        freeze_unread(
+            encoder,
+            feature=getattr(args, "feature", "pooled"),
+            token_layer=DEFAULT_TOKEN_LAYER if self.token_layer is None else self.token_layer,
+            text=getattr(args, "text_params", "none"),
+        )
+        freeze_first_blocks(encoder, args.freeze_blocks)
+        self.reference = reference or Reference(encoder, self.token_layer, share_weights=args.use_peft)
+        if args.use_peft:
+            add_adapter(encoder, args)
+        self.targets = lambda images, ids: self.reference(images)
+        if args.cache_targets_mb:
+            self.targets = TargetCache(self.reference, args.cache_targets_mb, train_dataset)
+        super().__init__(
+            model=encoder,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says to newer versions
+        check_launcher(self.accelerator, adapter=args.use_peft)
+        if self.is_fsdp_enabled:
+            make_shardable(encoder)
+        compile_in_place(encoder, self.accelerator)
+        warn_of_single_images(args.train_batch_size * args.world_size)
+        self._measured: dict[str, list[Tensor]] = {}
+        self._last_images: Tensor | None = None
+        self._seen, self._seen_at = 0, time.time()
+
+    # What a method says
+
+    @classmethod
+    def token_layer_of(cls, args: Any) -> int | None:
+        """The layer whose patch tokens the method reads; None for none."""
+        return None
+
+    def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
+        """What the attacker maximises: adversarial images to one loss per image.
+
+        Args:
+            encoder: In evaluation mode, without parameter gradients.
+            batch: The clean batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what its attacker maximises.")
+
+    def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
+        """What the learner minimises, a scalar. Call `model(...)` itself, never a method of the inner module.
+
+        Args:
+            model: The model as the launcher wrapped it.
+            batch: The clean batch.
+            adversarial: Adversarial images in [0, 1] of the batch's shape.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what its learner minimises.")
+
+    # The loop
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer` does, with the learning rates of `layer_decay`."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            decay_learning_rates(optimizer, self.model if model is None else model, self.args.layer_decay)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer` does, at the `matmul_precision` that was asked for."""
+        with matmul_precision(self.args.matmul_precision):
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Attack the batch, then take the method's loss on what the attack found."""
+        images = check_images(inputs["images"])
+        encoder = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            batch = Batch(images, inputs["labels"], inputs["ids"], self.targets)
+            with attack_mode(encoder):
+                objective = self.attack_objective(encoder, batch)
+                adversarial = self.attack(objective, batch)
+                if self._is_logging_step():
+                    self._monitor(encoder, batch, objective, adversarial)
+            loss = self.robust_loss(model, batch, adversarial)
+        self._seen += len(images) * self.args.world_size
+        self._last_images = images
+        return (loss, None) if return_outputs else loss
+
+    def attack(self, objective: Objective, batch: Batch) -> Tensor:
+        """Adversarial images of a batch, the last iterate of PGD from the samples' own random starts."""
+        args = self.args
+        noise = StartNoise(args.seed, batch.ids.tolist(), self.state.global_step) if args.attack_random_start else None
+        return pgd(
+            objective,
+            batch.images,
+            args.attack_ball(),
+            steps=args.attack_steps,
+            step_size=args.attack_step_size,
+            noise=noise,
+            best=False,
+        )
+
+    # What is logged
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Log the mean of `value` over the steps and processes since the last log."""
+        self._measured.setdefault(name, []).append(value.detach().float().mean())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add drift, collapse, attack gain and speed to the training log."""
+        if "loss" in logs and self._measured:
+            means = {name: torch.stack(values).mean() for name, values in self._measured.items()}
+            reduced = self.accelerator.reduce(means, reduction="mean")
+            logs |= {name: round(value.item(), 6) for name, value in reduced.items()}
+            now = time.time()
+            logs["samples_per_second"] = round(self._seen / max(now - self._seen_at, 1e-9), 1)
+            self._measured, self._seen, self._seen_at = {}, 0, now
+        super().log(logs, start_time)
+
+    def _is_logging_step(self) -> bool:
+        every = self.state.logging_steps or int(self.args.logging_steps)  # the state resolves a fraction to steps
+        return self.state.global_step % max(every, 1) == 0
+
+    @torch.no_grad()
+    def _monitor(self, encoder: Encoder, batch: Batch, objective: Objective, adversarial: Tensor) -> None:
+        """Measure, on this batch, how strong the attack is and how far the encoder went from the original."""
+        clean = encoder(batch.images).image_embeds
+        spread = Spread.of(clean, batch.original.image_embeds, self.accelerator.reduce)
+        self.record("cosine_to_original", F.cosine_similarity(clean, batch.original.image_embeds))
+        self.record("pairwise_cosine", spread.pairwise)
+        self.record("attack_loss", objective(adversarial))
+        self.record("attack_gain", objective(adversarial) - objective(batch.images))
+        self._check_collapse(spread)
+
+    def _check_collapse(self, spread: Spread) -> None:
+        pairwise, original = float(spread.pairwise), float(spread.original)
+        last = complete_checkpoint(self.args.output_dir) if self.args.on_collapse == "stop" else None
+        check_collapse(pairwise, original, self.args.on_collapse, self.state.global_step, last)
+
+    # Measuring
+
+    def whole_encoder(self) -> Encoder:
+        """The network of this moment: the model that trains or, where its weights are shared out, a gathered copy."""
+        encoder = super().whole_encoder()
+        return gathered(encoder, self.reference.encoder) if is_sharded(encoder) else encoder
+
+    def text_bank(self, dataset: LabelledImages, encoder: Encoder | None = None) -> TextBank:
+        """The zero-shot classifier of a dataset's classes, from the text tower of the model or of another encoder.
+
+        Raises:
+            ValueError: If the model or the processing class can not embed text.
+        """
+        encoder = encoder if encoder is not None else self.whole_encoder()
+        tokenizer = getattr(self.processing_class, "tokenizer", None)
+        if not isinstance(encoder, CLIPEncoder) or tokenizer is None:
+            raise ValueError(
+                "zero-shot evaluation needs a CLIPModel and processing_class=CLIPProcessor; a vision tower alone has "
+                "no text. Pass eval_dataset=None and eval_strategy='no', or the whole CLIPModel."
+            )
+        return make_text_bank(encoder, tokenizer, dataset.class_names, get_templates(self.args.templates))
+
+    def evaluate(
+        self,
+        eval_dataset: LabelledImages | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Clean and robust accuracy over the whole validation split, shared out over the processes.
+
+        Returns:
+            `<prefix>_clean_accuracy`, `<prefix>_robust_accuracy`, `<prefix>_runtime`, fractions and seconds. With
+            several `eval_eps` the robust accuracy is that of the first, and each has its own, such as
+            `<prefix>_robust_accuracy_4_255`.
+
+        Raises:
+            ValueError: If there is no validation split.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate() needs eval_dataset=LabelledImages, here or in the constructor.")
+        protocol = get_protocol(self.args.eval_protocol, steps=self.args.eval_attack_steps)
+        radii = tuple(float(eps) for eps in self.args.eval_eps or [self.args.attack_eps])
+        how = RobustnessProtocol(
+            protocol, radii, self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
+        )
+        encoder = self.whole_encoder()
+        results = evaluate_zero_shot(
+            encoder,
+            self.text_bank(dataset, encoder),
+            dataset,
+            how,
+            model_name=f"step {self.state.global_step}",
+            device=self.args.device,
+            progress=not self.args.disable_tqdm,
+        )
+        named = {"clean_accuracy": results[0].clean_accuracy}
+        named["robust_accuracy"] = next(result.robust_accuracy for result in results if result.eps == radii[0])
+        named |= {result.robust_name: result.robust_accuracy for result in results if len(results) > 1}
+        named["runtime"] = round(results[0].seconds, 2)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: If there is no complete checkpoint to go on from, or it was trained with other settings of method,
+                attack, loss or optimiser.
+        """
+        if resume_from_checkpoint:
+            place = self.args.output_dir if resume_from_checkpoint is True else str(resume_from_checkpoint)
+            found = complete_checkpoint(place)
+            if found is None:
+                raise ValueError(f"{place} holds no complete checkpoint; start without resume_from_checkpoint.")
+            self.check_adapter(found)
+            need_settings(found, self._settings())
+            resume_from_checkpoint = found
+            if (state := TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))) and self._is_over(
+                state
+            ):
+                return self._take_up(found, state)
+        self._seen, self._seen_at = 0, time.time()  # not since the construction: a measurement may lie between
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"method": self.method} | self.args.method_settings()
+
+    def _is_over(self, state: TrainerState) -> bool:
+        wanted = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        return state.global_step >= wanted > 0
+
+    def _take_up(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """Load a run that had ended: `Trainer` would take one more step before it looks at `max_steps`."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, float("nan"), {})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._last_images is not None:
+            with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(model)):
+                embeds = encoder(self._last_images).image_embeds
+                original = self.reference(self._last_images).image_embeds
+                self._check_collapse(Spread.of(embeds, original, self.accelerator.reduce))
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            unmark(folder)  # an earlier run may have left it, and this one may be killed half-way
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:  # an old checkpoint may only go once the new one is complete
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder, self._settings())
+            rotate(run_dir, limit, best=self.state.best_model_checkpoint)
+
+    def training_record(self) -> dict[str, Any]:
+        """How this model was trained, for results and card."""
+        args = self.args
+        return {
+            "method": self.method,
+            "norm": args.attack_norm,
+            "eps": float(args.attack_eps),
+            "attack_steps": args.attack_steps,
+            "attack_step_size": None if args.attack_step_size is None else float(args.attack_step_size),
+            "steps": self.state.global_step,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            "max_grad_norm": args.max_grad_norm,
+            "seed": args.seed,
+            "world_size": args.world_size,
+            "precision": "bf16" if self.accelerator.mixed_precision == "bf16" else "float32",
+        } | args.tuning_record()
+
+
+def _transform(processing_class: Any) -> PixelTransform | None:
+    processor = getattr(processing_class, "image_processor", processing_class)
+    return PixelTransform.from_image_processor(processor) if hasattr(processor, "image_mean") else None

@@ -1,0 +1,73 @@
+"""Features of the original model, computed once a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from hf_robust_vision.towers.clip import EncoderOutput
+
+
+_PROBES = 64  # pixels that tell an image that was seen before from a changed one
+
+
+class TargetCache:
+    """Remembers features by sample id, in the memory of the CPU, until its share is full.
+
+    A feature is that of the batch in which its sample came first: where a batch of another composition is computed
+    with other roundings, it differs in the last digits.
+
+    Args:
+        reference: Images to features.
+        mebibytes: Memory for them.
+        dataset: That the images come from.
+
+    Raises:
+        ValueError: If the dataset is a stream, whose ids name other images at each epoch.
+    """
+
+    def __init__(self, reference: Callable[[Tensor], EncoderOutput], mebibytes: int, dataset: Any):
+        if isinstance(dataset, IterableDataset):
+            raise ValueError("cache_targets_mb needs samples that keep their ids; for a stream type 0.")
+        self.reference, self._room = reference, mebibytes * 2**20
+        self._features: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __call__(self, images: Tensor, ids: Tensor) -> EncoderOutput:
+        """Features of a batch; only samples that are new are computed.
+
+        Args:
+            images: Shape (batch, 3, height, width).
+            ids: Shape (batch,).
+
+        Raises:
+            ValueError: If an image is not the one that its id named before.
+        """
+        probes = images.flatten(1)[:, :: max(images[0].numel() // _PROBES, 1)].cpu()
+        names = ids.tolist()
+        entries: list[Any] = [self._features.get(name) for name in names]
+        for name, probe, entry in zip(names, probes, entries):
+            if entry is not None and not torch.equal(entry["probe"], probe):
+                raise ValueError(
+                    f"sample {name} has other pixels than before, so its features can not be remembered; for "
+                    "augmented images type --cache_targets_mb 0."
+                )
+        if new := [row for row, entry in enumerate(entries) if entry is None]:
+            features = {key: value.detach().cpu() for key, value in self.reference(images[new]).items()}
+            for place, row in enumerate(new):
+                entries[row] = {"probe": probes[row]} | {key: value[place] for key, value in features.items()}
+                self._remember(names[row], entries[row])
+        columns = {key: torch.stack([entry[key] for entry in entries]) for key in entries[0] if key != "probe"}
+        return EncoderOutput(**{key: column.to(images.device) for key, column in columns.items()})
+
+    def _remember(self, name: int, entry: dict[str, Tensor]) -> None:
+        size = sum(tensor.nbytes for tensor in entry.values())
+        if size <= self._room:
+            self._room -= size
+            self._features[name] = {key: tensor.clone() for key, tensor in entry.items()}  # not a view of its batch

@@ -1,0 +1,228 @@
+"""Several methods side by side: paired intervals, tables and a picture of what `recipes/research/compare.py` measured.
+
+A comparison is a plain dictionary, as that command writes it to `docs/results/<mode>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_robust_vision.evaluation.results import write_atomically
+
+
+TITLES = {
+    "compare": "Methods side by side",
+    "compare-robustvlm": "Methods side by side, under a stronger attack",
+    "ablation": "What TIMA's parts do",
+    "sweep": "TIMA's weights",
+    "emoji": "Emoji: many names, near and far",
+    "emoji-ablation": "Emoji: what TIMA's parts do",
+    "emoji-sweep": "Emoji: TIMA's weights",
+}
+PLOTTED = ("compare", "emoji")
+FOLDERS = ("--docs", "--output_dir", "--output")
+
+
+def command_line(recipe: str, arguments: Sequence[str]) -> str:
+    """The command for a page, without the folders that its files went to."""
+    said: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in FOLDERS:
+            next(words, None)
+        elif not word.startswith(tuple(f"{name}=" for name in FOLDERS)):
+            said.append(word)
+    return shlex.join(["python", recipe, *said])
+
+
+def docs_folder(given: Path | None, name: str, settings: Mapping[str, Any]) -> Path:
+    """The folder that was asked for, or `docs`, where numbers are only replaced by those of the same settings.
+
+    Args:
+        given: Written to whatever it holds.
+        name: Of the comparison's JSON file in `docs/results`.
+        settings: What the new one is made with, named and nested as in that file; "methods" stands for those of its
+            rows. What the file does not tell is not compared.
+
+    Raises:
+        ValueError: If a setting is another.
+    """
+    file = Path("docs/results") / f"{name}.json"
+    if given is not None or not file.is_file():
+        return given or Path("docs")
+    published = json.loads(file.read_text(encoding="utf-8"))
+    published["methods"] = list(dict.fromkeys(row.get("method", row["label"]) for row in published["rows"]))
+    old = dict(_leaves(published))
+    for key, value in _leaves(json.loads(json.dumps(settings))):
+        if key in old and old[key] != value:
+            said = f"{key.rpartition('.')[2]} {old[key]}, not {value}"
+            raise ValueError(
+                f"{file} was made with {said}, and would be overwritten; repeat its command ({published['command']}), "
+                "or add --docs FOLDER."
+            )
+    return Path("docs")
+
+
+def _leaves(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        yield from _leaves(value, f"{path}{name}.") if isinstance(value, Mapping) else [(f"{path}{name}", value)]
+
+
+def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean difference of two methods with its 95 % bootstrap interval over seeds and images.
+
+    Each draw takes seeds with replacement, and images with replacement, the same images for every seed. What a seed
+    deviates from the others is stretched by `sqrt(seeds / (seeds - 1))`, without which drawing from so few of them
+    would show too little of their spread. With three seeds the interval is still a rough one.
+
+    Args:
+        differences: Hit of the one minus hit of the other, shape (seeds, images).
+        draws: Bootstrap samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seeds, images = differences.shape
+    common = differences.mean(0)
+    stretch = math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
+    drawn = (differences - common)[torch.randint(seeds, (draws, seeds), generator=generator)].mean(1)
+    per_image = common + stretch * drawn
+    means = per_image.gather(1, torch.randint(images, (draws, images), generator=generator)).mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return differences.mean().item(), low, high
+
+
+def table(content: Mapping[str, Any], group: str) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+    rows = [row for row in content["rows"] if row["group"] == group]
+    eps = list(rows[0]["robust_accuracy"])
+    lines = [f"| method | clean | {' | '.join(eps)} | CPU s |", "|---" * (len(eps) + 3) + "|"]
+    for row in rows:
+        cells = [spread(row["clean_accuracy"]), *(spread(row["robust_accuracy"][radius]) for radius in eps)]
+        lines.append(f"| {row['label']} | {' | '.join(cells)} | {statistics.mean(row['cpu_seconds']):.0f} |")
+    return "\n".join(lines)
+
+
+def short_table(content: Mapping[str, Any], methods: Sequence[str], radii: Sequence[str]) -> str:
+    """A few methods at a few radii, both groups of classes in one row, as Markdown; the page has all of it."""
+    heads = [f"{group}, {name}" for group in ("seen", "unseen") for name in ("clean", *radii)]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for method in methods:
+        rows = [row for row in content["rows"] if row["method"] == method]
+        cells = [
+            spread(column)
+            for row in rows
+            for column in (row["clean_accuracy"], *(row["robust_accuracy"][radius] for radius in radii))
+        ]
+        lines.append(f"| {rows[0]['label']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation in percent; the mean alone of a single value."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def section(content: Mapping[str, Any]) -> str:
+    """One command's tables, with what they were made with."""
+    budget = content["budget"]
+    ran = content.get("attacks", [content["protocol"]])
+    attacks = ", then ".join(map(_said, ran))
+    caveat = " Worst case per sample." if len(ran) > 1 else " One attack is not the worst case."
+    counts = {row["group"]: row["num_samples"] for row in content["rows"]}
+    sources = sorted({source for row in content["rows"] for source in row["source"]})
+    made_with = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    text = f"""## {TITLES[content["mode"]]}
+
+`{content["command"]}`
+
+- Data: {content.get("about", "the demo")}, {content["split"]} split; mean ± standard deviation over the seeds, in percent.
+- Fine-tuning: {budget["steps"]} updates of {budget["batch_size"]} images, AdamW at {budget["learning_rate"]:g}, attack
+  of {budget["training"]["attack_steps"]} steps at {255 * budget["training"].get("attack_eps", 8 / 255):g}/255, seeds {", ".join(map(str, content["seeds"]))}.
+- Measured by {attacks}, over all class names.{caveat}
+- CPU s: processor seconds of the fine-tuning, on one thread.
+- Made with {made_with}.
+- Hashes: start checkpoint `{content["hashes"]["start"][:16]}`, prompts `{content["hashes"]["prompts"]}`, source
+  {", ".join(f"`{source}`" for source in sources)}.
+
+Classes seen in fine-tuning ({counts["seen"]} images):
+
+{table(content, "seen")}
+
+Classes never seen in it ({counts["unseen"]} images: {", ".join(content["unseen"])}):
+
+{table(content, "unseen")}
+"""
+    if content["split"] == "validation":
+        text += "\nThe unseen classes are those of the test, so no choice may rest on their rows.\n"
+    if content.get("paired"):
+        text += (
+            "\nDifferences in points, with paired 95 % intervals over images and seeds, not corrected for their number:"
+            f"\n\n{paired_table(content)}\n"
+        )
+    return text
+
+
+def _said(attack: Mapping[str, Any]) -> str:
+    aim = f" towards each of the {attack['target']}" if attack.get("target") else ""
+    return f"{attack['name']} with {attack['steps']} steps{aim} and {attack['restarts']} restart"
+
+
+def paired_table(content: Mapping[str, Any]) -> str:
+    """Differences of TIMA to its rivals; a claim only where the interval excludes 0."""
+    lines = ["| difference | classes | eps | points | 95 % interval | |", "|---|---|---|---|---|---|"]
+    for row in content["paired"]:
+        mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
+        verdict = f"{row['one']} leads" if low > 0 else f"{row['other']} leads" if high < 0 else "not distinguished"
+        lines.append(
+            f"| {row['one']} - {row['other']} | {row['group']} | {row['eps']} | {mean:+.1f} "
+            f"| {low:+.1f} to {high:+.1f} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(content: Mapping[str, Any], path: Path) -> None:
+    """Robust accuracy over eps, one line a method, one panel a group."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
+    for axes, group in zip(figure.subplots(1, 2, sharey=True), ("seen", "unseen"), strict=True):
+        for row in (row for row in content["rows"] if row["group"] == group):
+            columns = [row["clean_accuracy"], *row["robust_accuracy"].values()]
+            eps = [0.0, *(float(name.split("/")[0]) for name in row["robust_accuracy"])]
+            means = [100 * statistics.mean(column) for column in columns]
+            errors = [100 * statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+            style = {"color": "0.4", "linestyle": ":"} if row["method"] == "undefended" else {}
+            axes.errorbar(eps, means, errors, marker="o", markersize=3, capsize=2, label=row["label"], **style)
+        axes.set(title=f"classes {group} in fine-tuning", xlabel="eps in 255ths", ylim=(0, 101))
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("accuracy under attack, %")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def write_page(content: Mapping[str, Any], docs: Path) -> None:
+    """Keep one command's numbers, and write the page anew from those of all commands."""
+    folder = docs / "results"
+    write_atomically(folder / f"{content['mode']}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    if content["mode"] in PLOTTED:
+        plot(content, folder / f"{content['mode']}.png")
+    write_atomically(docs / "results.md", make_page(docs))
+
+
+def make_page(docs: Path) -> str:
+    """The page of all numbers that lie in `docs/results`."""
+    page = "# Results\n\nWritten by `recipes/research/compare.py`; do not edit. The numbers lie in `docs/results/*.json`.\n"
+    for mode in TITLES:
+        if (file := docs / "results" / f"{mode}.json").is_file():
+            page += f"\n{section(json.loads(file.read_text()))}"
+            page += f"\n![Robust accuracy over eps](results/{mode}.png)\n" if mode in PLOTTED else ""
+    return page

@@ -1,0 +1,93 @@
+"""Towers side by side in a VLM: the page of what `recipes/research/compare_towers.py` measured.
+
+A comparison is a plain dictionary, as that command writes it to `docs/results/towers.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from comparison import spread
+
+from hf_robust_vision.evaluation.results import write_atomically
+
+
+def write_towers(content: Mapping[str, Any], docs: Path) -> Path:
+    """Keep the numbers, write the page from them, and return its path."""
+    folder = docs / "results"
+    write_atomically(folder / "towers.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / "towers.md", towers_page(content))
+    return folder / "towers.md"
+
+
+def towers_page(content: Mapping[str, Any]) -> str:
+    """All tables, with what they were made with, as Markdown."""
+    training, how = content["training"], content["measuring"]
+    made_with = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    sources = sorted({source for row in content["rows"] for source in row["source"]})
+    text = f"""# Where to harden a tower for a VLM
+
+Written by `recipes/research/compare_towers.py`; do not edit. The numbers lie in `towers.json`.
+
+`{content["command"]}`
+
+- Data: the demo. Towers swapped into the shipped LLaVA; mean ± standard deviation over the seeds
+  ({", ".join(map(str, content["seeds"]))}), in percent.
+- Fine-tuning: {training["max_steps"]} updates of {training["per_device_train_batch_size"]} images, attack of
+  {training["attack_steps"]} steps at 8/255; AdamW at the rate of the table, {training["lr_scheduler_type"]} schedule.
+- Answers: {content["num_questions"]} colour and shape questions on test images. PGD-{how["attack_steps"]} through the whole
+  VLM on the answer's loss and on its margin, random starts each: {how["restarts"]}; worst case per question.
+- Zero-shot: {content["num_images"]} test images, all class names, APGD-CE with {how["zero_shot_steps"]} steps; one attack is not the worst case.
+- Cosine: clean patch tokens at the layer that the VLM reads, old tower to new. CPU s: of the fine-tuning, one thread.
+- Made with {made_with}.
+- Hashes: start checkpoint `{content["hashes"]["clip"][:16]}`, LLaVA `{content["hashes"]["llava"][:16]}`, source
+  {", ".join(f"`{source}`" for source in sources)}.
+
+{_rows(content["rows"])}
+"""
+    if content["paired"]:
+        text += f"\nAnswers that stand, in points, over questions and seeds:\n\n{_paired(content['paired'])}\n"
+    if content["choice"]:
+        first = content["seeds"][0]
+        text += f"""
+The rates are those with the most answers standing at 8/255 on {content["choice_questions"]} validation questions, with
+seed {first}:
+
+{_choice(content["choice"])}
+"""
+    return text
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    eps = list(rows[0]["answers"])
+    lines = [f"| tower | rate | answers, clean | {' | '.join(eps)} | zero-shot, clean | 8/255 | cosine | CPU s |"]
+    lines += ["|---" * (len(eps) + 7) + "|"]
+    for row in rows:
+        cells = [f"{row['learning_rate']:g}" if row["learning_rate"] else "", spread(row["answers_clean"])]
+        cells += [spread(row["answers"][radius]) for radius in eps]
+        cells += [spread(row["zero_shot_clean"]), spread(row["zero_shot"]), f"{statistics.mean(row['drift']):.3f}"]
+        seconds = f"{statistics.mean(row['cpu_seconds']):.0f}" if row["learning_rate"] else ""
+        lines.append(f"| {row['label']} | {' | '.join(cells)} | {seconds} |")
+    return "\n".join(lines)
+
+
+def _paired(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| difference | eps | points | 95 % interval | |", "|---|---|---|---|---|"]
+    for row in rows:
+        mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
+        verdict = "higher" if low > 0 else "lower" if high < 0 else "not distinguished"
+        cells = [f"{row['one']} - {row['other']}", row["eps"], f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}", verdict]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _choice(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| tower | rate | answers, clean | 8/255 |", "|---|---|---|---|"]
+    for row in rows:
+        accuracies = (f"{100 * row[key]:.1f}" for key in ("clean_accuracy", "robust_accuracy"))
+        lines.append(f"| {row['label']} | {row['learning_rate']:g} | {' | '.join(accuracies)} |")
+    return "\n".join(lines)

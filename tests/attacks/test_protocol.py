@@ -1,0 +1,222 @@
+"""Protocols: worst case per sample, what few classes leave out, and what a result says of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hf_robust_vision.attacks import (
+    PROTOCOLS,
+    Attack,
+    L2Ball,
+    LinfBall,
+    Protocol,
+    StartNoise,
+    get_protocol,
+    run_protocol,
+)
+from hf_robust_vision.attacks import (
+    protocol as suite,
+)
+
+
+IMAGES = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def linear_classifier(classes):
+    weight = torch.randn(classes, 48, generator=torch.Generator().manual_seed(2))
+    return lambda images: (images.flatten(1) - 0.5) @ weight.T
+
+
+@pytest.mark.parametrize("name", list(PROTOCOLS))
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+@pytest.mark.parametrize("ball", [LinfBall(0.05), L2Ball(0.3)], ids=["linf", "l2"])
+def test_every_protocol_runs_with_few_classes(name, classes, ball):
+    classify = linear_classifier(classes)
+    labels = classify(IMAGES).argmax(1)
+    protocol, left_out = get_protocol(name, steps=5, queries=20).for_classes(classes)
+    assert left_out == (["apgd-dlr-targeted"] if name in ("robustvlm", "autoattack") and classes < 4 else [])
+    assert all(attack.targets < classes for attack in protocol.attacks)
+    outcome = run_protocol(protocol, classify, IMAGES, labels, ball, StartNoise(0, range(8)))
+    wrong = (classify(outcome.images).argmax(1) != labels).tolist()
+    assert [name is not None for name in outcome.fooled_by] == wrong
+    assert (ball.distance(outcome.images, IMAGES) <= ball.eps + 1e-6).all()
+
+
+def test_targets_are_cut_to_the_wrong_classes():
+    protocol, _ = get_protocol("robustvlm").for_classes(5)
+    assert protocol.attacks[1].targets == 4
+    assert get_protocol("robustvlm").for_classes(1000)[0].attacks[1].targets == 9
+
+
+def test_one_class_is_no_classification():
+    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+        get_protocol("apgd-ce").for_classes(1)
+
+
+def test_worst_case_is_per_sample(monkeypatch):
+    """Two attacks, each good at one half of the batch: all are fooled, each by the attack that did it first."""
+    labels = torch.zeros(6, dtype=torch.long)
+    images = torch.full((6, 3, 2, 2), 0.5)
+    met = []
+
+    def classify(batch):
+        lit = (batch[:, 0, 0, 0] > 0.5).float()
+        return torch.stack([1 - lit, lit], 1)
+
+    def pretend(attack, logits, batch, labels, ball, noise):
+        met.append((attack.name, list(noise.ids)))
+        found = batch.clone()
+        for row, sample in enumerate(noise.ids):
+            if (attack.name == "even") == (sample % 2 == 0) and sample != 5:
+                found[row, 0, 0, 0] += ball.eps
+        return found
+
+    monkeypatch.setattr(suite, "_run_attack", pretend)
+    both = Protocol("both", (Attack("even"), Attack("odd")))
+    outcome = run_protocol(both, classify, images, labels, LinfBall(0.1), StartNoise(0, [0, 1, 2, 3, 4, 5]))
+    assert outcome.fooled_by == ["even", "odd", "even", "odd", "even", None]
+    assert met == [("even", [0, 1, 2, 3, 4, 5]), ("odd", [1, 3, 5])]  # only the survivors go on
+    assert classify(outcome.images).argmax(1).tolist() == [1, 1, 1, 1, 1, 0]
+
+
+def test_more_attacks_never_raise_robust_accuracy():
+    classify = linear_classifier(6)
+    labels = classify(IMAGES).argmax(1)
+    survivors = []
+    for name in ("apgd-ce", "robustvlm"):
+        protocol, _ = get_protocol(name, steps=10).for_classes(6)
+        outcome = run_protocol(protocol, classify, IMAGES, labels, LinfBall(0.02), StartNoise(0, range(8)))
+        survivors.append({i for i, fooled in enumerate(outcome.fooled_by) if fooled is None})
+    assert survivors[1] <= survivors[0]
+
+
+def test_budget_changes_every_attack():
+    protocol = get_protocol("robustvlm", steps=7, restarts=3)
+    assert [(a.steps, a.restarts) for a in protocol.attacks] == [(7, 3), (7, 3)]
+    assert [a.steps for a in get_protocol("robustvlm").attacks] == [100, 100]
+
+
+def test_steps_and_queries_are_two_budgets():
+    """A query is a look at the model without a gradient: 5 steps must not make 5 queries of Square, nor 5000 steps."""
+    budget = {a.name: a.steps for a in get_protocol("autoattack", steps=7).attacks}
+    assert budget == {"apgd-ce": 7, "apgd-dlr-targeted": 7, "fab-targeted": 7, "square": 5000}
+    budget = {a.name: a.steps for a in get_protocol("autoattack", queries=9).attacks}
+    assert budget == {"apgd-ce": 100, "apgd-dlr-targeted": 100, "fab-targeted": 100, "square": 9}
+    assert all(a.restarts == 2 for a in get_protocol("autoattack", restarts=2).attacks)
+
+
+def test_a_name_never_lies_about_the_steps():
+    assert [a.name for a in get_protocol("quick", steps=3).attacks] == ["pgd-3"]
+    assert [a.name for a in get_protocol("tecoa").attacks] == ["pgd-10", "pgd-20", "pgd-100"]
+    assert [a.name for a in get_protocol("tecoa", steps=4).attacks] == ["pgd-4"]  # three equal attacks are one
+
+
+def test_autoattack_is_the_standard_version():
+    """Attacks, order and budgets of the other implementation's own object."""
+    theirs = pytest.importorskip("pyautoattack").AutoAttack(lambda x: x, version="standard", device="cpu")
+    ours = get_protocol("autoattack").attacks
+    names = {"apgd-ce": "apgd-ce", "apgd-dlr-targeted": "apgd-t", "fab-targeted": "fab-t", "square": "square"}
+    assert [names[attack.name] for attack in ours] == theirs.attacks_to_run
+    apgd, targeted, fab, square = ours
+    assert (apgd.steps, apgd.restarts) == (theirs.apgd.n_iter, theirs.apgd.n_restarts)
+    for attack, other in ((targeted, theirs.apgd_targeted), (fab, theirs.fab)):
+        assert (attack.steps, attack.restarts) == (other.n_iter, other.n_restarts)
+        assert attack.targets == other.n_target_classes
+    assert (square.steps, square.restarts) == (theirs.square.n_queries, theirs.square.n_restarts)
+
+
+def test_tecoa_counts_are_those_of_each_attack_alone():
+    """One start and one step size: what falls in the first steps of the long attack falls in the short one."""
+    generator = torch.Generator().manual_seed(4)
+    first, last = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((48, 64), (64, 4)))
+    images = torch.rand(24, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def classify(x):
+        return torch.sin((x.double().flatten(1) - 0.5) @ first / 10) @ last
+
+    labels, protocol, ball = classify(images).argmax(1), get_protocol("tecoa"), LinfBall(32 / 255)
+    together = run_protocol(protocol, classify, images, labels, ball, StartNoise(0, range(24))).fooled_by
+    fallen = set()
+    for attack in protocol.attacks:
+        alone = run_protocol(Protocol("one", (attack,)), classify, images, labels, ball, StartNoise(0, range(24)))
+        fallen |= {i for i, name in enumerate(together) if name == attack.name}
+        assert {i for i, name in enumerate(alone.fooled_by) if name} == fallen
+    assert set(together) == {"pgd-10", "pgd-20", "pgd-100", None}
+
+
+def test_later_attacks_meet_survivors_only_and_never_lose_the_stronger_image():
+    """FAB gives back the clean image where it finds none: what an earlier attack left nearer to a mistake is kept."""
+    classify = linear_classifier(5)
+    labels = classify(IMAGES).argmax(1)
+    ball = LinfBall(0.003)
+    first, both = get_protocol("apgd-ce", steps=5), get_protocol("autoattack", steps=5, queries=10)
+    margins = []
+    for protocol in (first, both.for_classes(5)[0]):
+        outcome = run_protocol(protocol, classify, IMAGES, labels, ball, StartNoise(0, range(8)))
+        logits = classify(outcome.images)
+        margins.append(logits.scatter(1, labels[:, None], -torch.inf).amax(1) - logits[range(8), labels])
+        assert None in outcome.fooled_by
+    assert (margins[1] >= margins[0]).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"objective": "targeted-dlr"}, {"targets": 3}, {"algorithm": "fab", "objective": "margin"}],
+)
+def test_attacks_that_can_not_target_are_refused(settings):
+    with pytest.raises(ValueError, match="can not run"):
+        Protocol("odd", (Attack("odd", **settings),))
+
+
+@pytest.mark.parametrize("settings", [{"algorithm": "fgsm"}, {"objective": "kl"}])
+def test_unknown_parts_of_an_attack(settings):
+    with pytest.raises(ValueError, match=r"unknown .*choose one of"):
+        Protocol("odd", (Attack("odd", **settings),))
+
+
+@pytest.mark.parametrize("name", list(PROTOCOLS))
+def test_a_protocol_prints_what_it_is(name):
+    text = str(get_protocol(name))
+    assert text.startswith(f"{name}: worst case per sample")
+    for attack in get_protocol(name).attacks:
+        assert f"{attack.name}: " in text
+        assert str(attack.steps) in text
+    assert "targets" not in text
+
+
+def test_what_tecoa_and_autoattack_print():
+    assert "pgd-20: PGD on cross-entropy, 20 steps of 1/255" in str(get_protocol("tecoa"))
+    lines = str(get_protocol("autoattack").for_classes(3)[0]).splitlines()
+    assert lines[2:] == [
+        "  2. fab-targeted: FAB on targeted-margin, 100 steps towards each of the 2 strongest wrong classes",
+        "  3. square: Square, black box, on margin, 5000 queries",
+    ]
+    assert "5 restarts" in str(get_protocol("robustvlm"))
+
+
+def test_unknown_protocol():
+    with pytest.raises(ValueError, match="unknown protocol 'nope'.*'quick'"):
+        get_protocol("nope")
+
+
+def test_description_is_complete():
+    rows = get_protocol("robustvlm").describe(LinfBall(4 / 255), resolution=224, seed=3, dtype=torch.bfloat16)
+    wanted = {"name", "objective", "target", "steps", "step_size", "restarts", "resolution", "seed", "dtype"}
+    assert all(wanted <= set(row) for row in rows)
+    assert rows[0]["target"] is None
+    assert rows[1]["target"].startswith("9 ")
+    assert (rows[0]["dtype"], rows[0]["seed"], rows[0]["resolution"]) == ("bfloat16", 3, 224)
+    (quick,) = get_protocol("quick").describe(LinfBall(0.1), resolution=32, seed=0, dtype=torch.float32)
+    assert quick["step_size"] == pytest.approx(0.025)
+    for name in PROTOCOLS:
+        for ball in (LinfBall(4 / 255), L2Ball(0.5)):
+            rows = get_protocol(name).describe(ball, resolution=32, seed=0, dtype=torch.float32)
+            assert all(wanted <= set(row) for row in rows)
+            json.dumps(rows)
+    tecoa = [
+        get_protocol("tecoa").describe(b, resolution=32, seed=0, dtype=torch.float32)[0] for b in (ball, LinfBall(0.1))
+    ]
+    assert [row["step_size"] for row in tecoa] == [0.25 * 0.5, 1 / 255]

@@ -1,0 +1,108 @@
+"""Frozen first blocks and layer-wise learning rates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_robust_vision import TIMATrainer
+from hf_robust_vision.training.layers import learning_rate_scales
+from tests.training.helpers import SGD, make_trainer, weights
+
+
+PLACE = {  # of a tower of two blocks: how many steps of decay
+    "vision_model.embeddings.class_embedding": 3,
+    "vision_model.pre_layrnorm.weight": 3,
+    "vision_model.encoder.layers.0.self_attn.q_proj.weight": 2,
+    "vision_model.encoder.layers.1.mlp.fc2.bias": 1,
+    "vision_model.post_layernorm.bias": 0,
+    "visual_projection.weight": 0,
+    "text_model.embeddings.token_embedding.weight": 3,
+    "text_model.encoder.layers.0.layer_norm1.weight": 2,
+    "text_model.final_layer_norm.weight": 0,
+    "text_projection.weight": 0,
+    "logit_scale": 0,
+}
+
+
+def test_scales_are_powers_of_the_decay(encoder):
+    scales = learning_rate_scales(encoder, 0.5)
+    assert {name: scales[name] for name in PLACE} == {name: 0.5**steps for name, steps in PLACE.items()}
+    assert set(scales) == {name for name, _ in encoder.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_peft": True, "lora_r": 2}], ids=["full", "lora"])
+def test_groups_of_the_optimizer(options, clip_folder, tmp_path):
+    """Every parameter that trains once; its share of the rate; decay where `Trainer` decays."""
+    settings = {"learning_rate": 0.1, "weight_decay": 0.3, "layer_decay": 0.5} | options
+    trainer = make_trainer(clip_folder, tmp_path, kind=TIMATrainer, text_params="encoder", **settings)
+    scales = learning_rate_scales(trainer.model, 0.5)
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    seen = []
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            seen.append(names[id(parameter)])
+            assert group["lr"] == pytest.approx(0.1 * scales[seen[-1]])
+            assert group["weight_decay"] == (0.3 if seen[-1] in decayed else 0.0)
+    assert sorted(seen) == sorted(name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    assert any(name not in decayed for name in seen) or options
+
+
+def test_updates_are_scaled(clip_folder, tmp_path):
+    """One step of SGD: each weight moves by its share of what it moves without decay, whatever the schedule."""
+    settings = SGD | {"double": True, "max_steps": 1, "learning_rate": 0.02, "warmup_steps": 0}
+    moves = {}
+    for decay in (1.0, 0.5):
+        trainer = make_trainer(clip_folder, tmp_path, layer_decay=decay, **settings)
+        before = weights(trainer)
+        trainer.train()
+        moves[decay] = {name: value - before[name] for name, value in weights(trainer).items()}
+    for name, scale in learning_rate_scales(trainer.model, 0.5).items():
+        torch.testing.assert_close(moves[0.5][name], scale * moves[1.0][name], rtol=1e-9, atol=1e-15)
+    assert moves[1.0]["vision_model.encoder.layers.0.mlp.fc1.weight"].abs().max() > 1e-9
+
+
+def test_the_schedule_keeps_the_shares(clip_folder, tmp_path):
+    """And a resumed run has them, too."""
+    settings = {"max_steps": 4, "layer_decay": 0.5, "lr_scheduler_type": "linear", "learning_rate": 1e-3}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(clip_folder, tmp_path, **settings)
+    whole.train()
+    again = make_trainer(clip_folder, tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(again)[name])
+    peaks = {group["initial_lr"] / 1e-3 for group in again.optimizer.param_groups}
+    assert peaks == {0.5**steps for steps in range(4)}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_frozen_blocks_stay(count, clip_folder, tmp_path):
+    trainer = make_trainer(clip_folder, tmp_path, freeze_blocks=count, learning_rate=1e-2, weight_decay=0.1)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    frozen = ["vision_model.embeddings.", "vision_model.pre_layrnorm."]
+    frozen += [f"vision_model.encoder.layers.{block}." for block in range(count)]
+    vision = {name for name in before if name.startswith("vision_model.") or name == "visual_projection.weight"}
+    assert moved == {name for name in vision if not name.startswith(tuple(frozen))}
+
+
+def test_frozen_blocks_with_gradient_checkpointing(clip_folder, tmp_path):
+    settings = {"double": True, "freeze_blocks": 1, "learning_rate": 1e-2}
+    plain, saving = (
+        make_trainer(clip_folder, tmp_path / name, gradient_checkpointing=name == "saving", **settings)
+        for name in ("plain", "saving")
+    )
+    plain.train()
+    saving.train()
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(value, weights(saving)[name], rtol=0, atol=1e-12)
+
+
+def test_too_many_frozen_blocks(clip_folder, tmp_path):
+    with pytest.raises(ValueError, match="freeze_blocks=3, but the vision tower has 2 blocks"):
+        make_trainer(clip_folder, tmp_path, freeze_blocks=3)
+    with pytest.raises(ValueError, match="freeze_blocks=1 leaves nothing to train"):
+        make_trainer(clip_folder, tmp_path, freeze_blocks=1, feature="patch_tokens")
