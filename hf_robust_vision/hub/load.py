@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from hf_robust_vision.evaluation.repeat import Repeat, repeat_zero_shot
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
+from hf_robust_vision.towers.adapters import holds_adapter, merge_into, original_of
 from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, load_encoder, load_tokenizer, weights_sha256
 
 from .card import hardened
-from .release import ADAPTER, REPLACED
+from .release import REPLACED
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,9 @@ def load_robust_encoder(
         raise ValueError(f"{name_or_path} has no {RESULTS_FILE}; load_encoder reads a CLIP without a record.")
     results = load_results(folder)
     after = hardened(results)
-    if (folder / ADAPTER[0]).is_file():
-        encoder, base = _merged(folder)
+    if holds_adapter(folder):
+        base, base_revision = original_of(folder)
+        encoder = merge_into(load_encoder(base, revision=base_revision), folder).eval()
         tokenizer = load_tokenizer(base)
         if {result.model_sha256 for result in after} != {weights_sha256(encoder)}:
             warnings.warn(
@@ -112,16 +112,3 @@ def load_robust_encoder(
             raise ValueError(f"the {RESULTS_FILE} of {name_or_path} was measured on other weights than it holds.")
     before = [result for result in results if result.model == "before"]
     return RobustEncoder(encoder, tokenizer, after, before, folder)
-
-
-def _merged(folder: Path) -> tuple[Encoder, str]:
-    from peft import PeftModel
-
-    config = json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8"))
-    base = config["base_model_name_or_path"]
-    encoder = load_encoder(base, revision=config.get("revision"))
-    transform = encoder.transform
-    with torch.no_grad():
-        merged: Any = PeftModel.from_pretrained(encoder, folder).merge_and_unload(safe_merge=True)
-    merged.transform = transform
-    return merged.eval(), base

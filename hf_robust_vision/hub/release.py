@@ -16,6 +16,13 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
+from hf_robust_vision.towers.adapters import (
+    ADAPTER_FILES,
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    holds_adapter,
+)
 from hf_robust_vision.towers.clip import (
     CLIPEncoder,
     load_encoder,
@@ -31,7 +38,6 @@ from .usage import KINDS, replace_usage, usage_block
 
 CARD = "README.md"
 PICTURE = "robustness.png"
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 # Everything else stays at home: checkpoints, optimizer state, and `training_args.bin`, a pickle that can hold a token.
 _MODEL = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -43,7 +49,7 @@ _TOKENIZER = (
 _PAPERS = (RESULTS_FILE, PICTURE, "LICENSE*", "NOTICE*")
 
 # Of an earlier push to the same repository; what it held beside them is not ours to delete.
-REPLACED = (*_MODEL, *ADAPTER, *_PROCESSOR, *_TOKENIZER, PICTURE, "samples-*.jsonl")
+REPLACED = (*_MODEL, *ADAPTER_FILES, *_PROCESSOR, *_TOKENIZER, PICTURE, "samples-*.jsonl")
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def prepare_release(
     if kind == "adapter":
         place = _adapter_folder(folder)
         config, base_model = _check_adapter(place, base_model)
-        files |= {ADAPTER[0]: config, ADAPTER[1]: place / ADAPTER[1]}
+        files |= {CONFIG_FILE: config, WEIGHTS_FILE: place / WEIGHTS_FILE}
     else:
         encoder = _check_model(folder, results)
         files |= _matching(folder, (*_MODEL, *_PROCESSOR, *_TOKENIZER)) if kind == "model" else _tower(folder, encoder)
@@ -118,10 +124,10 @@ def _kind(folder: Path, what: str | None) -> str:
         raise ValueError(f"{folder} is no folder; save the model first, so that a push that fails can be repeated.")
     if what not in (None, *KINDS):
         raise ValueError(f"what={what!r} is not one of {', '.join(map(repr, KINDS))}.")
-    adapter, model = (_adapter_folder(folder) / ADAPTER[0]).is_file(), (folder / "config.json").is_file()
+    adapter, model = holds_adapter(_adapter_folder(folder)), (folder / "config.json").is_file()
     kind = what or ("adapter" if adapter and not model else "model")
     if not (adapter if kind == "adapter" else model):
-        wanted = ADAPTER[0] if kind == "adapter" else "config.json"
+        wanted = CONFIG_FILE if kind == "adapter" else "config.json"
         other = "; it holds an adapter: type --what adapter" if adapter else ""
         raise ValueError(f"{folder} has no {wanted}, so there is no {kind} to push{other}.")
     return kind
@@ -129,7 +135,7 @@ def _kind(folder: Path, what: str | None) -> str:
 
 def _adapter_folder(folder: Path) -> Path:
     """Where the adapter lies: in the folder itself, or beside the merged model that a recipe with `use_peft` leaves."""
-    return folder if (folder / ADAPTER[0]).is_file() else folder / "adapter"
+    return folder if holds_adapter(folder) else folder / ADAPTER_FOLDER
 
 
 def _check_results(folder: Path) -> list[RobustnessResult]:
@@ -205,7 +211,7 @@ def _check_model(folder: Path, results: Sequence[RobustnessResult]) -> CLIPEncod
 
 
 def _check_adapter(folder: Path, base_model: str | None) -> tuple[bytes, str]:
-    config = json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     base = base_model or config.get("base_model_name_or_path")
     if not base or not is_hub_id(base):
         raise ValueError(
@@ -213,12 +219,12 @@ def _check_adapter(folder: Path, base_model: str | None) -> tuple[bytes, str]:
             "(--base_model owner/model)."
         )
     try:
-        with safe_open(folder / ADAPTER[1], framework="pt") as weights:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
             keys = list(weights.keys())
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / ADAPTER[1]} can not be read: {error}") from error
+        raise ValueError(f"{folder / WEIGHTS_FILE} can not be read: {error}") from error
     if not keys:
-        raise ValueError(f"{folder / ADAPTER[1]} holds no weights.")
+        raise ValueError(f"{folder / WEIGHTS_FILE} holds no weights.")
     return (json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n").encode(), base
 
 

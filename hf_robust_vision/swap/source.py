@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.utils.hub import cached_file
 
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.adapters import CONFIG_FILE, merge_into, original_of
 
 from .layouts import Geometry, Tower
 from .open_clip import PROJECTION, clip_state, load_state_dict, square_side
@@ -197,27 +196,12 @@ def _pixels(name: str) -> PixelSettings | None:
 def _is_adapter(name: str) -> bool:
     """Whether a folder or Hub id holds an adapter; trouble with the Hub is left to the loading of the model."""
     quiet = {f"_raise_exceptions_for_{trouble}": False for trouble in ("missing_entries", "connection_errors")}
-    return cached_file(name, "adapter_config.json", **quiet) is not None
+    return cached_file(name, CONFIG_FILE, **quiet) is not None
 
 
 def _from_adapter(folder: str, name: str, base: Any) -> Source:
-    from peft import PeftConfig, PeftModel
-
-    base = base if base is not None else PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if not base:
-        raise ValueError(f"the adapter {name} does not name the model that it was trained on: pass base=.")
+    base = base if base is not None else original_of(folder)[0]
     pixels = None if isinstance(base, nn.Module) else _pixels(str(base))
     model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_model(str(base))
-    before = [weights_sha256(tower.module) for tower in find_towers(model)]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        adapted = PeftModel.from_pretrained(model, folder)
-    lost = [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
-    merged = adapted.merge_and_unload(safe_merge=True)
-    if lost or before == [weights_sha256(tower.module) for tower in find_towers(merged)]:
-        raise ValueError(
-            f"the adapter {name} leaves the vision tower of {type(model).__name__} as it was: it was trained on "
-            f"another class or on the text tower. Pass base= with a model of the class that it was trained on. "
-            f"{lost[0][:200] if lost else ''}".rstrip()
-        )
-    return _from_model(merged, name, pixels=pixels)
+    merge_into(model, folder, part=nn.ModuleList(tower.module for tower in find_towers(model)))
+    return _from_model(model, name, pixels=pixels)

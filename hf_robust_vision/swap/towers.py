@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_robust_vision.towers.adapters import has_adapter
+
 from .layouts import FLOATS, OpenClipTower, Tower
 
 
@@ -68,11 +70,10 @@ def check_writable(tower: Tower) -> None:
     """
     weights = tower.weights()
     names = set(weights)
-    adapters = sorted(name for name in names if ".lora_" in name or ".base_layer." in name)
-    if adapters:
+    if has_adapter(tower.module):
         raise ValueError(
-            f"{tower} holds an adapter ({adapters[0]}), which was trained on the old weights: merge or remove it "
-            "first with merge_and_unload() or unload()."
+            f"{tower} holds an adapter, which was trained on the old weights: merge or remove it first with "
+            "merge_and_unload() or unload()."
         )
     for name, weight in weights.items():
         if weight.is_meta:

@@ -29,6 +29,8 @@ from transformers.utils import ModelOutput
 
 from hf_robust_vision.pixels import PixelTransform
 
+from .adapters import CONFIG_FILE, has_adapter, holds_adapter, save_adapter
+
 
 FEATURES = ("pooled", "patch_tokens", "both")
 DEFAULT_TOKEN_LAYER = -2  # the layer that LLaVA reads
@@ -73,12 +75,15 @@ class _EncoderMixin:
         return self.vision_model.embeddings
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Save as the stock class, so that any reader of the config finds a class it knows."""
+        """Save as the stock class, so that any reader of the config finds a class it knows; an adapter alone."""
+        main = kwargs.get("is_main_process", True)
+        if has_adapter(self):  # type: ignore[arg-type]
+            if main:
+                save_adapter(self, save_directory)
+            return
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        if self._hf_peft_config_loaded:  # type: ignore[attr-defined]
-            return  # transformers writes the adapter alone, and its folder is no model
         self.config.architectures = [self.stock_class.__name__]  # type: ignore[attr-defined]
-        if kwargs.get("is_main_process", True):
+        if main:
             self.config.save_pretrained(save_directory)  # type: ignore[attr-defined]
 
 
@@ -224,9 +229,8 @@ def load_image_processor(name_or_path: str | Path, *, revision: str | None = Non
 
 
 def _refuse_adapter(name: str) -> None:
-    folder = Path(name)
-    if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if holds_adapter(name):
+        base = json.loads((Path(name) / CONFIG_FILE).read_text()).get("base_model_name_or_path")
         raise ValueError(
             f"{name} is a PEFT adapter of {base!r}, not a model. Merge it first: "
             f"hf_robust_vision.merge_adapter({name!r}).save_pretrained(...)."

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from hf_robust_vision.towers.adapters import ADAPTER_FOLDER, has_adapter, holds_adapter, load_adapter, merged
 from hf_robust_vision.towers.clip import Encoder
 
-from .adapters import ADAPTER_FOLDER, has_adapter, holds_adapter, load_adapter, merged
 from .checkpoints import is_checkpoint
 
 

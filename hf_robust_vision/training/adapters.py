@@ -1,10 +1,9 @@
-"""LoRA: an adapter on the layers that would train, its checkpoint, and the stock model it is merged into."""
+"""LoRA: an adapter on the layers that would train, and its way back into the model that it was trained on."""
 
 from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_robust_vision.towers.clip import Encoder, as_encoder, load_encoder, weights_sha256
+from hf_robust_vision.towers.adapters import ADAPTER, merge_into, original_of
+from hf_robust_vision.towers.clip import Encoder, as_encoder, load_encoder
 
 from .config import AdversarialTrainingArguments
 
 
-ADAPTER = "default"
-ADAPTER_FOLDER = "adapter"
-_WEIGHTS_FILE = "adapter_model.safetensors"
 _TOWERS = {"vision_model": "visual_projection", "text_model": "text_projection"}
 
 
@@ -35,17 +32,18 @@ def add_adapter(encoder: Encoder, args: AdversarialTrainingArguments) -> None:
     Raises:
         ValueError: If no layer that trains has one of the names.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=target_pattern(encoder, args.lora_target_modules),
+        base_model_name_or_path=encoder.name_or_path,
     )
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(args.seed)
-        encoder.add_adapter(config, ADAPTER)
+        inject_adapter_in_model(config, encoder, ADAPTER)
 
 
 def target_pattern(encoder: Encoder, names: Sequence[str] | None = None) -> str:
@@ -85,51 +83,6 @@ def target_pattern(encoder: Encoder, names: Sequence[str] | None = None) -> str:
     return "|".join(parts)
 
 
-def has_adapter(encoder: nn.Module) -> bool:
-    """Whether `add_adapter` was called on an encoder."""
-    return bool(getattr(encoder, "_hf_peft_config_loaded", False))
-
-
-def load_adapter(encoder: Encoder, folder: str | Path) -> None:
-    """Read the adapter's weights of a checkpoint into an encoder that has one of the same shape.
-
-    Raises:
-        ValueError: If it is that of other layers or of another rank.
-    """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    found = load_file(Path(folder) / _WEIGHTS_FILE)
-    state = {name.removeprefix("base_model.model."): value for name, value in found.items()}
-    wanted = get_peft_model_state_dict(encoder, adapter_name=ADAPTER)
-    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in wanted.items()}:
-        raise ValueError(
-            f"the adapter in {folder} is of another rank or of other layers; go on with the lora_r and the "
-            "lora_target_modules of its run."
-        )
-    set_peft_model_state_dict(encoder, state, adapter_name=ADAPTER)
-
-
-def holds_adapter(folder: str | Path) -> bool:
-    """Whether a folder is that of an adapter alone."""
-    return (Path(folder) / _WEIGHTS_FILE).is_file()
-
-
-def merged(encoder: Encoder) -> Encoder:
-    """A copy of an encoder with its adapter added into the weights: the stock network, to save and to share."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    result = copy.deepcopy(encoder)
-    for path, module in list(result.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            parent, _, name = path.rpartition(".")
-            setattr(result.get_submodule(parent), name, module.get_base_layer())
-    result._hf_peft_config_loaded = False
-    result.__dict__.pop("peft_config", None)
-    return result
-
-
 def merge_adapter(source: str | Path, *, base: Any = None) -> Encoder:
     """Load an adapter and the model that it was trained on, and add the one into the other.
 
@@ -143,22 +96,10 @@ def merge_adapter(source: str | Path, *, base: Any = None) -> Encoder:
     Raises:
         ValueError: If the adapter does not name its base, or does not fit it.
     """
-    from peft import PeftConfig, PeftModel
-
-    named = base if base is not None else PeftConfig.from_pretrained(str(source)).base_model_name_or_path
-    if not named:
-        raise ValueError(f"the adapter {source} does not name the model that it was trained on: pass base=.")
-    encoder = as_encoder(copy.deepcopy(named)) if isinstance(named, nn.Module) else load_encoder(named)
-    before = weights_sha256(encoder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        try:
-            result = PeftModel.from_pretrained(encoder, str(source)).merge_and_unload(safe_merge=True)
-        except (UserWarning, RuntimeError) as error:
-            raise ValueError(f"the adapter {source} does not fit {type(encoder).__name__}: {error}") from error
-    if weights_sha256(result) == before:
-        raise ValueError(f"the adapter {source} leaves its base as it was; it was trained on another class of model.")
-    return result
+    if isinstance(base, nn.Module):
+        return merge_into(as_encoder(copy.deepcopy(base)), source)
+    name, revision = (base, None) if base is not None else original_of(source)
+    return merge_into(load_encoder(name, revision=revision), source)
 
 
 def _any_of(parts: Sequence[object]) -> str:

@@ -20,6 +20,7 @@ from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform, check_images
+from hf_robust_vision.towers.adapters import has_adapter
 from hf_robust_vision.towers.clip import (
     DEFAULT_TOKEN_LAYER,
     CLIPEncoder,
@@ -33,7 +34,7 @@ from hf_robust_vision.towers.clip import (
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 
 from .adapter_checkpoints import AdapterTrainer
-from .adapters import add_adapter, has_adapter
+from .adapters import add_adapter
 from .batch import Batch
 from .checkpoints import complete_checkpoint, mark_complete, need_settings, rotate, unmark
 from .collapse import Spread, check_collapse, warn_of_single_images

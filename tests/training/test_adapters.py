@@ -8,6 +8,7 @@ import shutil
 import peft
 import pytest
 import torch
+import transformers.integrations.peft
 from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
 
 from hf_robust_vision import (
@@ -23,6 +24,7 @@ from hf_robust_vision import (
 )
 from hf_robust_vision.hub.card import is_hub_id
 from hf_robust_vision.pipeline import parse, run
+from hf_robust_vision.towers.adapters import has_adapter
 from hf_robust_vision.towers.clip import attack_mode, freeze_unread, weights_sha256
 from hf_robust_vision.training.adapters import add_adapter
 from tests.training.helpers import arguments, largest_gap, make_trainer, weights
@@ -56,6 +58,36 @@ def test_only_the_vision_adapter_trains(kind, clip_folder, tmp_path):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == trainable(trainer)
     assert largest_gap(stock(after), load_encoder(clip_folder).state_dict()) == 0
+
+
+def test_transformers_is_not_asked_for_adapters(clip_folder, tmp_path, monkeypatch):
+    """findings-journey 1: its own functions refuse every peft that it does not know, the newest among them."""
+
+    def refuse(*args, **kwargs):
+        raise ValueError("the version of PEFT is not compatible")
+
+    monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", refuse)
+    settings = LORA | {"save_strategy": "steps", "save_steps": 1, "gradient_checkpointing": True}
+    make_trainer(clip_folder, tmp_path, max_steps=1, **settings).train()
+    trainer = make_trainer(clip_folder, tmp_path, max_steps=2, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer.save_model(str(tmp_path / "model"))
+    gap = largest_gap(
+        merge_adapter(tmp_path / "model" / "adapter").state_dict(), load_encoder(tmp_path / "model").state_dict()
+    )
+    assert gap < 1e-6
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.IA3Config, peft.LoHaConfig])
+def test_an_adapter_is_seen_however_it_came_in(config, clip_folder):
+    """By its layers: whatever the kind, whoever put it there, wrapped or not."""
+    model = CLIPModel.from_pretrained(clip_folder)
+    assert not has_adapter(model)
+    options = {"feedforward_modules": []} if config is peft.IA3Config else {}
+    wrapped = peft.get_peft_model(model, config(target_modules=["q_proj"], **options))
+    assert has_adapter(wrapped)
+    assert has_adapter(wrapped.get_base_model().vision_model)
+    assert not has_adapter(wrapped.unload())
 
 
 @pytest.mark.parametrize(
