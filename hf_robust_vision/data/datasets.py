@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.text_bank import check_class_names
 
+from .folders import holds, read_folder, split_folder
+
 
 # What an image column is called where nothing else tells it apart, in the order in which it is looked for.
 IMAGE_COLUMNS = ("image", "webp", "jpg", "jpeg", "png")
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 class CorruptImageError(ValueError):
@@ -103,8 +104,8 @@ class LabelledImages(Dataset):
 
     def labels(self) -> list[int]:
         """All labels, without decoding an image."""
-        if hasattr(self.rows, "column_names"):  # a `datasets.Dataset`: reading rows would decode every image
-            column = self.rows[self.label_column]
+        if hasattr(self.rows, "column_names"):  # a `datasets.Dataset`: its rows hold the images, too
+            column = self.rows[self.label_column][:]  # at once: one by one, each would be a look into the table
             return [_label(column[sample]) for sample in self.ids]
         return [_label(self.rows[sample][self.label_column]) for sample in self.ids]
 
@@ -252,8 +253,8 @@ def load_labelled_images(
         # A folder of one split holds no other: it would be train, validation and test at once.
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
         rows = _pick_split(parts, split, str(path))
-    elif path.is_dir() and (_holds(path / split, IMAGE_SUFFIXES) or not _holds(path, DATA_SUFFIXES)):
-        rows = _load_folder(path, split)
+    elif path.is_dir() and (split_folder(path, split) or not holds(path, DATA_SUFFIXES)):
+        rows = read_folder(path, split)
     else:
         try:
             rows = _load_dataset(str(name_or_path), config_name, split, streaming, revision, only_split)
@@ -288,22 +289,6 @@ def load_labelled_images(
     return loaded_images
 
 
-def _holds(folder: Path, suffixes: Container[str]) -> bool:
-    return any(file.suffix.lower() in suffixes for file in folder.rglob("*"))
-
-
-def _load_folder(path: Path, split: str) -> Any:
-    import datasets
-
-    folder = path / split if (path / split).is_dir() else path
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
-        raise ValueError(f"{folder} holds no images; wanted {folder}/<class name>/<image>.")
-    if folder == path and split != "train":
-        raise ValueError(f"{path} has no folder {split!r}; wanted {path}/{split}/<class name>/<image>.")
-    return datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", drop_labels=False)
-
-
 def _load_dataset(
     name: str, config: str | None, split: str, streaming: bool, revision: str | None, only_split: bool
 ) -> Any:
@@ -321,7 +306,10 @@ def _load_dataset(
                 "features": builder.info.features,
             }
             settings["verification_mode"] = "no_checks"  # which would miss the other splits
-    return datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision, **settings)
+    rows = datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision, **settings)
+    if Path(name).is_dir() and rows.info.builder_name == "imagefolder":  # it guesses splits from names of classes
+        raise ValueError(f"{name} holds images beside {', '.join(DATA_SUFFIXES)} files: move one kind elsewhere.")
+    return rows
 
 
 def _image_column(columns: Sequence[str], features: Mapping[str, Any]) -> str:
