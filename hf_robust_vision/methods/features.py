@@ -1,9 +1,9 @@
-"""Which features a loss looks at, and how far two sets of them are apart."""
+"""What the methods without labels share: which features the loss looks at, and how far two sets of them are apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_robust_vision.attacks import cosine_distance
-from hf_robust_vision.towers.clip import EncoderOutput, Reference, token_layer_of
+from hf_robust_vision.towers.clip import FEATURES, EncoderOutput, Reference
+from hf_robust_vision.training.base import AdversarialTrainer
+from hf_robust_vision.training.config import AdversarialTrainingArguments, one_of
+from hf_robust_vision.training.layers import Reads
+
+
+@dataclass
+class FeatureArguments(AdversarialTrainingArguments):
+    """Arguments of `FeatureTrainer`; only the added fields are listed.
+
+    Args:
+        feature: "pooled" (the papers), "patch_tokens" or "both"; a VLM reads patch tokens.
+        token_layer: Entry of `hidden_states` that the tokens come from; -2 is what LLaVA reads.
+    """
+
+    feature: str = field(default="pooled", metadata={"help": "pooled, patch_tokens or both."})
+    token_layer: int = field(default=-2, metadata={"help": "Layer of the patch tokens; -2 is what LLaVA reads."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("feature", self.feature, FEATURES)
+
+
+class FeatureTrainer(AdversarialTrainer):
+    """Base of the methods that draw the features of an adversarial image to those of the clean one."""
+
+    args: FeatureArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.token_variance = token_variance(self.reference, self.train_dataset)
+
+    @classmethod
+    def reads(cls, args: Any) -> Reads:
+        """The features that were asked for."""
+        return Reads(args.feature, args.token_layer)
+
+    def features(self, model: Any, images: Tensor) -> EncoderOutput:
+        """One forward pass that gives what `FeatureDistance` compares."""
+        return model(images, token_layer=self.token_layer)
+
+    def distance_by(self, pooled: Callable[[Tensor, Tensor], Tensor]) -> FeatureDistance:
+        """The distance on the features that were asked for.
+
+        Args:
+            pooled: Distance of pooled embeddings, `cosine_distance` or `squared_l2`.
+        """
+        return FeatureDistance(self.args.feature, pooled, self.token_variance)
 
 
 @dataclass(frozen=True)
@@ -24,20 +71,13 @@ class FeatureDistance:
 
     Args:
         feature: "pooled", "patch_tokens" or "both".
-        token_layer: Entry of `hidden_states` that the tokens come from.
         pooled: Distance of pooled embeddings, `cosine_distance` or `squared_l2`.
         token_variance: Variance of the original's tokens on clean images, see `token_variance`.
     """
 
     feature: str
-    token_layer: int
     pooled: Callable[[Tensor, Tensor], Tensor] = cosine_distance
     token_variance: float = 1.0
-
-    @property
-    def reads_layer(self) -> int | None:
-        """The layer whose tokens are read, None for pooled."""
-        return token_layer_of(self.feature, self.token_layer)
 
     def __call__(self, output: EncoderOutput, target: EncoderOutput) -> Tensor:
         """One distance per image, shape (batch,), in float32 at least."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,3 @@ class PMGAFTTrainer(ClassTrainer):
         clean, attacked = self.logits(embeds).chunk(2)
         teacher = self.logits(self.reference(adversarial).image_embeds)
         return pmg_aft_loss(clean, attacked, teacher, batch.labels, profile=self.args.profile)
-
-    def training_record(self) -> dict[str, Any]:
-        """How this model was trained, for results and card."""
-        return super().training_record() | {"profile": self.args.profile}

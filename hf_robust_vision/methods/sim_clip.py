@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.attacks import Objective, cosine_distance, squared_l2
-from hf_robust_vision.towers.clip import FEATURES, Encoder, EncoderOutput, token_layer_of
-from hf_robust_vision.training.base import AdversarialTrainer, Batch
-from hf_robust_vision.training.config import AdversarialTrainingArguments, one_of
+from hf_robust_vision.towers.clip import Encoder, EncoderOutput
+from hf_robust_vision.training.base import Batch
+from hf_robust_vision.training.config import one_of
 
-from .features import FeatureDistance, detached, split_output, token_variance
+from .features import FeatureArguments, FeatureDistance, FeatureTrainer, detached, split_output
 
 
 FORMS = ("frozen", "anchored", "paper")
@@ -21,7 +21,7 @@ DISTANCES = {"cosine": cosine_distance, "squared_l2": squared_l2}
 
 
 @dataclass
-class SimCLIPArguments(AdversarialTrainingArguments):
+class SimCLIPArguments(FeatureArguments):
     """Arguments of `SimCLIPTrainer`; only the added fields are listed.
 
     Args:
@@ -29,21 +29,16 @@ class SimCLIPArguments(AdversarialTrainingArguments):
             paper's loss, held to the original by `anchor_weight`) or "paper" (collapses, see `SimCLIPTrainer`).
         anchor_weight: Strength of the anchor; more keeps clean accuracy, less gives robust accuracy.
         attack_distance: What the attacker raises on the pooled embedding: "cosine" or "squared_l2" (official code).
-        feature: "pooled", "patch_tokens" or "both"; a VLM reads patch tokens.
-        token_layer: Entry of `hidden_states` that the tokens come from; -2 is what LLaVA reads.
     """
 
     form: str = field(default="frozen", metadata={"help": "frozen, anchored or paper."})
     anchor_weight: float = field(default=0.3, metadata={"help": "Strength of the anchor to the original."})
     attack_distance: str = field(default="cosine", metadata={"help": "cosine or squared_l2, on the pooled embedding."})
-    feature: str = field(default="pooled", metadata={"help": "pooled, patch_tokens or both."})
-    token_layer: int = field(default=-2, metadata={"help": "Layer of the patch tokens; -2 is what LLaVA reads."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("form", self.form, FORMS)
         one_of("attack_distance", self.attack_distance, tuple(DISTANCES))
-        one_of("feature", self.feature, FEATURES)
         if self.anchor_weight < 0:
             raise ValueError(f"anchor_weight must be at least 0, got {self.anchor_weight}.")
         if self.form == "anchored" and self.anchor_weight == 0:
@@ -68,7 +63,7 @@ def siamese_loss(distance: FeatureDistance, clean: EncoderOutput, adversarial: E
     return (distance(adversarial, detached(clean)) + distance(clean, detached(adversarial))) / 2
 
 
-class SimCLIPTrainer(AdversarialTrainer):
+class SimCLIPTrainer(FeatureTrainer):
     """Fine-tune the vision tower so that a perturbed image keeps the embedding of the clean one.
 
     The three forms differ in what the adversarial view is drawn to:
@@ -96,40 +91,23 @@ class SimCLIPTrainer(AdversarialTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        variance = token_variance(self.reference, self.train_dataset)
-        shared: dict[str, Any] = {
-            "feature": self.args.feature,
-            "token_layer": self.args.token_layer,
-            "token_variance": variance,
-        }
-        self.distance = FeatureDistance(**shared)
-        self.attack_distance = FeatureDistance(**shared, pooled=DISTANCES[self.args.attack_distance])
-
-    @classmethod
-    def token_layer_of(cls, args: Any) -> int | None:
-        """The layer whose patch tokens the loss reads."""
-        return token_layer_of(args.feature, args.token_layer)
+        self.distance = self.distance_by(cosine_distance)
+        self.attack_distance = self.distance_by(DISTANCES[self.args.attack_distance])
 
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
         """Distance to the tuned clean embedding (`paper`) or to the original's (`frozen`, `anchored`)."""
         target = batch.original
         if self.args.form == "paper":
-            target = detached(encoder(batch.images, token_layer=self.token_layer))
-        return lambda images: self.attack_distance(encoder(images, token_layer=self.token_layer), target)
+            target = detached(self.features(encoder, batch.images))
+        return lambda images: self.attack_distance(self.features(encoder, images), target)
 
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
         """The Siamese loss of the chosen form."""
         if self.args.form == "frozen":
-            output = model(adversarial, token_layer=self.token_layer)
-            return siamese_loss(self.distance, batch.original, output).mean()
-        both = model(torch.cat([batch.images, adversarial]), token_layer=self.token_layer)
+            return siamese_loss(self.distance, batch.original, self.features(model, adversarial)).mean()
+        both = self.features(model, torch.cat([batch.images, adversarial]))
         clean, attacked = split_output(both, len(adversarial))
         loss = siamese_loss(self.distance, clean, attacked)
         if self.args.form == "anchored":
             loss = loss + self.args.anchor_weight * self.distance(clean, batch.original)
         return loss.mean()
-
-    def training_record(self) -> dict[str, Any]:
-        """How this model was trained, for results and card."""
-        own = ("form", "anchor_weight", "attack_distance", "feature", "token_layer")
-        return super().training_record() | {name: getattr(self.args, name) for name in own}

@@ -15,6 +15,7 @@ from hf_robust_vision.towers.clip import Encoder
 from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts, tokenize
 from hf_robust_vision.training.base import Batch
 from hf_robust_vision.training.config import AdversarialTrainingArguments, one_of
+from hf_robust_vision.training.layers import Reads
 
 from .classes import ClassTrainer, divergence
 from .features import cosines
@@ -175,6 +176,11 @@ class TIMATrainer(ClassTrainer):
         tokenizer = getattr(self.processing_class, "tokenizer", None)
         self.prompts = tokenize(tokenizer, class_prompts(self.bank.class_names, templates), self.args.device)
 
+    @classmethod
+    def reads(cls, args: Any) -> Reads:
+        """The pooled embedding, and of the text tower what is to train."""
+        return Reads(text=args.text_params)
+
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
         """Cross-entropy of the true class among the tuned class texts, which stay fixed during the attack."""
         with torch.no_grad():
@@ -212,8 +218,3 @@ class TIMATrainer(ClassTrainer):
 
     def _classes(self, text_embeds: Tensor) -> Tensor:
         return class_embeddings(text_embeds, len(self.bank.templates))
-
-    def training_record(self) -> dict[str, Any]:
-        """How this model was trained, for results and card."""
-        own = (*CHOICES, "margin", "eta", *WEIGHTS)
-        return super().training_record() | {name: getattr(self.args, name) for name in own}

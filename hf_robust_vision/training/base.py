@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,6 @@ from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, eval
 from hf_robust_vision.pixels import PixelTransform, check_images
 from hf_robust_vision.towers.adapters import has_adapter
 from hf_robust_vision.towers.clip import (
-    DEFAULT_TOKEN_LAYER,
     CLIPEncoder,
     Encoder,
     Reference,
@@ -30,6 +30,7 @@ from hf_robust_vision.towers.clip import (
     attack_mode,
     freeze_unread,
     load_encoder,
+    token_layer_of,
 )
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 
@@ -40,7 +41,7 @@ from .checkpoints import complete_checkpoint, mark_complete, need_settings, rota
 from .collapse import Spread, check_collapse, warn_of_single_images
 from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
-from .layers import decay_learning_rates, freeze_first_blocks
+from .layers import Reads, decay_learning_rates, freeze_first_blocks
 from .publishing import PublishWhenMeasured
 from .speed import compile_in_place, matmul_precision
 from .streams import StreamTrainer
@@ -96,13 +97,9 @@ class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
         encoder = load_encoder(model) if isinstance(model, str) else as_encoder(model, _transform(processing_class))
         if has_adapter(encoder):
             raise ValueError("the model holds an adapter already; start from the model that it was trained on.")
-        self.token_layer = self.token_layer_of(args)
-        freeze_unread(
-            encoder,
-            feature=getattr(args, "feature", "pooled"),
-            token_layer=DEFAULT_TOKEN_LAYER if self.token_layer is None else self.token_layer,
-            text=getattr(args, "text_params", "none"),
-        )
+        reads = self.reads(args)
+        self.token_layer = token_layer_of(reads.feature, reads.token_layer)
+        freeze_unread(encoder, **asdict(reads))
         freeze_first_blocks(encoder, args.freeze_blocks)
         self.reference = reference or Reference(encoder, self.token_layer, share_weights=args.use_peft)
         if args.use_peft:
@@ -133,9 +130,9 @@ class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
     # What a method says
 
     @classmethod
-    def token_layer_of(cls, args: Any) -> int | None:
-        """The layer whose patch tokens the method reads; None for none."""
-        return None
+    def reads(cls, args: Any) -> Reads:
+        """What of the network the loss reads under these arguments; by default the pooled image embedding."""
+        return Reads()
 
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
         """What the attacker maximises: adversarial images to one loss per image.
@@ -368,21 +365,25 @@ class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
     def training_record(self) -> dict[str, Any]:
         """How this model was trained, for results and card."""
         args = self.args
-        return {
-            "method": self.method,
-            "norm": args.attack_norm,
-            "eps": float(args.attack_eps),
-            "attack_steps": args.attack_steps,
-            "attack_step_size": None if args.attack_step_size is None else float(args.attack_step_size),
-            "steps": self.state.global_step,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "learning_rate": args.learning_rate,
-            "weight_decay": args.weight_decay,
-            "max_grad_norm": args.max_grad_norm,
-            "seed": args.seed,
-            "world_size": args.world_size,
-            "precision": "bf16" if self.accelerator.mixed_precision == "bf16" else "float32",
-        } | args.tuning_record()
+        return (
+            {
+                "method": self.method,
+                "norm": args.attack_norm,
+                "eps": float(args.attack_eps),
+                "attack_steps": args.attack_steps,
+                "attack_step_size": None if args.attack_step_size is None else float(args.attack_step_size),
+                "steps": self.state.global_step,
+                "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "learning_rate": args.learning_rate,
+                "weight_decay": args.weight_decay,
+                "max_grad_norm": args.max_grad_norm,
+                "seed": args.seed,
+                "world_size": args.world_size,
+                "precision": "bf16" if self.accelerator.mixed_precision == "bf16" else "float32",
+            }
+            | args.tuning_record()
+            | args.own_settings()
+        )
 
 
 def _transform(processing_class: Any) -> PixelTransform | None:

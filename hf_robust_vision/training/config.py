@@ -171,6 +171,11 @@ class AdversarialTrainingArguments(TrainingArguments):
             record["lora_target_modules"] = self.lora_target_modules or "all"
         return record
 
+    def own_settings(self) -> dict[str, Any]:
+        """Value of every field that the method added."""
+        shared = {item.name for item in fields(AdversarialTrainingArguments)}
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shared}
+
     def method_settings(self) -> dict[str, Any]:
         """What to type to its value, for all that decides what is learnt: it may not change where a run goes on."""
         free = {item.name for item in fields(TrainingArguments)} | set(MAY_CHANGE)

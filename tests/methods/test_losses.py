@@ -19,7 +19,7 @@ from hf_robust_vision.training.collapse import (
 from tests.conftest import make_dataset
 
 
-POOLED = FeatureDistance("pooled", -2)
+POOLED = FeatureDistance("pooled")
 
 
 def output(embeds, tokens=None, grad=False):
@@ -82,13 +82,12 @@ def test_stop_gradient_stops():
 def test_tokens_and_both():
     one = output([[1.0, 0.0]], [[[1.0, 2.0], [3.0, 4.0]]])
     other = output([[0.0, 1.0]], [[[1.0, 0.0], [3.0, 0.0]]])
-    tokens = FeatureDistance("patch_tokens", -2, token_variance=4.0)
-    both = FeatureDistance("both", -2, token_variance=4.0)
+    tokens = FeatureDistance("patch_tokens", token_variance=4.0)
+    both = FeatureDistance("both", token_variance=4.0)
     assert tokens(one, other).item() == pytest.approx((4 + 16) / 4 / 4)
     assert both(one, other).item() == pytest.approx(1 + 1.25)
-    squared = FeatureDistance("both", -2, pooled=squared_l2, token_variance=4.0)
+    squared = FeatureDistance("both", pooled=squared_l2, token_variance=4.0)
     assert squared(one, other).item() == pytest.approx(2 + 1.25)
-    assert (POOLED.reads_layer, tokens.reads_layer) == (None, -2)
 
 
 def test_low_precision_is_widened():
