@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_robust_vision.pixels import PixelTransform
 
-from .datasets import decode_image
+from .decode import decode_image, undecoded
 
 
 class CaptionedImages:
@@ -47,7 +47,7 @@ class CaptionedImages:
         for column in (image_column, caption_column):
             if column not in columns:
                 raise ValueError(f"{name} has no column {column!r}, only {sorted(columns)}.")
-        self.rows, self.transform, self.name, self.split = rows, transform, name, split
+        self.rows, self.transform, self.name, self.split = undecoded(rows, image_column), transform, name, split
         self.image_column = image_column
         self.captions: list[str] = []
         self.owners: list[int] = []

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.text_bank import check_class_names
 
+from .decode import CorruptImageError, decode_image, undecoded
 from .folders import holds, read_folder, split_folder
 
 
 # What an image column is called where nothing else tells it apart, in the order in which it is looked for.
 IMAGE_COLUMNS = ("image", "webp", "jpg", "jpeg", "png")
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar")
-
-
-class CorruptImageError(ValueError):
-    """An image that can not be decoded; the message names it."""
-
-
-def decode_image(value: Any, name: str = "image") -> Tensor:
-    """Decode a path, bytes, PIL image, or `datasets` image entry to a tensor in [0, 1], shape (3, height, width).
-
-    Raises:
-        CorruptImageError: If the image can not be read to its end.
-    """
-    try:
-        if isinstance(value, Mapping):
-            source = value.get("bytes")
-            value = io.BytesIO(source) if source is not None else value["path"]
-        elif isinstance(value, bytes):
-            value = io.BytesIO(value)
-        picture = value if isinstance(value, Image.Image) else Image.open(value)
-        array = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise CorruptImageError(f"{name} is corrupt or truncated ({error}); pass --skip_corrupt to go on.") from error
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous() / 255
 
 
 class LabelledImages(Dataset):
@@ -85,7 +59,7 @@ class LabelledImages(Dataset):
         if len(rows) == 0:
             raise ValueError(f"{name} ({split}) holds no images.")
         _need_columns(rows[0] if not hasattr(rows, "column_names") else rows.column_names, image_column, label_column)
-        self.rows, self.class_names, self.transform = rows, tuple(class_names), transform
+        self.rows, self.class_names, self.transform = undecoded(rows, image_column), tuple(class_names), transform
         self.name, self.split = name, split
         self.image_column, self.label_column = image_column, label_column
         self.ids = list(range(len(rows))) if ids is None else list(ids)
@@ -166,7 +140,7 @@ class StreamedImages(IterableDataset):
         skip_corrupt: bool = False,
     ):
         check_class_names(class_names)
-        self.stream, self.class_names, self.transform = stream, tuple(class_names), transform
+        self.stream, self.class_names, self.transform = undecoded(stream, image_column), tuple(class_names), transform
         self.name, self.split, self.skip_corrupt, self.skipped = name, split, skip_corrupt, 0
         self.image_column, self.label_column = image_column, label_column
         self.rank, self.world = 0, 1
@@ -277,8 +251,6 @@ def load_labelled_images(
             f"got {len(names)} class names, but {name_or_path} ({split}) has {len(own_names)} classes: "
             f"{list(own_names)[:5]}..."
         )
-    if image_column in (rows.features or {}):  # decoded by us, so that a broken file can be named
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
     shared: dict[str, Any] = {"name": str(path.name if path.is_dir() else name_or_path), "split": split}
     columns_used: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     if isinstance(rows, datasets.IterableDataset):

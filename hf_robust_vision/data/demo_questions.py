@@ -12,7 +12,7 @@ import torch
 
 from hf_robust_vision.pixels import Fitting, PixelTransform
 
-from .datasets import decode_image
+from .decode import decode_image
 from .demo import demo_folder, demo_rows, load_demo
 
 

@@ -2,70 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 
 import datasets
-import numpy as np
 import pytest
 import torch
 
 from hf_robust_vision.data.collator import collate_images
-from hf_robust_vision.data.datasets import (
-    CorruptImageError,
-    LabelledImages,
-    StreamedImages,
-    decode_image,
-    load_labelled_images,
-)
+from hf_robust_vision.data.datasets import LabelledImages, StreamedImages, load_labelled_images
+from hf_robust_vision.data.decode import CorruptImageError
 from hf_robust_vision.data.splits import only_classes, relabel
 from hf_robust_vision.pipeline.run_data import DataArguments, load_splits
 from hf_robust_vision.pixels import PixelTransform
 from tests.conftest import NAMES, SIZE, make_dataset, picture
+from tests.data.test_decode import encoded
 
 
 FIT = PixelTransform(SIZE, (SIZE, SIZE))
-
-
-def encoded(image, kind="png"):
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["path", "bytes", "pil", "entry with bytes", "entry with path"])
-def test_every_form_of_an_image(kind, tmp_path):
-    image = picture(0, 1)
-    image.save(tmp_path / "image.png")
-    value = {
-        "path": str(tmp_path / "image.png"),
-        "bytes": encoded(image),
-        "pil": image,
-        "entry with bytes": {"bytes": encoded(image), "path": None},
-        "entry with path": {"bytes": None, "path": str(tmp_path / "image.png")},
-    }[kind]
-    got = decode_image(value)
-    assert got.dtype == torch.float32
-    assert torch.equal((got * 255).round().byte(), torch.from_numpy(np.array(image)).permute(2, 0, 1))
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_other_modes_become_rgb(mode):
-    assert decode_image(picture(0, 0).convert(mode)).shape == (3, SIZE, SIZE)
-
-
-@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "bmp", "tiff", "ppm"])
-def test_truncated_at_any_byte(kind):
-    """Whatever PIL raises, the caller sees one error with the name."""
-    content = encoded(picture(0, 0, 16), kind)
-    failures = 0
-    for length in range(0, len(content), 3):
-        try:
-            decode_image(content[:length], "image 7 of here")
-        except CorruptImageError as error:
-            failures += 1
-            assert "image 7 of here" in str(error)  # noqa: PT017
-    assert failures > len(content) / 3 * 0.5
 
 
 def test_corrupt_file_is_named_and_counted(image_folder, tmp_path):

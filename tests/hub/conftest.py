@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.data.datasets import decode_image, load_labelled_images
+from hf_robust_vision.data.datasets import load_labelled_images
+from hf_robust_vision.data.decode import decode_image
 from hf_robust_vision.evaluation.results import save_results
 from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
