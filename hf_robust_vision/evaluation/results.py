@@ -249,11 +249,14 @@ def tracked_metrics(results: Iterable[RobustnessResult]) -> dict[str, float]:
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one."""
+    r"""Write a text file so that a reader sees the old one or the new one.
+
+    What UTF-8 can not say, as half a name that a file system could not read, is written as JSON escapes it: `\udcff`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
     draft.replace(path)
 
 

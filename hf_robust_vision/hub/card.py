@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
 from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, write_atomically
+from hf_robust_vision.report.escape import markdown, markdown_code
 
 from .usage import usage_block
 
@@ -106,7 +107,7 @@ def results_table(results: Sequence[RobustnessResult]) -> str:
         attack = f"{result.protocol}, {result.norm} {pretty_eps(result)}"
         if (result.metric, result.dataset) != (results[0].metric, results[0].dataset):
             attack += f" ({result.metric} on {result.dataset})"
-        lines.append(f"| {result.model} | {attack} | {clean} | {robust} | {result.num_samples} |")
+        lines.append(f"| {markdown(result.model)} | {markdown(attack)} | {clean} | {robust} | {result.num_samples} |")
     return "\n".join(lines)
 
 
@@ -167,17 +168,18 @@ def _body(
 ) -> str:
     first = after[0]
     training = first.training or {}
-    how = "\n".join(f"- {key}: {value}" for key, value in training.items())
-    attacks = "; ".join(f"{a['name']}: {a['steps']} steps, {a['restarts']} restarts" for a in first.attacks)
+    how = "\n".join(f"- {markdown(key)}: {markdown(value)}" for key, value in training.items())
+    attacks = "; ".join(f"{markdown(a['name'])}: {a['steps']} steps, {a['restarts']} restarts" for a in first.attacks)
     image = f"![Accuracy over eps]({picture})\n\n" if picture else ""
     tuned = "vision tower was" if training.get("text_params", "none") == "none" else "vision and text towers were"
-    method = training.get("method", "unknown method")
+    method = markdown(training.get("method", "unknown method"))
+    original, dataset = markdown_code(base_model), markdown(first.dataset)
     source = f"Method: [{method}](https://arxiv.org/abs/{paper}).\n" if paper else ""
-    left_out = f"\nLeft out for want of classes: {', '.join(first.left_out)}." if first.left_out else ""
-    return f"""# {model_name}
+    left_out = f"\nLeft out for want of classes: {markdown(', '.join(first.left_out))}." if first.left_out else ""
+    return f"""# {markdown(model_name)}
 
 A `CLIPModel` whose {tuned} fine-tuned against adversarial images
-({method}; original: `{base_model}`; data: {first.dataset}). It loads without any extra package:
+({method}; original: {original}; data: {dataset}). It loads without any extra package:
 
 {usage_block("model", ".", first, base_model)}
 
@@ -185,9 +187,9 @@ A `CLIPModel` whose {tuned} fine-tuned against adversarial images
 
 {results_table(results)}
 
-{image}White-box attacks through normalisation, worst case per sample, on the {first.split} split of {first.dataset}
+{image}White-box attacks through normalisation, worst case per sample, on the {markdown(first.split)} split of {dataset}
 ({first.num_samples} images, {len(first.class_names)} classes, {len(first.templates)} prompt templates, hash
-`{first.template_hash}`). First radius: {attacks}. 95 % Wilson intervals. Every sample's outcome lies in the
+{markdown_code(first.template_hash)}). First radius: {attacks}. 95 % Wilson intervals. Every sample's outcome lies in the
 `samples-*.jsonl` files, the full protocol in `robustness.json`.{left_out}
 
 ## Training
@@ -199,5 +201,5 @@ A `CLIPModel` whose {tuned} fine-tuned against adversarial images
 
 The numbers hold for this data, these attacks and these radii; a stronger attack can only lower the robust ones.
 Zero-shot robustness does not show how a vision-language model with this tower behaves: measure the model that you
-deploy. The terms of the original (`{base_model}`) hold for what was made from it.
+deploy. The terms of the original ({original}) hold for what was made from it.
 """

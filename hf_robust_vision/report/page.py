@@ -13,6 +13,7 @@ import jinja2
 from hf_robust_vision.evaluation.results import RobustnessResult, load_results, pretty_eps, write_atomically
 
 from .curve import COLOURS, STYLE, Curve, Point, draw_curves, palette
+from .escape import markdown, markdown_code
 from .examples import Example, Source, pick_examples
 
 
@@ -360,9 +361,8 @@ def _template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "percent": lambda share: f"{100 * share:.1f}",
-        "cell": lambda text: text.replace("|", "\\|"),
-    }
+    if name.endswith(".md"):
+        environment.finalize = markdown
+    environment.filters |= {"percent": lambda share: f"{100 * share:.1f}", "code": markdown_code}
     environment.globals |= {"colours": len(COLOURS)}
     return environment.get_template(name)

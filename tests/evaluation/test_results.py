@@ -76,6 +76,12 @@ def test_round_trip(tmp_path):
     assert all(wanted <= set(row) for row in content["results"])
 
 
+def test_names_that_are_no_text_come_back(tmp_path):
+    """A folder's name may hold bytes that are no UTF-8 (findings-reliability 4 and 13: it must not cost the results)."""
+    save_results([result(class_names=["undecodable \udcff", "\x00"])], tmp_path)
+    assert load_results(tmp_path)[0].class_names == ["undecodable \udcff", "\x00"]
+
+
 def test_newer_fields_are_left_out_and_other_schemas_refused(tmp_path):
     path = save_results([result()], tmp_path)
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -90,8 +96,8 @@ def test_newer_fields_are_left_out_and_other_schemas_refused(tmp_path):
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
+    with pytest.raises(TypeError):
+        write_atomically(path, b"new")
     assert path.read_text() == "old"
     write_atomically(path, "new")
     assert [file.name for file in tmp_path.iterdir() if not file.name.startswith(".")] == ["file"]

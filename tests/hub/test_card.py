@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 from huggingface_hub import ModelCard
 
 from hf_robust_vision.evaluation.results import pretty_eps
 from hf_robust_vision.hub.card import eval_results, is_hub_id, make_card, write_card
+from hf_robust_vision.hub.usage import KINDS, replace_usage, usage_block
 from tests.evaluation.test_results import result
+from tests.report.test_escape import HOSTILE
 
 
 def test_numbers_of_table_and_index(tmp_path):
@@ -79,3 +84,47 @@ def test_only_what_is_on_the_hub_is_linked(tmp_path, monkeypatch):
     told = (card.data.base_model, card.data.base_model_relation, card.data.datasets, card.data.license)
     assert told == ("openai/clip", "finetune", ["imagenet-1k"], "mit")
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "zero-shot-image-classification")
+
+
+def snippet(card):
+    """The Python of the usage block."""
+    (block,) = re.findall(r"```python\n(.*?)\n```", card, flags=re.DOTALL)
+    return block
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_no_name_becomes_code_or_markup(name, tmp_path):
+    """findings-reliability 4 and 13: the snippet only loads and prints, whatever names it holds."""
+
+    def text_of(name):
+        named = {"dataset": name, "split": name, "protocol": name, "templates": [f"{name} {{}}"], "left_out": [name]}
+        named |= {"class_names": [name, "dog"], "template_hash": name, "training": {"method": name, name: name}}
+        named |= {"attacks": [{"name": name, "steps": 5, "restarts": 1}]}
+        results = [result(model="before", **named), result(**named)]
+        path = write_card(tmp_path, results, model_name=name, base_model=name, paper="2407.14971")
+        card = ModelCard.load(path)
+        assert card.data.eval_results == eval_results(results[1:])
+        return card.text
+
+    text, plain = text_of(name), text_of("name")
+    tree, plain_tree = ast.parse(snippet(text)), ast.parse(snippet(plain))
+    assert ast.dump(tree) == ast.dump(plain_tree).replace("'name name'", repr(f"{name} {name}")).replace(
+        "'name dog'", repr(f"{name} dog")
+    )
+    assert len(text.splitlines()) == len(plain.splitlines())
+    outside = re.sub(
+        r"```python.*?\n```|<!-- /?usage.*?-->|(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", text, flags=re.DOTALL
+    )
+    assert "<" not in outside
+    block = usage_block("model", "me/clip", result())
+    assert len(re.findall(r"^```\w*$", replace_usage(text, block), flags=re.MULTILINE)) == 2
+    assert block in replace_usage(text, block)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_repository_or_an_original_of_any_name_is_quoted(kind, name):
+    tree = ast.parse(snippet(usage_block(kind, name, result(), name)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    loaded = [call.args[-1] for call in calls if getattr(call.func, "attr", "") == "from_pretrained"]
+    assert {ast.literal_eval(argument) for argument in loaded} == {name}

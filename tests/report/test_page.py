@@ -15,6 +15,7 @@ from hf_robust_vision.evaluation.results import SampleRecord, save_results
 from hf_robust_vision.report.curve import HEIGHT, LEFT, RIGHT, WIDTH, Curve, Point, draw_curves
 from hf_robust_vision.report.page import checks_of, read_sources, results_text, write_report
 from tests.evaluation.test_results import result
+from tests.report.test_escape import HOSTILE
 
 
 NAMES = ["cat", "dog", "<b>fox|"]
@@ -109,14 +110,33 @@ def test_markdown_has_no_empty_line_inside_a_table(files, tmp_path):
         assert not lines[place - 2]
 
 
-def test_names_can_not_break_the_page(tmp_path):
-    save_results(measured("<script>x</script>|", (0.4, 0.2), dataset="<i>&"), tmp_path)
-    html, page, curve = write_report([tmp_path], tmp_path, title="<u>")
-    for text in (html.read_text(), curve.read_text()):
-        assert "<script" not in text
-        assert "<i>" not in text
-        assert "<u>" not in text
-    assert "| <script>x</script>\\| | 75.0" in page.read_text()
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_can_not_break_the_page(name, tmp_path):
+    """findings-reliability 13: all that a result names, in HTML, SVG and Markdown, leaves the page as it is."""
+
+    def pages(name):
+        named = {"dataset": name, "split": name, "group": name, "protocol": name, "templates": [f"{name} {{}}"]}
+        named |= {"left_out": [name], "training": {"method": name, name: name}, "versions": {name: name}}
+        named |= {"attacks": [{"name": name, "steps": 5, "restarts": 1, "target": name}], "template_hash": name}
+        named |= {"class_names": [name, "dog"], "sanity": SANITY | {"why": name}}
+        save_results(measured(name, (0.4, 0.2), **named), tmp_path)
+        return [path.read_text() for path in write_report([tmp_path], tmp_path, title=name)]
+
+    html, page, curve = pages(name)
+    plain_html, plain_page, plain_curve = pages("name")
+    assert [tag for tag, _ in Reader(html).tags] == [tag for tag, _ in Reader(plain_html).tags]
+    assert curve.count("<") == plain_curve.count("<")
+    assert len(page.splitlines()) == len(plain_page.splitlines())
+    spans = re.compile(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)")
+    assert "<" not in spans.sub("", page)
+    cells, plain_cells = (
+        [re.sub(r"\\\\|\\\|", "", line).count("|") for line in text.splitlines() if line.startswith("|")]
+        for text in (page, plain_page)
+    )
+    assert cells == plain_cells
+
+
+SANITY = {"verdict": "not run", "flagged": [], "checks": []}
 
 
 def test_labels(tmp_path):
@@ -245,7 +265,7 @@ def test_examples_show_where_models_part(tmp_path):
     html, page, _ = write_report([weak, strong], tmp_path, examples=2)
     table = [line for line in page.read_text().splitlines() if line.startswith(("| 0 |", "| 1 |", "| 2 |"))]
     assert table == [
-        "| 1 | dog | 4/255 | undefended | dog | <b>fox\\| |",  # they part: first
+        "| 1 | dog | 4/255 | undefended | dog | &lt;b&gt;fox\\| |",  # they part: first
         "| 1 | dog | 4/255 | strong | dog | dog |",
         "| 0 | cat | 4/255 | undefended | cat | dog |",  # both fall: second
         "| 0 | cat | 4/255 | strong | cat | dog |",
@@ -260,7 +280,7 @@ def test_examples_are_of_different_classes_first(tmp_path):
     folder = with_images(tmp_path, "before", fooled=set(range(6)), ids=tuple(range(6)))
     page = write_report([folder], tmp_path, examples=4)[1].read_text()
     truths = [line.split("|")[2].strip() for line in page.splitlines() if re.match(r"\| \d \|", line)]
-    assert truths == ["cat", "dog", "<b>fox\\", "cat"]
+    assert truths == ["cat", "dog", "&lt;b&gt;fox\\", "cat"]
 
 
 def test_no_result_or_no_file_is_one_clear_line(tmp_path):
