@@ -82,7 +82,7 @@ def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> l
     how = VLMProtocol(
         tuple(map(float, args.eps)), steps=args.steps, restarts=args.restarts, batch_size=args.batch_size
     )
-    clean = VLMProtocol((0.0,), steps=0, restarts=1, batch_size=args.batch_size)
+    clean = VLMProtocol((0.0,), batch_size=args.batch_size)
     asked = load_questions("test", yes_no=False, limit=args.num_questions)
     yes_no = load_questions("test", yes_no=True, limit=args.num_questions)
     targeted = {"group": "targeted", "max_new_tokens": 8, **shared}

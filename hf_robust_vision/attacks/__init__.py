@@ -18,8 +18,18 @@ from .objectives import (
     cosine_distance,
     squared_l2,
 )
-from .pgd import NonFiniteGradientWarning, fgsm, pgd
-from .protocol import PROTOCOLS, Attack, Outcome, Protocol, get_protocol, run_protocol
+from .pgd import fgsm, pgd
+from .protocol import (
+    PROTOCOLS,
+    Attack,
+    Outcome,
+    Protocol,
+    attack_classes,
+    classification_objective,
+    get_protocol,
+    run_protocol,
+)
+from .search import NonFiniteGradientWarning
 from .square import square
 
 
@@ -44,6 +54,8 @@ __all__ = [
     "TargetedDLR",
     "TargetedMargin",
     "apgd",
+    "attack_classes",
+    "classification_objective",
     "cosine_distance",
     "fab",
     "fgsm",

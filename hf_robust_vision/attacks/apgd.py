@@ -10,7 +10,7 @@ from torch import Tensor
 from .balls import Ball
 from .noise import StartNoise
 from .objectives import Objective, Success
-from .pgd import GradientGuard, Keeper, Survivors, check_settings, value_and_gradient
+from .search import GradientGuard, Keeper, Survivors, check_settings, value_and_gradient
 
 
 MOMENTUM = 0.75  # share of the new step; the rest is the previous move
@@ -53,7 +53,7 @@ def apgd(
         Croce and Hein 2020, https://huggingface.co/papers/2003.01690, algorithm 1.
     """
     check_settings(steps, restarts, noise)
-    if ball.eps == 0 or steps == 0 or len(images) == 0:
+    if ball.eps == 0 or len(images) == 0:
         return images.detach().clone()
     images = images.detach()
     keeper = Keeper(images, best=True)

@@ -19,14 +19,13 @@ class Ball(ABC):
             perturbation over the whole [0, 1] image.
 
     Raises:
-        ValueError: If `eps` is negative or not finite.
+        ValueError: If `eps` is negative or not finite, or over 1 for `LinfBall`, which looks like 0-255 units.
     """
 
     eps: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps must be a finite number of at least 0, got {self.eps}.")
+        check_length("eps", self.eps, self.norm)
 
     @property
     @abstractmethod
@@ -89,18 +88,7 @@ class Ball(ABC):
 
 @dataclass(frozen=True)
 class LinfBall(Ball):
-    """No pixel changes by more than `eps`.
-
-    Raises:
-        ValueError: If `eps` is over 1, which looks like 0-255 units.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eps > 1:
-            raise ValueError(
-                f"eps={self.eps:g} is over 1, but images lie in [0, 1]; for 0-255 units type eps={self.eps:g}/255."
-            )
+    """No pixel changes by more than `eps`."""
 
     @property
     def norm(self) -> str:
@@ -171,6 +159,26 @@ def make_ball(norm: str, eps: float) -> Ball:
     if norm.lower() not in balls:
         raise ValueError(f"unknown norm {norm!r}; choose one of {', '.join(map(repr, balls))}.")
     return balls[norm.lower()](eps)
+
+
+def check_length(name: str, value: float, norm: str, *, zero: bool = True) -> None:
+    """Refuse a radius or a step that is not one.
+
+    Args:
+        name: What it is called.
+        value: In pixels of [0, 1] for "linf", a Euclidean length for "l2".
+        norm: "linf" or "l2".
+        zero: Zero is allowed.
+
+    Raises:
+        ValueError: If it is not finite, negative, or over 1 for "linf", which looks like 0-255 units.
+    """
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} must be a finite number {'of at least' if zero else 'above'} 0, got {value}.")
+    if norm.lower() == "linf" and value > 1:
+        raise ValueError(
+            f"{name}={value:g} is over 1, but images lie in [0, 1]; for 0-255 units type {name}={value:g}/255."
+        )
 
 
 def _lengths(tensor: Tensor) -> Tensor:

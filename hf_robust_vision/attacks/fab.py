@@ -10,7 +10,7 @@ from torch import Tensor
 from .balls import Ball
 from .noise import StartNoise
 from .objectives import Objective, Success
-from .pgd import GradientGuard, Survivors, check_settings, value_and_gradient
+from .search import GradientGuard, Survivors, check_settings, value_and_gradient
 
 
 OVERSHOOT = 1.05  # how far beyond the linearised boundary a step goes
@@ -56,7 +56,9 @@ def fab(
         Croce and Hein 2020, https://huggingface.co/papers/1907.02044, algorithm 1.
     """
     check_settings(steps, restarts, noise)
-    if ball.eps == 0 or steps == 0 or len(images) == 0:
+    if fooled is None:
+        raise ValueError("fab looks for the nearest image that fools: it needs to be told what fools (fooled=).")
+    if ball.eps == 0 or len(images) == 0:
         return images.detach().clone()
     search = _Search(images.detach(), ball, nearest)
     guard = GradientGuard(images.device)

@@ -2,55 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import cast
-
-import torch
 from torch import Tensor
 
-from .balls import Ball
+from .balls import Ball, check_length
 from .noise import StartNoise
 from .objectives import Objective, Success
-
-
-class NonFiniteGradientWarning(UserWarning):
-    """The attack met gradients that are not numbers; they were set to zero and counted."""
-
-
-class GradientGuard:
-    """Counts gradients that are not finite, sets them to zero, and says so once at the end."""
-
-    def __init__(self, device: torch.device):
-        self._bad = torch.zeros((), dtype=torch.long, device=device)
-        self._seen = 0
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """The gradient with zeros in the place of what is not finite."""
-        self._seen += len(gradient)
-        self._bad += (~gradient.isfinite()).flatten(1).any(1).sum()
-        return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-    def report(self) -> None:
-        """Warn if any gradient was not finite."""
-        if count := int(self._bad.item()):
-            warnings.warn(
-                f"{count} of {self._seen} image gradients held values that are not finite; they were set to zero. "
-                "The attack is weaker than it claims: check the model, or run it in float32.",
-                NonFiniteGradientWarning,
-                stacklevel=3,
-            )
-
-
-def value_and_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (batch,) and their gradient with respect to the images; no parameter gradient is touched."""
-    with torch.enable_grad():
-        losses = objective(images.requires_grad_(True))
-        if losses.shape != (len(images),):
-            raise ValueError(
-                f"an objective must give one loss per image, shape ({len(images)},), got {tuple(losses.shape)}."
-            )
-        (gradient,) = torch.autograd.grad(losses.sum(), images)
-    return losses.detach().float() if losses.dtype in (torch.half, torch.bfloat16) else losses.detach(), gradient
+from .search import GradientGuard, Keeper, Survivors, check_settings, value_and_gradient
 
 
 def pgd(
@@ -72,7 +29,7 @@ def pgd(
         images: Clean images in [0, 1], shape (batch, 3, height, width).
         ball: Where the perturbation may go.
         steps: Gradient steps per restart.
-        step_size: Length of a step in the units of `ball.eps`; by default 2.5 * eps / steps, at most 1.25 * eps.
+        step_size: Length of a step in the units of `ball.eps`; None is `default_step`.
         noise: Random start; None starts at the clean image, whose gradient is zero for an embedding distance to
             the model's own clean embedding.
         restarts: Independent starts, of which the best counts; more than one needs `noise`.
@@ -91,9 +48,11 @@ def pgd(
         Madry et al. 2018, https://huggingface.co/papers/1706.06083.
     """
     check_settings(steps, restarts, noise)
-    if ball.eps == 0 or steps == 0 or len(images) == 0:
+    size = default_step(steps, ball) if step_size is None else step_size
+    if step_size is not None:
+        check_length("step_size", step_size, ball.norm, zero=ball.eps == 0)
+    if ball.eps == 0 or len(images) == 0:
         return images.detach().clone()
-    size = step_size if step_size is not None else min(2.5 / steps, 1.25) * ball.eps
     images = images.detach()
     keeper = Keeper(images, best or restarts > 1 or fooled is not None)
     guard = GradientGuard(images.device)
@@ -119,6 +78,11 @@ def pgd(
     return keeper.images
 
 
+def default_step(steps: int, ball: Ball) -> float:
+    """Length of a step of `pgd` in the units of `ball.eps`: 2.5 * eps / steps, at most 1.25 * eps."""
+    return min(2.5 / steps, 1.25) * ball.eps
+
+
 def fgsm(objective: Objective, images: Tensor, ball: Ball, *, noise: StartNoise | None = None) -> Tensor:
     """One step of length `eps` (from the clean image), or of 1.25 * eps from a random start.
 
@@ -132,85 +96,5 @@ def fgsm(objective: Objective, images: Tensor, ball: Ball, *, noise: StartNoise 
         Goodfellow et al. 2015, https://huggingface.co/papers/1412.6572; with a random start Wong et al. 2020,
         https://huggingface.co/papers/2001.03994.
     """
-    size = ball.eps if noise is None else 1.25 * ball.eps
+    size = ball.eps if noise is None else None
     return pgd(objective, images, ball, steps=1, step_size=size, noise=noise, best=False)
-
-
-def check_settings(steps: int, restarts: int, noise: StartNoise | None) -> None:
-    """Refuse settings that would silently do nothing or less than asked."""
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}.")
-    if restarts < 1:
-        raise ValueError(f"restarts must be at least 1, got {restarts}.")
-    if restarts > 1 and noise is None:
-        raise ValueError(f"restarts={restarts} without noise would repeat the same run; pass noise=StartNoise(...).")
-
-
-class Survivors:
-    """The images that one restart still works on: their rows in the batch, and all that closes over them."""
-
-    def __init__(
-        self, rows: Tensor, objective: Objective, fooled: Success | None, images: Tensor, noise: StartNoise | None
-    ):
-        self.rows = torch.arange(len(images), device=images.device)
-        self.objective, self.fooled, self.images, self.noise = objective, fooled, images, noise
-        if len(rows) < len(images):
-            self.keep(rows)
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some rows only."""
-        take = getattr(self.objective, "take", None)
-        if take is None:
-            raise ValueError(
-                f"{self.objective!r} has no take(rows), so fooled images can not leave the batch; "
-                "add it or pass fooled=None."
-            )
-        self.objective = cast(Objective, take(rows))
-        self.fooled = self.fooled.take(rows) if self.fooled is not None else None
-        self.noise = self.noise.take(rows) if self.noise is not None else None
-        self.rows, self.images = self.rows[rows], self.images[rows]
-
-    def start(self, ball: Ball, restart: int) -> Tensor:
-        """Where this restart begins."""
-        if self.noise is None:
-            return self.images.clone()
-        return ball.start(self.images, self.noise.draw(self.images, restart))
-
-
-class Keeper:
-    """Remembers, for every image, the adversarial image to return."""
-
-    def __init__(self, images: Tensor, best: bool):
-        self.images = images.clone()
-        self.best = best
-        self.losses = torch.full((len(images),), -torch.inf, device=images.device, dtype=torch.float64)
-        if images.device.type == "mps":  # no float64 there
-            self.losses = self.losses.float()
-        self.finished = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-
-    def unfinished(self) -> Tensor:
-        """Rows that no restart has fooled yet."""
-        return (~self.finished).nonzero().flatten()
-
-    def offer(self, run: Survivors, adversarial: Tensor, losses: Tensor) -> Tensor | None:
-        """Keep what is better or fooled; say which rows of the run go on, or None for all of them."""
-        if not self.best:
-            return None
-        hit = run.fooled(adversarial) if run.fooled is not None else None
-        better = losses > self.losses[run.rows]
-        take = better if hit is None else better | hit
-        rows = run.rows[take]
-        self.images[rows] = adversarial.detach()[take]
-        self.losses[rows] = losses[take].to(self.losses.dtype)
-        if hit is None or not bool(hit.any()):
-            return None
-        self.finished[run.rows[hit]] = True
-        return (~hit).nonzero().flatten()
-
-    def offer_last(self, run: Survivors, adversarial: Tensor) -> None:
-        """Score the last iterate of a run without its gradient, or simply keep it."""
-        if not self.best:
-            self.images[run.rows] = adversarial
-            return
-        with torch.no_grad():
-            self.offer(run, adversarial, run.objective(adversarial))

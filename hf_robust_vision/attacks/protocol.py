@@ -1,17 +1,17 @@
-"""Named protocols: which attacks run, in which order, and the worst case over them per sample."""
+"""What an attack is, for every task; named protocols of them, and the worst case over one per sample."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .apgd import apgd
-from .balls import Ball
+from .balls import Ball, check_length
 from .fab import fab
 from .noise import StartNoise
 from .objectives import (
@@ -22,10 +22,12 @@ from .objectives import (
     Margin,
     Misclassified,
     Objective,
+    Success,
     TargetedDLR,
     TargetedMargin,
 )
-from .pgd import pgd
+from .pgd import default_step, pgd
+from .search import check_count
 from .square import square
 
 
@@ -40,21 +42,31 @@ TARGETED: dict[str, Callable[[ImagesToLogits, Tensor, Tensor], Objective]] = {
 }
 MIN_CLASSES = {"dlr": 3, "targeted-dlr": 4}  # two for all others
 ALGORITHMS = {"pgd": "PGD", "apgd": "APGD", "fab": "FAB", "square": "Square, black box,"}
+OWN_STEPS = {
+    "apgd": "adaptive, first 2 * eps",
+    "fab": "to the linearised boundary, times 1.05",
+    "square": "squares of 0.8 of the image at first, down to one pixel",
+}
+STRONGEST = "strongest wrong classes"
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack of a protocol.
+    """One attack, of whatever task.
 
     Args:
         name: What results call it.
         algorithm: "pgd", "apgd", "fab" or "square".
-        objective: "cross-entropy", "dlr", "margin", "targeted-dlr" or "targeted-margin".
-        steps: Gradient steps per restart and target; for "square" looks at the model per restart.
+        objective: What it raises; the task knows what the name stands for. For classification see
+            `classification_objective`.
+        steps: Gradient steps per restart and target; for "square" queries of the model per restart.
         restarts: Independent runs.
         step_size: Step of "pgd" in an Linf ball, in pixels of [0, 1], where a paper fixes it whatever eps is.
-        relative_step: Step of "pgd" as a multiple of eps; None is its default. The others choose their own.
+        relative_step: Its step in an L2 ball then, as a multiple of eps. Both are None for `default_step`.
         targets: How many classes a targeted objective aims at, from the strongest wrong class down.
+
+    Raises:
+        ValueError: If it can do nothing, or nothing that it says.
     """
 
     name: str
@@ -66,10 +78,24 @@ class Attack:
     relative_step: float | None = None
     targets: int = 0
 
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(_unknown(self, "algorithm", self.algorithm, ALGORITHMS))
+        check_count(f"attack {self.name!r}: {'queries' if self.algorithm == 'square' else 'steps'}", self.steps)
+        check_count(f"attack {self.name!r}: restarts", self.restarts)
+        for size, norm in ((self.step_size, "linf"), (self.relative_step, "l2")):
+            if (size is None) != (self.step_size is None) or (size is not None and self.algorithm != "pgd"):
+                raise ValueError(
+                    f"attack {self.name!r}: step_size is the step of pgd in an Linf ball and relative_step the one in an "
+                    f"L2 ball: give both, to pgd, or neither; got {self.step_size} and {self.relative_step}."
+                )
+            if size is not None:
+                check_length(f"attack {self.name!r}: step_size", size, norm, zero=False)
+
     def __str__(self) -> str:
         """One line for a person."""
         count = f"{self.steps} {'queries' if self.algorithm == 'square' else 'steps'}"
-        aim = f" towards each of the {self.targets} strongest wrong classes" if self.targets > 1 else ""
+        aim = f" towards each of the {self.targets} {STRONGEST}" if self.targets > 1 else ""
         size = f" of {self.step_size * 255:g}/255" if self.step_size is not None else ""
         times = f", {self.restarts} restarts" if self.restarts > 1 else ""
         return f"{self.name}: {ALGORITHMS[self.algorithm]} on {self.objective}, {count}{size}{aim}{times}"
@@ -78,17 +104,65 @@ class Attack:
         """The fewest classes for which the objective is defined."""
         return MIN_CLASSES.get(self.objective, 2)
 
-    def step(self, ball: Ball) -> float | str:
-        """Size of a step in the units of eps, or how the attack finds it."""
-        if self.algorithm != "pgd":
-            return {
-                "apgd": "adaptive, first 2 * eps",
-                "fab": "to the linearised boundary, times 1.05",
-                "square": "squares of 0.8 of the image at first, down to one pixel",
-            }[self.algorithm]
-        if self.step_size is not None and ball.norm == "linf":
-            return self.step_size
-        return (min(2.5 / self.steps, 1.25) if self.relative_step is None else self.relative_step) * ball.eps
+    def run(
+        self, objective: Objective, images: Tensor, ball: Ball, noise: StartNoise, fooled: Success | None = None
+    ) -> Tensor:
+        """Adversarial images in [0, 1], of the shape of `images`.
+
+        Args:
+            objective: What `self.objective` stands for on these images.
+            images: Clean images in [0, 1], shape (batch, 3, height, width).
+            ball: Where the perturbation may go.
+            noise: Owner of the random starts.
+            fooled: If given, an image that it flags is finished and leaves the batch. "fab" needs it.
+        """
+        rest: dict[str, Any] = {"noise": noise, "restarts": self.restarts, "fooled": fooled}
+        if self.algorithm == "square":
+            return square(objective, images, ball, queries=self.steps, **rest)
+        if self.algorithm == "pgd":
+            return pgd(objective, images, ball, steps=self.steps, step_size=self._fixed_step(ball), **rest)
+        return (fab if self.algorithm == "fab" else apgd)(objective, images, ball, steps=self.steps, **rest)
+
+    def describe(
+        self, ball: Ball, *, resolution: int | str, seed: int, dtype: torch.dtype | str, target: str | None = None
+    ) -> dict[str, Any]:
+        """The attack as one row of `RobustnessResult.attacks`, in plain values.
+
+        Args:
+            ball: Where it ran.
+            resolution: Of the images.
+            seed: Of the random starts.
+            dtype: Of the model.
+            target: What it aims at, in words, where that is not a number of wrong classes.
+        """
+        row = asdict(self)
+        targets, relative = row.pop("targets"), row.pop("relative_step")
+        row["step_size"] = OWN_STEPS.get(self.algorithm) or self._fixed_step(ball) or default_step(self.steps, ball)
+        row["target"] = f"{targets} {STRONGEST}" if targets else target
+        row |= {"resolution": resolution, "seed": seed, "dtype": str(dtype).removeprefix("torch.")}
+        return row | ({"relative_step": relative} if relative is not None else {})
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Attack:
+        """The attack that a row of `RobustnessResult.attacks` describes: in the ball of that result it does the same.
+
+        Raises:
+            ValueError: If a field is missing, or no attack has such a value.
+        """
+        try:
+            name, objective, steps, restarts = (row[key] for key in ("name", "objective", "steps", "restarts"))
+            targets = int(row["target"].split()[0]) if objective in TARGETED else 0
+            # An L2 ball has no use for the fixed step: its row holds relative_step * eps, which may be over 1.
+            relative = row.get("relative_step")
+            fixed = min(row["step_size"], 1.0) if relative is not None else None
+        except (KeyError, AttributeError, ValueError, TypeError) as error:
+            raise ValueError(f"this row of attacks is not complete: {dict(row)} ({error!r}).") from error
+        # Rows of retrieval had no algorithm once: it was always APGD.
+        algorithm = row.get("algorithm", "apgd")
+        return cls(name, algorithm, objective, steps, restarts, fixed, relative, targets)
+
+    def _fixed_step(self, ball: Ball) -> float | None:
+        return self.step_size if ball.norm == "linf" or self.relative_step is None else self.relative_step * ball.eps
 
 
 @dataclass(frozen=True)
@@ -101,17 +175,16 @@ class Protocol:
         carry: A sample that fell at a smaller radius has fallen at a larger one, and is not attacked again. False
             where the count after each attack is to be that attack's own at that radius.
 
-    Raises:
-        ValueError: If an objective is unknown, or targeted without targets or the reverse.
     """
 
     name: str
     attacks: tuple[Attack, ...]
     carry: bool = True
 
-    def __post_init__(self) -> None:
-        for attack in self.attacks:
-            _check(attack)
+    @classmethod
+    def from_rows(cls, name: str, rows: Iterable[Mapping[str, Any]], carry: bool = True) -> Protocol:
+        """The protocol that a result records in `attacks`, to repeat its measurement."""
+        return cls(name, tuple(Attack.from_row(row) for row in rows), carry)
 
     def __str__(self) -> str:
         """What it is, a line an attack, for a person."""
@@ -133,38 +206,59 @@ class Protocol:
         )
 
     def for_classes(self, classes: int) -> tuple[Protocol, list[str]]:
-        """The part of the protocol that `classes` classes allow, and the names of the attacks left out."""
+        """The part of the protocol that `classes` classes allow, and the names of the attacks left out.
+
+        Raises:
+            ValueError: If there are fewer than 2 classes, an objective is none of classification, or no attack is left.
+        """
+        for attack in self.attacks:
+            _check(attack)
         if classes < 2:
             raise ValueError(f"a classification attack needs at least 2 classes, got {classes}.")
         kept = [attack for attack in self.attacks if attack.min_classes() <= classes]
         left_out = [attack.name for attack in self.attacks if attack.min_classes() > classes]
+        if not kept:
+            raise ValueError(f"no attack of protocol {self.name!r} can run with {classes} classes.")
         fitted = tuple(replace(a, targets=min(a.targets, classes - 1)) if a.targets else a for a in kept)
         return replace(self, attacks=fitted), left_out
 
     def describe(self, ball: Ball, *, resolution: int, seed: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         """The attacks as plain dictionaries, for a result."""
-        shared = {"resolution": resolution, "seed": seed, "dtype": str(dtype).removeprefix("torch.")}
-        rows = []
-        for attack in self.attacks:
-            row = asdict(attack) | {"step_size": attack.step(ball)}
-            targets, relative = row.pop("targets"), row.pop("relative_step")
-            row["target"] = f"{targets} strongest wrong classes" if targets else None
-            rows.append(row | shared | ({"relative_step": relative} if relative is not None else {}))
-        return rows
+        return [attack.describe(ball, resolution=resolution, seed=seed, dtype=dtype) for attack in self.attacks]
+
+
+def classification_objective(
+    attack: Attack, logits: ImagesToLogits, labels: Tensor, targets: Tensor | None = None
+) -> Objective:
+    """What an attack on a classifier raises: "cross-entropy", "dlr", "margin", "targeted-dlr" or "targeted-margin".
+
+    Args:
+        attack: Which attack.
+        logits: Images in [0, 1] to logits, shape (batch, classes).
+        labels: True classes, shape (batch,).
+        targets: The class that each image is pushed towards, for a targeted objective.
+
+    Raises:
+        ValueError: If there is no such objective, or it is targeted without targets or the reverse.
+    """
+    _check(attack)
+    if attack.objective in OBJECTIVES:
+        return OBJECTIVES[attack.objective](logits, labels)
+    return TARGETED[attack.objective](logits, labels, cast(Tensor, targets))
 
 
 def _check(attack: Attack) -> None:
-    for kind, got, known in (
-        ("algorithm", attack.algorithm, ALGORITHMS),
-        ("objective", attack.objective, OBJECTIVES | TARGETED),
-    ):
-        if got not in known:
-            raise ValueError(f"attack {attack.name!r}: unknown {kind} {got!r}; choose one of {', '.join(known)}.")
+    if attack.objective not in OBJECTIVES | TARGETED:
+        raise ValueError(_unknown(attack, "objective", attack.objective, OBJECTIVES | TARGETED))
     if (attack.objective in TARGETED) != bool(attack.targets) or (attack.algorithm == "fab" and not attack.targets):
         raise ValueError(
             f"attack {attack.name!r}: {attack.algorithm} on {attack.objective} with targets={attack.targets} can not "
             "run; fab needs a targeted objective, a targeted objective needs targets, and others have none."
         )
+
+
+def _unknown(attack: Attack, kind: str, got: str, known: Iterable[str]) -> str:
+    return f"attack {attack.name!r}: unknown {kind} {got!r}; choose one of {', '.join(known)}."
 
 
 def _budgeted(attack: Attack, steps: int | None, restarts: int | None, queries: int | None) -> Attack:
@@ -259,7 +353,7 @@ def run_protocol(
             break
         rows = rows.to(images.device)
         logits, truth = Logits(classify), labels[rows]
-        found = _run_attack(attack, logits, images[rows], truth, ball, noise.take(rows))
+        found = attack_classes(attack, logits, images[rows], truth, ball, noise.take(rows))
         with torch.no_grad():
             hits, margin = Misclassified(logits, truth)(found), Margin(logits, truth)(found).float()
         better = hits | (margin > margins[rows])
@@ -269,42 +363,24 @@ def run_protocol(
     return Outcome(adversarial, fooled_by)
 
 
-def _run_attack(
+def attack_classes(
     attack: Attack, logits: Logits, images: Tensor, labels: Tensor, ball: Ball, noise: StartNoise
 ) -> Tensor:
-    """Away from the true class, or towards each of the strongest wrong ones in turn."""
-    if not attack.targets:
-        return _search(attack, OBJECTIVES[attack.objective](logits, labels), logits, images, labels, ball, noise)
-    with torch.no_grad():
-        ranking = logits(images).scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
+    """Adversarial images away from the true class, or towards each of the strongest wrong ones in turn."""
+    ranking = None
+    if attack.targets:
+        with torch.no_grad():
+            ranking = logits(images).scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
     found = images.clone()
     rows = torch.arange(len(images), device=images.device)
-    for rank in range(attack.targets):
+    for rank in range(max(attack.targets, 1)):
+        if rank:
+            with torch.no_grad():
+                rows = rows[~Misclassified(logits, labels[rows])(found[rows])]
         if len(rows) == 0:
             break
         truth = labels[rows]
-        objective = TARGETED[attack.objective](logits, truth, ranking[rows, rank])
-        found[rows] = _search(attack, objective, logits, images[rows], truth, ball, noise.take(rows))
-        with torch.no_grad():
-            rows = rows[~Misclassified(logits, truth)(found[rows])]
+        targets = ranking[rows, rank] if ranking is not None else None
+        objective = classification_objective(attack, logits, truth, targets)
+        found[rows] = attack.run(objective, images[rows], ball, noise.take(rows), Misclassified(logits, truth))
     return found
-
-
-def _search(
-    attack: Attack,
-    objective: Objective,
-    logits: Logits,
-    images: Tensor,
-    labels: Tensor,
-    ball: Ball,
-    noise: StartNoise,
-) -> Tensor:
-    fooled, steps, restarts = Misclassified(logits, labels), attack.steps, attack.restarts
-    if attack.algorithm == "square":
-        return square(objective, images, ball, queries=steps, noise=noise, restarts=restarts, fooled=fooled)
-    if attack.algorithm == "pgd":
-        size = attack.step(ball)
-        assert isinstance(size, float)
-        return pgd(objective, images, ball, steps=steps, step_size=size, noise=noise, restarts=restarts, fooled=fooled)
-    gradient_attack = fab if attack.algorithm == "fab" else apgd
-    return gradient_attack(objective, images, ball, steps=steps, noise=noise, restarts=restarts, fooled=fooled)

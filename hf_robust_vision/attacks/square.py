@@ -12,7 +12,7 @@ from torch import Tensor
 from .balls import Ball
 from .noise import StartNoise
 from .objectives import Objective, Success
-from .pgd import Keeper, Survivors, check_settings
+from .search import Keeper, Survivors, check_count, check_settings
 
 
 FIRST_SHARE = 0.8  # of the image's area that the first squares cover
@@ -56,10 +56,9 @@ def square(
         Andriushchenko et al. 2020, https://huggingface.co/papers/1912.00049, algorithms 1 to 3.
     """
     # Deviation: the paper stretches its schedule of sizes with the budget; the standard AutoAttack does not, nor do we.
-    if queries < 0:
-        raise ValueError(f"queries must be at least 0, got {queries}.")
+    check_count("queries", queries)
     check_settings(queries, restarts, noise)
-    if ball.eps == 0 or queries == 0 or len(images) == 0:
+    if ball.eps == 0 or len(images) == 0:
         return images.detach().clone()
     images = images.detach()
     keeper = Keeper(images, best=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_robust_vision.attacks import Ball, Objective, make_ball, pgd
-from hf_robust_vision.attacks.pgd import value_and_gradient
+from hf_robust_vision.attacks.search import value_and_gradient
 
 from .bench import TOLERANCE, Bench, Trial, check, standing
 from .rivals import OtherLoss, another_loss, black_box, transfer

@@ -181,11 +181,29 @@ def test_bf16_autocast_stays_inside_the_ball_in_fp32(attack, ball, case):
 @pytest.mark.parametrize("attack", [pgd, apgd])
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"steps": -1}, "steps"), ({"steps": 1, "restarts": 0}, "restarts"), ({"steps": 1, "restarts": 2}, "noise")],
+    [
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 2.5}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"steps": 1, "restarts": 0}, "restarts"),
+        ({"steps": 1, "restarts": 2}, "noise"),
+    ],
 )
 def test_settings_that_do_less_than_asked_are_refused(attack, settings, said):
     with pytest.raises(ValueError, match=said):
         attack(lambda x: x.flatten(1).sum(1), torch.zeros(1, 3, 2, 2), LinfBall(0.1), **settings)
+
+
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), -0.1, 0.0, 8.0])
+def test_steps_that_are_none_are_refused(size):
+    """findings-reliability 8: an endless step, and one in 0-255 units."""
+    with pytest.raises(ValueError, match="step_size"):
+        pgd(lambda x: x.flatten(1).sum(1), torch.zeros(1, 3, 2, 2), LinfBall(0.1), steps=1, step_size=size)
+
+
+def test_fab_must_know_what_fools():
+    with pytest.raises(ValueError, match="fooled="):
+        fab(lambda x: x.flatten(1).sum(1), torch.zeros(1, 3, 2, 2), LinfBall(0.1), steps=1, fooled=None)
 
 
 def test_objective_must_be_per_image():

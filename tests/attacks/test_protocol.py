@@ -12,10 +12,16 @@ from hf_robust_vision.attacks import (
     Attack,
     L2Ball,
     LinfBall,
+    Misclassified,
     Protocol,
     StartNoise,
+    apgd,
+    classification_objective,
+    fab,
     get_protocol,
+    pgd,
     run_protocol,
+    square,
 )
 from hf_robust_vision.attacks import (
     protocol as suite,
@@ -74,7 +80,7 @@ def test_worst_case_is_per_sample(monkeypatch):
                 found[row, 0, 0, 0] += ball.eps
         return found
 
-    monkeypatch.setattr(suite, "_run_attack", pretend)
+    monkeypatch.setattr(suite, "attack_classes", pretend)
     both = Protocol("both", (Attack("even"), Attack("odd")))
     outcome = run_protocol(both, classify, images, labels, LinfBall(0.1), StartNoise(0, [0, 1, 2, 3, 4, 5]))
     assert outcome.fooled_by == ["even", "odd", "even", "odd", "even", None]
@@ -168,13 +174,110 @@ def test_later_attacks_meet_survivors_only_and_never_lose_the_stronger_image():
 )
 def test_attacks_that_can_not_target_are_refused(settings):
     with pytest.raises(ValueError, match="can not run"):
-        Protocol("odd", (Attack("odd", **settings),))
+        Protocol("odd", (Attack("odd", **settings),)).for_classes(5)
 
 
-@pytest.mark.parametrize("settings", [{"algorithm": "fgsm"}, {"objective": "kl"}])
+@pytest.mark.parametrize("settings", [{"algorithm": "fgsm"}, {"objective": "nll"}])
 def test_unknown_parts_of_an_attack(settings):
     with pytest.raises(ValueError, match=r"unknown .*choose one of"):
-        Protocol("odd", (Attack("odd", **settings),))
+        Protocol("odd", (Attack("odd", **settings),)).for_classes(5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": -1}, "steps"),
+        ({"algorithm": "square", "objective": "margin", "steps": 0}, "queries"),
+        ({"restarts": 0}, "restarts"),
+        ({"step_size": 0.1, "relative_step": 0.1}, "to pgd"),
+        *(
+            ({"algorithm": "pgd"} | sizes, said)
+            for sizes, said in (
+                ({"step_size": 0.1}, "give both"),
+                ({"relative_step": 0.1}, "give both"),
+                ({"step_size": 8, "relative_step": 1}, r"type .*8/255"),
+                ({"step_size": float("inf"), "relative_step": 1}, "finite"),
+                ({"step_size": 0, "relative_step": 1}, "above 0"),
+                ({"step_size": 0.1, "relative_step": float("nan")}, "finite"),
+            )
+        ),
+    ],
+)
+def test_attacks_that_do_nothing_are_refused(settings, said):
+    """findings-reliability 2 and 8: no step, no query, no restart, no length; by whatever door they come in."""
+    with pytest.raises(ValueError, match=said):
+        Attack("odd", **settings)
+
+
+def test_budgets_that_do_nothing_are_refused():
+    """findings-reliability 2: `--steps 0 --queries 0` was robust 100 %."""
+    for budget in ({"steps": 0}, {"restarts": 0}, {"queries": -5}):
+        with pytest.raises(ValueError, match="at least 1"):
+            get_protocol("autoattack", **budget)
+    with pytest.raises(ValueError, match="no attack of protocol 'few' can run with 3 classes"):
+        Protocol("few", (Attack("apgd-t", objective="targeted-dlr", targets=9),)).for_classes(3)
+
+
+@pytest.mark.parametrize("ball", [LinfBall(4 / 255), LinfBall(1 / 255), L2Ball(0.5), L2Ball(20.0)], ids=repr)
+@pytest.mark.parametrize(
+    "protocol",
+    [*PROTOCOLS.values(), get_protocol("quick", steps=20), get_protocol("robustvlm", restarts=2).for_classes(5)[0]],
+    ids=str,
+)
+def test_a_record_says_how_to_repeat_it(protocol, ball):
+    """findings-code 2: what a result holds gives back the attacks, whatever the budget was, also by way of JSON."""
+    rows = protocol.describe(ball, resolution=224, seed=3, dtype=torch.float32)
+    again = Protocol.from_rows(protocol.name, json.loads(json.dumps(rows)), carry=protocol.carry)
+    assert again.describe(ball, resolution=224, seed=3, dtype=torch.float32) == rows
+    if ball.norm == "linf":
+        assert again == protocol
+
+
+def test_records_of_other_tasks():
+    """An objective that only its task knows; a target in words; a retrieval row of old, which named no algorithm."""
+    attack = Attack("apgd-nll@1", objective="nll@1", steps=7, restarts=2)
+    row = attack.describe(
+        LinfBall(0.1), resolution="mixed", seed=0, dtype="float16", target="3 strongest wrong classes"
+    )
+    assert (row["target"], row["dtype"], row["resolution"]) == ("3 strongest wrong classes", "float16", "mixed")
+    assert Attack.from_row(row) == attack
+    del row["algorithm"]
+    assert Attack.from_row(row) == attack
+    for name in ("name", "steps"):
+        with pytest.raises(ValueError, match=f"not complete.*{name}"):
+            Attack.from_row({key: value for key, value in row.items() if key != name})
+    with pytest.raises(ValueError, match="steps"):
+        Attack.from_row(row | {"steps": "7"})
+
+
+@pytest.mark.parametrize("algorithm", ["pgd", "apgd", "fab", "square"])
+def test_one_door_to_every_algorithm(algorithm):
+    """`Attack.run` is the function of that name with the settings of the attack."""
+    classify, noise, ball = linear_classifier(5), StartNoise(0, range(8)), LinfBall(0.05)
+    labels = classify(IMAGES).argmax(1)
+    nearest = classify(IMAGES).scatter(1, labels[:, None], -torch.inf).argmax(1)
+    settings = {"queries" if algorithm == "square" else "steps": 5, "restarts": 2, "noise": noise}
+    attack = Attack("one", algorithm, "targeted-margin", 5, 2, targets=1)
+    objective, fooled = classification_objective(attack, classify, labels, nearest), Misclassified(classify, labels)
+    function = {"pgd": pgd, "apgd": apgd, "fab": fab, "square": square}[algorithm]
+    found = attack.run(objective, IMAGES, ball, noise, fooled)
+    assert torch.equal(found, function(objective, IMAGES, ball, fooled=fooled, **settings))
+    assert not torch.equal(found, IMAGES)
+
+
+@pytest.mark.parametrize("ball", [LinfBall(0.05), L2Ball(0.3)], ids=repr)
+def test_the_step_that_is_written_down_is_the_one_that_runs(ball):
+    def slope(images):
+        return images.flatten(1).sum(1)
+
+    for sizes in ({}, {"step_size": 0.01, "relative_step": 0.25}):
+        attack = Attack("one", "pgd", steps=1, **sizes)
+        size = attack.describe(ball, resolution=4, seed=0, dtype=torch.float32)["step_size"]
+        noise = StartNoise(0, range(8))
+        ran = attack.run(slope, IMAGES, ball, noise)
+        assert torch.equal(ran, pgd(slope, IMAGES, ball, steps=1, step_size=size, noise=noise))
+    assert not torch.equal(ran, pgd(slope, IMAGES, ball, steps=1, noise=noise))
 
 
 @pytest.mark.parametrize("name", list(PROTOCOLS))

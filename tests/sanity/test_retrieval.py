@@ -152,9 +152,8 @@ def test_bad_input(demo, tokenizer, gallery):
         run(direction="up")
     with pytest.raises(ValueError, match=r"recall at 3 was not measured, only at \[1, 2\]"):
         run(k=3)
-    for how in (replace(LITTLE, steps=0), replace(LITTLE, eps=(0.0,))):
-        with pytest.raises(ValueError, match="nothing to check"):
-            run(how)
+    with pytest.raises(ValueError, match="nothing to check"):
+        run(replace(LITTLE, eps=(0.0,)))
     how = replace(LITTLE, eps=(0.0,))
     results = evaluate_retrieval(demo, tokenizer, gallery, how, model_name="before", progress=False)
     add_retrieval_sanity(results, demo, tokenizer, gallery, how)

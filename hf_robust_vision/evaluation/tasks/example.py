@@ -12,7 +12,7 @@ from hf_robust_vision.attacks import make_ball
 from hf_robust_vision.towers.clip import attack_mode
 from hf_robust_vision.towers.vlm_inputs import vlm_inputs
 
-from .protocol import VLMProtocol, run_attack
+from .protocol import VLMProtocol
 from .run import start_noise
 from .vqa import AnotherAnswer, Question
 
@@ -57,9 +57,7 @@ def attack_example(
         found = image
         for attack in VLMProtocol((eps,), steps=steps, restarts=restarts).attacks():
             objective, fooled = goal.aim(attack, row)
-            found = run_attack(
-                attack, objective, fooled, image, make_ball("linf", eps), start_noise(0, attack, [question.id])
-            )
+            found = attack.run(objective, image, make_ball("linf", eps), start_noise(0, attack, [question.id]), fooled)
             if fooled is not None and fooled(found).all():
                 break
         clean, attacked = (goal.judge(row, images)[0].text for images in (image, found))

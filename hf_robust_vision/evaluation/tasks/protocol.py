@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
-
-from hf_robust_vision.attacks import Attack, Ball, Objective, StartNoise, Success, apgd, pgd
+from hf_robust_vision.attacks import Attack
 
 
-ALGORITHMS: dict[str, Callable[..., Tensor]] = {"pgd": pgd, "apgd": apgd}
 OBJECTIVES = ("nll", "margin")
 
 
@@ -31,7 +26,7 @@ class VLMProtocol:
         algorithm: "pgd" or "apgd".
 
     Raises:
-        ValueError: If there is no such algorithm or objective.
+        ValueError: If there is no such algorithm or objective, or an attack would do nothing.
     """
 
     eps: tuple[float, ...]
@@ -44,11 +39,10 @@ class VLMProtocol:
     algorithm: str = "pgd"
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"unknown algorithm {self.algorithm!r}; choose one of {list(ALGORITHMS)}.")
         strange = [name for name in self.objectives if name not in OBJECTIVES]
         if strange or not self.objectives:
             raise ValueError(f"unknown objectives {strange or self.objectives}; choose among {OBJECTIVES}.")
+        self.attacks()
 
     @property
     def name(self) -> str:
@@ -61,30 +55,3 @@ class VLMProtocol:
             Attack(f"{self.algorithm}-{self.steps}-{name}", self.algorithm, name, self.steps, self.restarts)
             for name in self.objectives
         ]
-
-
-def run_attack(
-    attack: Attack, objective: Objective, fooled: Success | None, images: Tensor, ball: Ball, noise: StartNoise
-) -> Tensor:
-    """Adversarial images of one attack, of the shape of `images`."""
-    run = ALGORITHMS[attack.algorithm]
-    return run(objective, images, ball, steps=attack.steps, restarts=attack.restarts, noise=noise, fooled=fooled)
-
-
-def describe(
-    attack: Attack, ball: Ball, how: VLMProtocol, *, target: str | None, resolution: int | str, dtype: str
-) -> dict[str, Any]:
-    """An attack as a plain dictionary, for a result."""
-    adaptive = attack.algorithm == "apgd"
-    return {
-        "name": attack.name,
-        "algorithm": attack.algorithm,
-        "objective": attack.objective,
-        "target": target,
-        "steps": attack.steps,
-        "step_size": "adaptive, first 2 * eps" if adaptive else min(2.5 / max(attack.steps, 1), 1.25) * ball.eps,
-        "restarts": attack.restarts,
-        "resolution": resolution,
-        "seed": how.seed,
-        "dtype": dtype,
-    }

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_robust_vision import __version__
-from hf_robust_vision.attacks import Ball, EmbeddingDistance, Logits, StartNoise, apgd, cosine_distance, make_ball
+from hf_robust_vision.attacks import Attack, Ball, EmbeddingDistance, Logits, StartNoise, cosine_distance, make_ball
 from hf_robust_vision.data.captions import CaptionedImages
 from hf_robust_vision.evaluation.images import AdversarialImages, Remeasured, measure_again, need_task
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize_hits, versions
@@ -72,12 +72,17 @@ class RetrievalProtocol:
             raise ValueError(f"give at least one eps and one k of at least 1, got eps={self.eps} and ks={self.ks}.")
         for eps in self.eps:
             make_ball(self.norm, eps)
+        self.attack("cosine")
+
+    def attack(self, objective: str) -> Attack:
+        """The attack that raises an objective."""
+        return Attack(f"apgd-{objective}", "apgd", objective, self.steps, self.restarts)
 
 
 class Stage(NamedTuple):
     """One attack on samples that search: success is to push what they search out of the first `k`."""
 
-    name: str
+    attack: Attack
     k: int
     objective: Any
     fooled: Any
@@ -101,15 +106,10 @@ class Search:
 
     def strike(self, stage: Stage, rows: Tensor, ball: Ball, how: RetrievalProtocol) -> tuple[Tensor, Tensor]:
         """Ranks of some samples after one attack, shape (rows,), and the attacked images."""
-        found = apgd(
-            stage.objective.take(rows),
-            self.images[rows],
-            ball,
-            steps=how.steps,
-            noise=StartNoise(how.seed, [self.samples[row] for row in rows.tolist()]),
-            restarts=how.restarts,
-            fooled=stage.fooled.take(rows),
-        )
+        attack = how.attack(stage.attack.objective)
+        noise = StartNoise(how.seed, [self.samples[row] for row in rows.tolist()])
+        objective, fooled = stage.objective.take(rows), stage.fooled.take(rows)
+        found = attack.run(objective, self.images[rows], ball, noise, fooled)
         with torch.no_grad():
             return self.ranks(found, rows), found
 
@@ -149,7 +149,9 @@ class Gallery:
         similar = Logits(lambda batch: self.scale * self.embed(batch) @ self.captions.T)
         margin = CaptionLoss(similar, own, 1)
         stages = [
-            Stage(f"apgd-{kind}@{k}", k, replace(margin, kind=kind, k=k), CaptionsLost(replace(margin, k=k)))
+            Stage(
+                self.how.attack(f"{kind}@{k}"), k, replace(margin, kind=kind, k=k), CaptionsLost(replace(margin, k=k))
+            )
             for k in sorted(self.how.ks)
             for kind in ("nll", "margin")
         ]
@@ -166,7 +168,7 @@ class Gallery:
         def ranks(batch: Tensor, rows: Tensor) -> Tensor:
             return (others[rows] > (self.embed(batch) * captions[rows]).sum(1, keepdim=True)).sum(1)
 
-        return Search(texts, self.load(owners.tolist()), [Stage("apgd-cosine", k, away, lost)], ranks)
+        return Search(texts, self.load(owners.tolist()), [Stage(self.how.attack("cosine"), k, away, lost)], ranks)
 
     def measure(
         self, direction: str, samples: list[int], saved: AdversarialImages | None = None, keep: Collection[int] = ()
@@ -195,7 +197,7 @@ class Gallery:
                         found[row][eps] = image
                 worst[rows] = torch.maximum(worst[rows], ranks)
                 for row, rank in zip(rows.tolist(), worst[rows].tolist()):
-                    fooled_by = latest[row].fooled_by or (stage.name if rank else None)
+                    fooled_by = latest[row].fooled_by or (stage.attack.name if rank else None)
                     latest[row] = replace(latest[row], adversarial=rank, fooled_by=fooled_by)
             for record in latest:
                 records[int(record.id)].append(record)
@@ -342,17 +344,12 @@ def _describe(
 ) -> list[dict[str, Any]]:
     kinds = [f"{kind}@{k}" for k in sorted(how.ks) for kind in ("nll", "margin")]
     size = dataset.transform.crop or dataset.transform.resize
+    about: dict[str, Any] = {
+        "resolution": size if isinstance(size, int) else max(size),
+        "seed": how.seed,
+        "dtype": dtype,
+    }
     return [
-        {
-            "name": f"apgd-{kind}",
-            "objective": kind,
-            "target": DIRECTIONS[direction],
-            "steps": how.steps,
-            "step_size": "adaptive, first 2 * eps",
-            "restarts": how.restarts,
-            "resolution": size if isinstance(size, int) else max(size),
-            "seed": how.seed,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
+        how.attack(kind).describe(make_ball(how.norm, how.eps[0]), target=DIRECTIONS[direction], **about)
         for kind in (kinds if direction == "image_to_text" else ["cosine"])
     ]

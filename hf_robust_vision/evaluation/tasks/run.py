@@ -20,7 +20,7 @@ from hf_robust_vision.pixels import Fitting, check_images
 from hf_robust_vision.towers.clip import attack_mode, weights_sha256
 from hf_robust_vision.towers.vlm_inputs import VLMInputs, vlm_inputs
 
-from .protocol import OBJECTIVES, VLMProtocol, describe, run_attack
+from .protocol import OBJECTIVES, VLMProtocol
 
 
 class Sample(Protocol):
@@ -127,7 +127,7 @@ class Evaluation:
             bar = f"{self.model_name}: {self.group} {kind}"
             records = measure_all(store, ids, measure, batch_size=how.batch_size, label=bar, progress=self.progress)
         dtype = str(inputs.dtype).removeprefix("torch.")
-        about: dict[str, Any] = {"target": target, "resolution": inputs.resolution, "dtype": dtype}
+        about: dict[str, Any] = {"target": target, "resolution": inputs.resolution, "seed": how.seed, "dtype": dtype}
         return [
             RobustnessResult(
                 model=self.model_name,
@@ -138,7 +138,7 @@ class Evaluation:
                 protocol=how.name,
                 eps=eps,
                 norm=how.norm,
-                attacks=[describe(attack, make_ball(how.norm, eps), how, **about) for attack in attacks],
+                attacks=[attack.describe(make_ball(how.norm, eps), **about) for attack in attacks],
                 samples=store.names[place] if self.samples_dir is not None else None,
                 images=store.images if self.samples_dir is not None and saved.ids() else None,
                 seconds=time.time() - start,
@@ -202,7 +202,7 @@ def worst_case(
     for eps in how.eps:
         ball = make_ball(how.norm, eps)
         for attack in attacks:
-            if len(alive) == 0 or eps == 0 or attack.steps == 0:
+            if len(alive) == 0 or eps == 0:
                 break
             noise = start_noise(how.seed, attack, [ids[row] for row in alive.tolist()])
             verdicts, attacked = strike(goal, attack, alive, images[alive], ball, noise)
@@ -222,7 +222,7 @@ def strike(
 ) -> tuple[list[Verdict], Tensor]:
     """What the model says about some rows' images after one attack on them, and the attacked images."""
     objective, fooled = goal.aim(attack, rows)
-    attacked = run_attack(attack, objective, fooled, images, ball, noise)
+    attacked = attack.run(objective, images, ball, noise, fooled)
     return goal.judge(rows, attacked), attacked
 
 

@@ -120,7 +120,7 @@ def test_clean_recall_is_that_of_sorting(measure, by_hand, dataset, tmp_path):
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 def test_what_is_attacked(encoder, processor, dataset, by_hand, monkeypatch, direction):
     """With black as the attack's answer, ranks are those of a black image in place of the one attacked alone."""
-    monkeypatch.setattr(retrieval, "apgd", lambda objective, images, *args, **settings: torch.zeros_like(images))
+    monkeypatch.setattr(retrieval.Attack, "run", lambda self, objective, images, *args: torch.zeros_like(images))
     gallery = retrieval.Gallery(encoder, processor.tokenizer, dataset, replace(HOW, eps=(1.0,), ks=(4,)))
     count = len(dataset) if direction == "image_to_text" else len(dataset.captions)
     records = gallery.measure(direction, list(range(count)))

@@ -25,7 +25,7 @@ class Named(Asked):
 
 def test_generation_settings_and_images_are_in_the_key(tmp_path):
     inputs = vlm_inputs(make_speaker("llava"), make_processor("llava"))
-    clean = VLMProtocol((0.0,), steps=0)
+    clean = VLMProtocol((0.0,))
     about = {"prompt": PROMPT, "model_name": "before", "dataset": "noise", "split": "test", "progress": False}
 
     def files(sample):

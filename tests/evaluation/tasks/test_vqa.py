@@ -170,7 +170,7 @@ def test_killed_and_resumed_equals_unbroken(vlm, processor, questions, tmp_path)
 
 
 def test_blank_image_is_a_control(vlm, processor, questions):
-    how = VLMProtocol((0.0,), steps=0, restarts=1)
+    how = VLMProtocol((0.0,))
     (seen,) = measure(vlm, processor, questions, how)
     (blank,) = measure(vlm, processor, questions, how, blank=True)
     assert seen.clean_accuracy == seen.robust_accuracy
