@@ -1,7 +1,7 @@
 """Attacks on images in [0, 1]. They know an objective and a ball, and nothing of CLIP."""
 
 from .apgd import apgd
-from .balls import Ball, L2Ball, LinfBall, make_ball
+from .balls import Ball, L2Ball, LinfBall, check_length, make_ball
 from .fab import fab
 from .noise import StartNoise
 from .objectives import (
@@ -55,6 +55,7 @@ __all__ = [
     "TargetedMargin",
     "apgd",
     "attack_classes",
+    "check_length",
     "classification_objective",
     "cosine_distance",
     "fab",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from hf_robust_vision.attacks import PROTOCOLS, Ball, make_ball
+from hf_robust_vision.attacks import PROTOCOLS, Ball, check_length, make_ball
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.processes import need_a_gpu_each
 
@@ -119,14 +119,17 @@ class AdversarialTrainingArguments(TrainingArguments):
         for name in ("attack_eps", "attack_step_size"):
             value = getattr(self, name)
             setattr(self, name, Radius(value) if value is not None else None)
-        _check_radius("attack_eps", self.attack_norm, self.attack_eps)
+        if self.attack_eps == 0:
+            raise ValueError("attack_eps=0 is no attack; use the plain Trainer, or a radius such as 4/255.")
+        check_length("--attack_eps", self.attack_eps, self.attack_norm)
+        if self.attack_step_size is not None:
+            check_length("--attack_step_size", self.attack_step_size, self.attack_norm, zero=False)
+        self.attack_ball()
         self.eval_eps = _radii(self.eval_eps, self.attack_norm)
         if self.fp16:
             raise ValueError("fp16=true lets the attack's gradients underflow to zero unseen; type --bf16 true.")
         if self.attack_steps < 1:
             raise ValueError(f"attack_steps must be at least 1, got {self.attack_steps}.")
-        if self.attack_step_size is not None and self.attack_step_size <= 0:
-            raise ValueError(f"attack_step_size must be above 0, got {self.attack_step_size:g}.")
         if self.eval_protocol not in PROTOCOLS:
             raise ValueError(f"unknown eval_protocol {self.eval_protocol!r}; choose one of {list(PROTOCOLS)}.")
         get_templates(self.templates)
@@ -199,15 +202,5 @@ def _radii(values: Any, norm: str) -> list[Radius] | None:
         None if values is None else [Radius(v) for v in (values if isinstance(values, list | tuple) else [values])]
     )
     for radius in listed or []:
-        _check_radius("eval_eps", norm, radius)
+        check_length("--eval_eps", radius, norm)
     return listed or None
-
-
-def _check_radius(name: str, norm: str, eps: float | None) -> None:
-    if eps is None:
-        return
-    if norm.lower() == "linf" and eps > 1:
-        raise ValueError(f"{name}={eps:g} is over 1, but images lie in [0, 1]; type --{name} {eps:g}/255.")
-    if eps == 0 and name == "attack_eps":
-        raise ValueError("attack_eps=0 is no attack; use the plain Trainer, or a radius such as 4/255.")
-    make_ball(norm, eps)

@@ -46,9 +46,9 @@ def test_layers_of_an_adapter_from_the_command_line():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"attack_eps": 4}, r"--attack_eps 4/255"),
-        ({"attack_eps": "4"}, r"--attack_eps 4/255"),
-        ({"eval_eps": 8}, r"--eval_eps 8/255"),
+        ({"attack_eps": 4}, r"--attack_eps=4/255"),
+        ({"attack_eps": "4"}, r"--attack_eps=4/255"),
+        ({"eval_eps": 8}, r"--eval_eps=8/255"),
         ({"attack_eps": 0}, "no attack"),
         ({"attack_eps": "0/255"}, "no attack"),
         ({"attack_eps": -0.1}, "at least 0"),
@@ -56,7 +56,9 @@ def test_layers_of_an_adapter_from_the_command_line():
         ({"attack_norm": "l1"}, r"unknown norm 'l1'.*'linf', 'l2'"),
         ({"fp16": True}, "--bf16 true"),
         ({"attack_steps": 0}, "attack_steps must be at least 1"),
-        ({"attack_step_size": 0}, "attack_step_size must be above 0"),
+        ({"attack_step_size": 0}, "attack_step_size must be a finite number above 0"),
+        ({"attack_step_size": "inf"}, "attack_step_size must be a finite number"),  # findings-reliability 8
+        ({"attack_step_size": 8}, "attack_step_size=8/255"),  # findings-reliability 8
         ({"eval_protocol": "strong"}, r"unknown eval_protocol 'strong'.*quick"),
         ({"on_collapse": "ignore"}, "'stop', 'record'"),
         ({"lora_r": 0}, "lora_r must be at least 1, got 0"),
