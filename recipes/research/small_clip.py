@@ -1,4 +1,4 @@
-"""A small CLIP from scratch: what `pretrain_demo_clip.py` and `pretrain_emoji_clip.py` share.
+"""A small CLIP from scratch: what the recipes `pretrain_*_clip.py` share.
 
 A genuine `CLIPModel` for images of 64x64 pixels, with a whole-word tokenizer over the words of its class names.
 """
@@ -44,11 +44,12 @@ def training_parser(description: str | None, *, output_dir: str, epochs: int) ->
 
 def build_tokenizer(templates: Sequence[str], class_names: Sequence[str]) -> PreTrainedTokenizerFast:
     """A whole-word tokenizer over the words of the prompts."""
-    words = sorted({word for text in (*templates, *class_names) for word in text.replace("{}", "").split()})
+    normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    texts = [normalizer.normalize_str(text.replace("{}", " ")) for text in (*templates, *class_names)]
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
     vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[BOS]", "[EOS]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", vocabulary["[BOS]"]), ("[EOS]", vocabulary["[EOS]"])]
     )
@@ -80,11 +81,21 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor
     return torch.where(turned.view(-1, 1, 1, 1), shifted.flip(3), shifted)
 
 
-def contrastive_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """CLIP's loss where all images and captions of one class are positives of each other."""
-    target = (labels[:, None] == labels[None]).float()
-    target = target / target.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+def contrastive_loss(logits: Tensor, image_classes: Tensor, text_classes: Tensor) -> Tensor:
+    """CLIP's loss where all images and captions of one class are positives of each other.
+
+    A caption without an image of its class is a negative of every image, and of no account in the other direction.
+
+    Args:
+        logits: Shape (images, captions).
+        image_classes: Shape (images,); each has a caption.
+        text_classes: Shape (captions,).
+    """
+    target = (image_classes[:, None] == text_classes[None]).float()
+    drawn = target.any(0)
+    directions = ((logits, target), (logits.T[drawn], target.T[drawn]))
+    losses = [F.cross_entropy(scores, positive / positive.sum(1, keepdim=True)) for scores, positive in directions]
+    return (losses[0] + losses[1]) / 2
 
 
 @torch.no_grad()
@@ -93,7 +104,8 @@ def accuracy(
 ) -> float:
     """Zero-shot accuracy over the class names."""
     bank = make_text_bank(encoder, tokenizer, names, templates)
-    guesses = bank.logits(encoder.encode_images(part["images"]).image_embeds).argmax(1)
+    embeds = [encoder.encode_images(images).image_embeds for images in part["images"].split(256)]
+    guesses = bank.logits(torch.cat(embeds)).argmax(1)
     return (guesses == part["labels"]).float().mean().item()
 
 
@@ -142,7 +154,7 @@ def pretrain(
         output = encoder(images, tokenize(tokenizer, captions))
         scale = encoder.logit_scale.clamp(max=math.log(100)).exp()
         logits = scale * F.normalize(output.image_embeds, dim=-1) @ F.normalize(output.text_embeds, dim=-1).T
-        loss = contrastive_loss(logits, labels)
+        loss = contrastive_loss(logits, labels, labels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
