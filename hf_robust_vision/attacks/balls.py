@@ -34,7 +34,7 @@ class Ball(ABC):
 
     @abstractmethod
     def start(self, images: Tensor, noise: Tensor) -> Tensor:
-        """A random point of the ball, from standard normal `noise` of the shape of `images`."""
+        """A random point of the ball, from uniform `noise` in (-1, 1) of the shape of `images`."""
 
     @abstractmethod
     def ascend(self, gradient: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ class LinfBall(Ball):
         return "linf"
 
     def start(self, images: Tensor, noise: Tensor) -> Tensor:
-        """A uniform point of the cube: the normal distribution function maps the noise to uniform values."""
-        return self.project(images + self.eps * torch.erf(noise / math.sqrt(2)), images)
+        """A uniform point of the cube."""
+        return self.project(images + (self.eps * noise).to(images.dtype), images)
 
     def ascend(self, gradient: Tensor) -> Tensor:
         """The sign of the gradient."""
@@ -127,8 +127,12 @@ class L2Ball(Ball):
         return "l2"
 
     def start(self, images: Tensor, noise: Tensor) -> Tensor:
-        """A uniform direction at radius `eps`, where nearly all of a high-dimensional ball lies."""
-        return self.project(images + self.eps * self.ascend(noise), images)
+        """A uniform direction at radius `eps`, where nearly all of a high-dimensional ball lies.
+
+        Its last digits may differ between devices, as those of `erfinv` do.
+        """
+        # Normal values of one variance, which `erfinv` makes of uniform ones, point nowhere in particular.
+        return self.project(images + (self.eps * self.ascend(torch.erfinv(noise))).to(images.dtype), images)
 
     def ascend(self, gradient: Tensor) -> Tensor:
         """The gradient at length 1; zero where the gradient is zero."""

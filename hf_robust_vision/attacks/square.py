@@ -75,11 +75,12 @@ def square(
 def _one_run(run: Survivors, keeper: Keeper, squares: _Squares, queries: int, restart: int) -> None:
     assert run.noise is not None
     channels, height, width = run.images.shape[1:]
-    numbers = run.noise.uniform(squares.start_shape(channels, width), restart, "square-start")
+    device = run.images.device
+    numbers = run.noise.uniform(squares.start_shape(channels, width), restart, "square-start", device=device)
     best = squares.start(run.images, numbers.to(run.images))
     losses = run.objective(best)
     going = keeper.offer(run, best, losses)
-    table = torch.empty(0)
+    table = torch.empty(0, device=device)
     for proposal in range(queries - 1):
         if going is not None:
             if len(going) == 0:
@@ -88,7 +89,7 @@ def _one_run(run: Survivors, keeper: Keeper, squares: _Squares, queries: int, re
             best, losses, table = best[going], losses[going], table[going] if len(table) else table
         if proposal % BLOCK == 0:
             block = (BLOCK, squares.numbers(channels))
-            table = run.noise.uniform(block, restart, "square", proposal // BLOCK).to(run.images.device)
+            table = run.noise.uniform(block, restart, "square", proposal // BLOCK, device=device)
         share = FIRST_SHARE / 2 ** sum(proposal > halving for halving in HALVINGS)
         side = squares.side(math.sqrt(share * height * width), min(height, width))
         proposed = squares.propose(best, run.images, side, table[:, proposal % BLOCK])

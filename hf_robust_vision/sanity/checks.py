@@ -232,7 +232,7 @@ def lost_to_noise(bench: Bench, ball: Ball) -> Tensor:
             if len(rows) == 0:
                 break
             left = trial.take(rows)
-            direction = ball.ascend(left.noise.draw(left.images, _NOISE_RESTART + draw))
+            direction = ball.ascend(torch.erfinv(left.noise.draw(left.images, _NOISE_RESTART + draw)))
             fooled[rows] = left.lost(ball.project(left.images + ball.eps * direction, left.images))
         return fooled
 

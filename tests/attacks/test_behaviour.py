@@ -35,46 +35,6 @@ IMAGES = torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(5))
 LABELS = classifier()(IMAGES).argmax(1)
 
 
-@pytest.mark.parametrize("field", ["seed", "step", "ids", "restart"])
-def test_noise_depends_on_each_of_its_four(field):
-    images = torch.zeros(1, 3, 4, 4)
-    base = {"seed": 1, "step": 2, "ids": [3]}
-    changed = base | ({field: [4] if field == "ids" else 9} if field != "restart" else {})
-    one = StartNoise(**base).draw(images, restart=0)
-    assert torch.equal(one, StartNoise(**base).draw(images, restart=0))
-    assert not torch.equal(one, StartNoise(**changed).draw(images, restart=1 if field == "restart" else 0))
-
-
-def test_noise_belongs_to_the_sample():
-    """Not to its place in the batch, the batch's size, or the global random state."""
-    noise = StartNoise(0, [5, "a", 7])
-    whole = noise.draw(torch.zeros(3, 3, 4, 4))
-    torch.manual_seed(99)
-    assert torch.equal(StartNoise(0, ["a"]).draw(torch.zeros(1, 3, 4, 4))[0], whole[1])
-    assert torch.equal(noise.take(torch.tensor([2, 0])).draw(torch.zeros(2, 3, 4, 4)), whole[[2, 0]])
-
-
-def test_noise_needs_one_id_per_image():
-    with pytest.raises(ValueError, match="3 images but 2 ids"):
-        StartNoise(0, [1, 2]).draw(torch.zeros(3, 3, 2, 2))
-
-
-def test_noise_in_other_dtypes_is_the_same_start():
-    noise = StartNoise(0, [1])
-    torch.testing.assert_close(
-        noise.draw(torch.zeros(1, 3, 4, 4).double()).float(), noise.draw(torch.zeros(1, 3, 4, 4))
-    )
-
-
-def test_starts_fill_the_ball():
-    images = torch.full((1, 3, 40, 40), 0.5)
-    start = LinfBall(0.1).start(images, StartNoise(0, [0]).draw(images)) - images
-    assert abs(float(start.mean())) < 0.005
-    assert float(start.std()) == pytest.approx(0.1 / 3**0.5, rel=0.03)  # uniform, not clipped normal
-    ball = L2Ball(0.5)
-    assert float(ball.distance(ball.start(images, StartNoise(0, [0]).draw(images)), images)) == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize("attack", [pgd, apgd])
 def test_early_drop_gives_the_same_flags(attack):
     classify, noise = classifier(), StartNoise(0, range(16))
