@@ -48,7 +48,7 @@ _HOME = {
     "load_results": "evaluation.results",
     "load_robust_encoder": "hub.load",
     "make_text_bank": "towers.text_bank",
-    "merge_adapter": "training.adapters",
+    "merge_adapter": "towers.clip",
     "pgd": "attacks",
     "push_robust_encoder": "hub.push",
     "remeasure": "evaluation.images",
@@ -139,8 +139,7 @@ if TYPE_CHECKING:
     from .sanity.retrieval import check_retrieval_sanity
     from .sanity.zero_shot import check_sanity
     from .swap.swap import swap_vision_encoder
-    from .towers.clip import as_encoder, load_encoder
+    from .towers.clip import as_encoder, load_encoder, merge_adapter
     from .towers.text_bank import make_text_bank
-    from .training.adapters import merge_adapter
     from .training.base import AdversarialTrainer
     from .training.config import AdversarialTrainingArguments

@@ -12,11 +12,19 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from hf_robust_vision.evaluation.repeat import Repeat, repeat_zero_shot
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
-from hf_robust_vision.towers.adapters import holds_adapter, merge_into, original_of
-from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, load_encoder, load_tokenizer, weights_sha256
+from hf_robust_vision.towers.adapters import holds_adapter, original_of
+from hf_robust_vision.towers.clip import (
+    CLIPEncoder,
+    Encoder,
+    load_encoder,
+    load_tokenizer,
+    merge_adapter,
+    weights_sha256,
+)
+from hf_robust_vision.towers.weights import local_or_hub
 
 from .card import hardened
-from .release import REPLACED
+from .release import REPLACED, TOWER_RECORD
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,8 @@ def load_robust_encoder(
     """Load what `push_robust_encoder` published, or a folder that a recipe wrote.
 
     An adapter is merged into the model that it names. The weights are compared with the hash in the record. Numbers of
-    another whole model are refused; with an adapter a difference is a warning, because a merge on another kind of
-    processor may round otherwise.
+    another model, of another tower, or of an adapter on another original are refused; of the merged weights a
+    difference is a warning, because a merge on another kind of processor may round otherwise.
 
     Args:
         name_or_path: Hub id or folder.
@@ -81,7 +89,7 @@ def load_robust_encoder(
     Raises:
         ValueError: If it can not be read, has no record, or the record belongs to other weights.
     """
-    folder = Path(name_or_path)
+    folder = Path(local_or_hub(name_or_path))
     if not folder.is_dir():
         try:
             kept = [*REPLACED, RESULTS_FILE]
@@ -94,12 +102,20 @@ def load_robust_encoder(
     if not (folder / RESULTS_FILE).is_file():
         raise ValueError(f"{name_or_path} has no {RESULTS_FILE}; load_encoder reads a CLIP without a record.")
     results = load_results(folder)
-    after = hardened(results)
+    after, before = hardened(results), [result for result in results if result.model == "before"]
+    recorded = {result.model_sha256 for result in after}
     if holds_adapter(folder):
         base, base_revision = original_of(folder)
-        encoder = merge_into(load_encoder(base, revision=base_revision), folder).eval()
-        tokenizer = load_tokenizer(base)
-        if {result.model_sha256 for result in after} != {weights_sha256(encoder)}:
+        original = load_encoder(base, revision=base_revision)
+        # In another precision the same weights have another hash.
+        known = {result.model_sha256 for result in before if {a.get("dtype") for a in result.attacks} == {"float32"}}
+        if known and weights_sha256(original) not in known:
+            raise ValueError(
+                f"the adapter of {name_or_path} was trained on another model than {base} is now: the {RESULTS_FILE} "
+                "holds its measurement before, and that is of other weights."
+            )
+        encoder, tokenizer = merge_adapter(folder, base=original).eval(), load_tokenizer(base, revision=base_revision)
+        if recorded != {weights_sha256(encoder)}:
             warnings.warn(
                 f"the adapter of {name_or_path}, merged into {base}, is not bit for bit what its numbers were measured "
                 "on: another kind of processor rounds otherwise, another original is another model; .repeat() tells.",
@@ -108,7 +124,12 @@ def load_robust_encoder(
     else:
         encoder = load_encoder(folder, dtype="auto")
         tokenizer = load_tokenizer(folder) if isinstance(encoder, CLIPEncoder) else None
-        if tokenizer is not None and {result.model_sha256 for result in after} != {weights_sha256(encoder)}:
-            raise ValueError(f"the {RESULTS_FILE} of {name_or_path} was measured on other weights than it holds.")
-    before = [result for result in results if result.model == "before"]
+        held, told = weights_sha256(encoder), getattr(encoder.config, TOWER_RECORD, None) or {}
+        # A tower alone has another hash than the model that it was cut from, which is what was measured.
+        whole = told.get("model") if tokenizer is None and told.get("tower") == held else held
+        if recorded != {whole}:
+            raise ValueError(
+                f"the {RESULTS_FILE} of {name_or_path} was measured on other weights than it holds"
+                + (", or its tower does not tell which: push it again." if tokenizer is None else ".")
+            )
     return RobustEncoder(encoder, tokenizer, after, before, folder)

@@ -38,6 +38,9 @@ from .usage import KINDS, replace_usage, usage_block
 
 CARD = "README.md"
 PICTURE = "robustness.png"
+TOWER_RECORD = (
+    "robust_vision_record"  # in the config of a tower alone: its hash, and that of the model that was measured
+)
 
 # Everything else stays at home: checkpoints, optimizer state, and `training_args.bin`, a pickle that can hold a token.
 _MODEL = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -193,11 +196,8 @@ def _check_model(folder: Path, results: Sequence[RobustnessResult]) -> CLIPEncod
         raise ValueError(f"{folder} has no model.safetensors; write it with save_pretrained.")
     if not _matching(folder, ("tokenizer.json", "vocab.json")):  # transformers would make one up
         raise ValueError(f"{folder} has no tokenizer.json; save the model's CLIPProcessor there.")
-    try:
-        encoder = load_encoder(folder, dtype="auto")
-        load_tokenizer(folder)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder} is not the whole of a CLIPModel: {error}") from error
+    encoder = load_encoder(folder, dtype="auto")
+    load_tokenizer(folder)
     if not isinstance(encoder, CLIPEncoder):
         raise ValueError(f"{folder} holds a vision tower alone; push its CLIPModel folder with what='tower'.")
     sha256 = weights_sha256(encoder)
@@ -230,7 +230,9 @@ def _check_adapter(folder: Path, base_model: str | None) -> tuple[bytes, str]:
 
 def _tower(folder: Path, encoder: CLIPEncoder) -> dict[str, Path | bytes]:
     with TemporaryDirectory() as place:
-        vision_half(encoder).save_pretrained(place)
+        half = vision_half(encoder)
+        half.config.update({TOWER_RECORD: {"model": weights_sha256(encoder), "tower": weights_sha256(half)}})
+        half.save_pretrained(place)
         files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}
         load_image_processor(folder).save_pretrained(place)
         return files | {path.name: path.read_bytes() for path in Path(place).iterdir() if path.name not in files}

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from .open_clip import PROJECTION, clip_state, hf_to_openclip, load_state_dict
+from hf_robust_vision.towers.weights import load_state_dict
+
+from .open_clip import PROJECTION, clip_state, hf_to_openclip
 from .source import load_model
 from .towers import find_towers
 

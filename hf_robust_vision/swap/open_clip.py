@@ -6,21 +6,17 @@
 from __future__ import annotations
 
 import math
-import pickle
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 
 PROJECTION = "visual_projection.weight"
 POSITIONS = "embeddings.position_embedding.weight"
 
-_CONTAINERS = ("state_dict", "vision_encoder_state_dict", "model_state_dict")
+_CONTAINERS = ("state_dict", "vision_encoder_state_dict", "model_state_dict", "model", "module")
 _OUTER = {
     "class_embedding": "embeddings.class_embedding",
     "positional_embedding": POSITIONS,
@@ -121,36 +117,6 @@ def clip_state(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def load_state_dict(path: str | Path) -> Mapping[str, Any]:
-    """Read a `.safetensors` or `.pt` file on the CPU; nothing in the file is executed.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is a TorchScript archive, or holds other objects than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if _is_torchscript(path):
-        raise ValueError(
-            f"{path} is a TorchScript archive (OpenAI's original CLIP files are): loading it executes code from the "
-            "file. If you trust it, convert it once: "
-            f"torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), 'weights.pt'), and pass 'weights.pt'."
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds other objects than tensors, which only code can unpickle. If you trust it, load it yourself "
-            "with torch.load(..., weights_only=False) and pass the state dict."
-        ) from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}; wanted a state dict.")
-    return state
-
-
 def interpolate_positions(positions: Tensor, num_patches: int) -> Tensor:
     """Resize position embeddings to another number of patches, as transformers' `interpolate_pos_encoding` does.
 
@@ -181,13 +147,6 @@ def square_side(num_patches: int) -> int:
     return side
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
-
-
 def _plain(num_layers: int) -> dict[str, str]:
     """The weights that only change their name, open_clip key to CLIP key."""
     names = dict(_OUTER)
@@ -207,7 +166,10 @@ def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     for key in _CONTAINERS:
         if isinstance(state_dict.get(key), Mapping):
             return _unwrap(state_dict[key])
-    return {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"there are no weights in this state dict, only {list(state_dict)[:5]}.")
+    return state
 
 
 def _below_anchor(state: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:

@@ -12,21 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
-from transformers.utils.hub import cached_file
 
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.towers.adapters import CONFIG_FILE, merge_into, original_of
+from hf_robust_vision.towers.adapters import CONFIG_FILE, holds_adapter, merge_into, original_of, refuse_adapter
+from hf_robust_vision.towers.weights import is_weights_file, load_pretrained, load_state_dict, local_or_hub
 
 from .layouts import Geometry, Tower
-from .open_clip import PROJECTION, clip_state, load_state_dict, square_side
+from .open_clip import PROJECTION, clip_state, square_side
 from .towers import check_writable, find_towers
 
 
-_WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-_CLASSES: dict[str, Any] = {
-    "CLIPModel": CLIPModel,
-    "CLIPVisionModelWithProjection": CLIPVisionModelWithProjection,
-}
+_REST_OF_CLIP = ("text_model.", "text_projection.", "logit_scale", PROJECTION)  # may lie beside a vision tower
 
 
 @dataclass(frozen=True)
@@ -105,15 +101,15 @@ def load_source(source: Any, *, base: Any = None) -> Source:
         raise TypeError(
             f"source is a {type(source).__name__}; wanted a CLIP model, a state dict, or the path or Hub id of one."
         )
-    path = Path(source)
-    if path.is_file() or path.suffix in _WEIGHT_FILES:
-        return Source(path.name, clip_state(load_state_dict(path)))
-    name = path.resolve().name if path.is_dir() else str(source)
-    if _is_adapter(str(source)):
-        return _from_adapter(str(source), name, base)
+    if is_weights_file(source):
+        return Source(Path(source).name, clip_state(load_state_dict(source)))
+    place = local_or_hub(source)
+    name = Path(place).resolve().name if Path(place).is_dir() else place  # the report is published
+    if holds_adapter(place):
+        return _from_adapter(place, name, base)
     if base is not None:
-        raise ValueError(f"base= belongs to a PEFT adapter folder, but {name} has no adapter_config.json.")
-    return _from_model(load_model(str(source)), name, pixels=_pixels(str(source)))
+        raise ValueError(f"base= belongs to a PEFT adapter folder, but {name} has no {CONFIG_FILE}.")
+    return _from_model(load_model(place), name, pixels=_pixels(place))
 
 
 def reference_tower(state: dict[str, Tensor], geometry: Geometry) -> Tower:
@@ -167,22 +163,17 @@ def load_model(name: str, *, whole: bool = False) -> Any:
         whole: Wanted is a `CLIPModel`, with its text tower.
 
     Raises:
-        ValueError: If it holds another model, or lacks a weight.
+        ValueError: If it holds another model, or not the whole of one; see `load_pretrained`.
     """
-    config = AutoConfig.from_pretrained(name)
+    place = local_or_hub(name)
+    refuse_adapter(place)
+    config = AutoConfig.from_pretrained(place)
     if config.model_type not in (("clip",) if whole else ("clip", "clip_vision_model")):
         wanted = "CLIPModel" if whole else "CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection"
         raise ValueError(f"{name} holds a {config.model_type!r} model; wanted a {wanted}.")
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    kind = CLIPModel if whole else _CLASSES.get(architecture, CLIPVisionModel)
-    model, info = kind.from_pretrained(name, dtype="auto", output_loading_info=True)
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
-    if missing:
-        raise ValueError(
-            f"{name} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])}), which would be left "
-            "random. Export the whole model with save_pretrained."
-        )
-    return model
+    projected = "CLIPVisionModelWithProjection" in (getattr(config, "architectures", None) or ())
+    kind = CLIPModel if config.model_type == "clip" else (CLIPVisionModel, CLIPVisionModelWithProjection)[projected]
+    return load_pretrained(kind, place, dtype="auto", unread=_REST_OF_CLIP if kind is CLIPVisionModel else ())
 
 
 def _pixels(name: str) -> PixelSettings | None:
@@ -193,15 +184,9 @@ def _pixels(name: str) -> PixelSettings | None:
         return None  # many folders of weights have no processor; the comparison is then reported as not made
 
 
-def _is_adapter(name: str) -> bool:
-    """Whether a folder or Hub id holds an adapter; trouble with the Hub is left to the loading of the model."""
-    quiet = {f"_raise_exceptions_for_{trouble}": False for trouble in ("missing_entries", "connection_errors")}
-    return cached_file(name, CONFIG_FILE, **quiet) is not None
-
-
 def _from_adapter(folder: str, name: str, base: Any) -> Source:
     base = base if base is not None else original_of(folder)[0]
     pixels = None if isinstance(base, nn.Module) else _pixels(str(base))
     model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_model(str(base))
-    merge_into(model, folder, part=nn.ModuleList(tower.module for tower in find_towers(model)))
+    merge_into(model, folder, part=[tower.module for tower in find_towers(model)])
     return _from_model(model, name, pixels=pixels)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from transformers.utils import ModelOutput
 
 from hf_robust_vision.pixels import PixelTransform
 
-from .adapters import CONFIG_FILE, has_adapter, holds_adapter, save_adapter
+from .adapters import CONFIG_FILE, has_adapter, holds_adapter, merge_into, original_of, refuse_adapter, save_adapter
+from .weights import load_pretrained, local_or_hub
 
 
 FEATURES = ("pooled", "patch_tokens", "both")
@@ -170,11 +170,10 @@ def load_encoder(
         kwargs: Passed on to `from_pretrained`.
 
     Raises:
-        ValueError: If it is an adapter, another type of model, or a checkpoint with missing weights.
+        ValueError: If it is an adapter, another type of model, or not the whole of one; see `load_pretrained`.
     """
-    # Absolute, because models and adapters record it: read from elsewhere, "runs/clip" would look like a Hub id.
-    name = str(Path(name_or_path).absolute() if Path(name_or_path).is_dir() else name_or_path)
-    _refuse_adapter(name)
+    name = local_or_hub(name_or_path)
+    refuse_adapter(name)
     config = AutoConfig.from_pretrained(name, revision=revision)
     architectures = list(getattr(config, "architectures", None) or [])
     if config.model_type == "clip" and architectures in ([], ["CLIPModel"]):
@@ -187,14 +186,7 @@ def load_encoder(
             "CLIPVisionModelWithProjection folder. A bare CLIPVisionModel has no projection to align with text: "
             "save the CLIPModel that it came from."
         )
-    model, info = kind.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True, **kwargs)
-    # A mismatch of shapes is left at random weights, too.
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
-    if missing:
-        raise ValueError(
-            f"{name} lacks {len(missing)} weights of {kind.stock_class.__name__} ({', '.join(missing[:3])}, ...), "
-            "which would be left random. Export the whole model with save_pretrained."
-        )
+    model = load_pretrained(kind, name, revision=revision, dtype=dtype, **kwargs)
     size = _vision_config(model).image_size
     try:
         processor = AutoImageProcessor.from_pretrained(name, revision=revision)
@@ -205,7 +197,36 @@ def load_encoder(
     model.transform = PixelTransform.from_image_processor(processor)
     if model.transform.crop not in (None, (size, size)):
         raise ValueError(f"{name}: the image processor crops to {model.transform.crop}, the tower takes {size} px.")
+    if model.dtype == torch.float16:  # finite weights may still overflow on their way through the layers
+        with torch.no_grad(), attack_mode(model):
+            embeds = model.encode_images(torch.full((1, 3, size, size), 0.5)).image_embeds
+        if not bool(torch.isfinite(embeds).all()):
+            raise ValueError(f"{name} overflows in torch.float16: load it in bfloat16 or float32.")
     return model
+
+
+def merge_adapter(source: str | Path, *, base: Any = None) -> Encoder:
+    """Load an adapter and the model that it was trained on, and add the one into the other.
+
+    Args:
+        source: Folder or Hub id of an adapter.
+        base: The model that it was trained on, or its folder or Hub id; by default the one that the adapter names.
+
+    Returns:
+        An encoder; its `save_pretrained` writes a stock model folder.
+
+    Raises:
+        ValueError: If the adapter does not name its base, does not fit it, or leaves its vision tower as it was.
+    """
+    source = local_or_hub(source)
+    if not holds_adapter(source):
+        raise ValueError(f"{source} has no {CONFIG_FILE}, so it is no PEFT adapter.")
+    if isinstance(base, nn.Module):
+        encoder = as_encoder(copy.deepcopy(base))
+    else:
+        name, revision = (base, None) if base is not None else original_of(source)
+        encoder = load_encoder(name, revision=revision)
+    return merge_into(encoder, source, part=[encoder.vision_model, encoder.visual_projection])
 
 
 def vision_half(encoder: Encoder) -> CLIPVisionModelWithProjection:
@@ -220,21 +241,12 @@ def vision_half(encoder: Encoder) -> CLIPVisionModelWithProjection:
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a CLIP folder or Hub id."""
-    return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision)
+    return AutoTokenizer.from_pretrained(local_or_hub(name_or_path), revision=revision)
 
 
 def load_image_processor(name_or_path: str | Path, *, revision: str | None = None) -> Any:
     """The image processor of a CLIP folder or Hub id."""
-    return AutoImageProcessor.from_pretrained(str(name_or_path), revision=revision)
-
-
-def _refuse_adapter(name: str) -> None:
-    if holds_adapter(name):
-        base = json.loads((Path(name) / CONFIG_FILE).read_text()).get("base_model_name_or_path")
-        raise ValueError(
-            f"{name} is a PEFT adapter of {base!r}, not a model. Merge it first: "
-            f"hf_robust_vision.merge_adapter({name!r}).save_pretrained(...)."
-        )
+    return AutoImageProcessor.from_pretrained(local_or_hub(name_or_path), revision=revision)
 
 
 def _vision_config(model: PreTrainedModel) -> Any:

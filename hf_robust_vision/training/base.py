@@ -21,7 +21,7 @@ from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform, check_images
-from hf_robust_vision.towers.adapters import has_adapter
+from hf_robust_vision.towers.adapters import add_adapter, has_adapter
 from hf_robust_vision.towers.clip import (
     CLIPEncoder,
     Encoder,
@@ -35,7 +35,6 @@ from hf_robust_vision.towers.clip import (
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 
 from .adapter_checkpoints import AdapterTrainer
-from .adapters import add_adapter
 from .batch import Batch
 from .checkpoints import complete_checkpoint, mark_complete, need_settings, rotate, unmark
 from .collapse import Spread, check_collapse, warn_of_single_images
@@ -103,7 +102,8 @@ class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
         freeze_first_blocks(encoder, args.freeze_blocks)
         self.reference = reference or Reference(encoder, self.token_layer, share_weights=args.use_peft)
         if args.use_peft:
-            add_adapter(encoder, args)
+            layers, seed = args.lora_target_modules, args.seed
+            add_adapter(encoder, args.lora_r, args.lora_alpha, args.lora_dropout, target_modules=layers, seed=seed)
         self.targets = lambda images, ids: self.reference(images)
         if args.cache_targets_mb:
             self.targets = TargetCache(self.reference, args.cache_targets_mb, train_dataset)

@@ -52,7 +52,7 @@ DAMAGE = {
     "no weights": (lambda run: (run / "model.safetensors").unlink(), "has no model.safetensors"),
     "cut weights": (
         lambda run: (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:9000]),
-        "not the whole of a CLIPModel",
+        r"model\.safetensors is damaged or cut off",
     ),
     "no tokenizer": (
         lambda run: [path.unlink() for path in run.glob("tokenizer*")],
@@ -137,6 +137,38 @@ def test_load_from_a_folder(folder, seen_images):
     (folder / "robustness.json").unlink()
     with pytest.raises(ValueError, match="load_encoder reads a CLIP without a record"):
         load_robust_encoder(folder)
+
+
+def pushed_tower(folder, place):
+    """What a push of the tower alone uploads."""
+    place.mkdir()
+    for name, content in prepare_release(folder, "tower").files.items():
+        (place / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    return place
+
+
+def test_a_tower_alone_is_compared_with_its_record(folder, tmp_path):
+    """findings-swap 2: a random tower with a foreign record loaded without a word."""
+    tower = pushed_tower(folder, tmp_path / "tower")
+    assert load_robust_encoder(tower).results[0].model_sha256 == load_robust_encoder(folder).results[0].model_sha256
+    mine = (tower / "robustness.json").read_text()
+    foreign = mine.replace(load_robust_encoder(folder).results[0].model_sha256, "0" * 64)
+    (tower / "robustness.json").write_text(foreign)
+    with pytest.raises(ValueError, match="measured on other weights than it holds"):
+        load_robust_encoder(tower)
+    (tower / "robustness.json").write_text(mine)
+    weights = load_file(tower / "model.safetensors")
+    weights["visual_projection.weight"] = weights["visual_projection.weight"] + 1
+    save_file(weights, tower / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="measured on other weights than it holds"):
+        load_robust_encoder(tower)
+
+
+def test_a_tower_that_does_not_tell_its_model_is_refused(folder, tmp_path):
+    tower = pushed_tower(folder, tmp_path / "tower")
+    edit(tower / "config.json", lambda config: config.pop("robust_vision_record"))
+    with pytest.raises(ValueError, match="its tower does not tell which: push it again"):
+        load_robust_encoder(tower)
 
 
 def test_results_of_other_tasks_go_along(folder, seen_images):

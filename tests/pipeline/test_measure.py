@@ -203,6 +203,6 @@ def test_bad_input_is_one_line(evaluate, tmp_path, capsys, words, said):
 
 def test_no_such_model(evaluate, tmp_path, capsys):
     assert evaluate(model=tmp_path / "nothing") == 2
-    assert "neither a model folder" in capsys.readouterr().err
+    assert "no such folder: " in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert main(["remeasure", "demo-clip", str(tmp_path)]) == 2

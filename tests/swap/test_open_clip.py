@@ -156,7 +156,7 @@ def test_files_that_could_run_code_are_refused(tmp_path, llava):
         swap_vision_encoder(llava, archive)
     pickled = tmp_path / "object.pt"
     torch.save({"model": functools.partial(print)}, pickled)
-    with pytest.raises(ValueError, match="weights_only=False"):
+    with pytest.raises(ValueError, match="holds other objects than tensors"):
         load_state_dict(pickled)
     torch.save(torch.ones(1), pickled)
     with pytest.raises(ValueError, match="holds a Tensor; wanted a state dict"):

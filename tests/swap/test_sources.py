@@ -69,7 +69,7 @@ def test_folders_that_are_no_vision_tower(llava, clip, tmp_path):
     clip.save_pretrained(tmp_path / "half")
     clip.vision_model.save_pretrained(tmp_path / "vision")
     shutil.copy(tmp_path / "vision" / "model.safetensors", tmp_path / "half")
-    with pytest.raises(ValueError, match=r"lacks .* weights of CLIPModel"):
+    with pytest.raises(ValueError, match=r"lacks .* weights of the CLIPModel"):
         swap_vision_encoder(llava, tmp_path / "half")
 
 

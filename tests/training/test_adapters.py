@@ -24,10 +24,9 @@ from hf_robust_vision import (
 )
 from hf_robust_vision.hub.card import is_hub_id
 from hf_robust_vision.pipeline import parse, run
-from hf_robust_vision.towers.adapters import has_adapter
+from hf_robust_vision.towers.adapters import add_adapter, has_adapter
 from hf_robust_vision.towers.clip import attack_mode, freeze_unread, weights_sha256
-from hf_robust_vision.training.adapters import add_adapter
-from tests.training.helpers import arguments, largest_gap, make_trainer, weights
+from tests.training.helpers import largest_gap, make_trainer, weights
 
 
 TRAINERS = (SimCLIPTrainer, FARETrainer, TeCoATrainer, PMGAFTTrainer, TIMATrainer)
@@ -285,7 +284,7 @@ def test_an_adapter_of_vit_b_32_is_one_percent(tmp_path):
         encoder = as_encoder(CLIPModel(CLIPConfig(vision_config={"patch_size": 32})))
     freeze_unread(encoder)
     whole = encoder.num_parameters()
-    add_adapter(encoder, arguments(tmp_path, use_peft=True))
+    add_adapter(encoder, rank=8, alpha=16, dropout=0.0, target_modules=None, seed=0)
     share = encoder.num_parameters(only_trainable=True) / whole
     in_a_block = 4 * 2 * 768 * 8 + 2 * (768 + 3072) * 8
     assert share == (12 * in_a_block + (768 + 512) * 8) / whole
