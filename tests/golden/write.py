@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).with_name("golden.json")
 FLOAT32 = {"rel_tol": 0.0, "abs_tol": 1e-4}
 TOLERANCES = {
     "sanity": {"rel_tol": 1e-3, "abs_tol": 1e-4},  # its numbers have four digits
-    # float64, from start noise whose last bits are the same on processors with AVX2 or AVX-512 only
+    # float64, from start noise whose bits are the same everywhere
     "losses": {"rel_tol": 1e-9, "abs_tol": 0.0},
 }
 
