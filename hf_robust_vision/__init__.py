@@ -24,7 +24,7 @@ _HOME = {
     "RelativeRobustness": "evaluation.metrics",
     "RetrievalProtocol": "evaluation.tasks.retrieval",
     "RobustAccuracy": "evaluation.metrics",
-    "RobustnessProtocol": "evaluation.tasks.zero_shot",
+    "RobustnessProtocol": "evaluation.task",
     "RobustnessResult": "evaluation.results",
     "SimCLIPArguments": "methods.sim_clip",
     "SimCLIPTrainer": "methods.sim_clip",
@@ -35,8 +35,8 @@ _HOME = {
     "TeCoATrainer": "methods.tecoa",
     "apgd": "attacks",
     "as_encoder": "towers.clip",
-    "check_retrieval_sanity": "sanity.retrieval",
-    "check_sanity": "sanity.zero_shot",
+    "check_retrieval_sanity": "sanity.check",
+    "check_sanity": "sanity.check",
     "evaluate_corruptions": "evaluation.tasks.corruptions",
     "evaluate_retrieval": "evaluation.tasks.retrieval",
     "evaluate_zero_shot": "evaluation.tasks.zero_shot",
@@ -51,7 +51,7 @@ _HOME = {
     "merge_adapter": "towers.clip",
     "pgd": "attacks",
     "push_robust_encoder": "hub.push",
-    "remeasure": "evaluation.images",
+    "remeasure": "evaluation.tasks.zero_shot",
     "remeasure_retrieval": "evaluation.tasks.retrieval",
     "square": "attacks",
     "swap_vision_encoder": "swap.swap",
@@ -122,12 +122,12 @@ if TYPE_CHECKING:
     from .attacks import L2Ball, LinfBall, StartNoise, apgd, fab, fgsm, get_protocol, pgd, square
     from .data.captions import CaptionedImages
     from .data.datasets import LabelledImages, load_labelled_images
-    from .evaluation.images import remeasure
     from .evaluation.metrics import AttackSuccessRate, RelativeRobustness, RobustAccuracy
     from .evaluation.results import RobustnessResult, load_results
+    from .evaluation.task import RobustnessProtocol
     from .evaluation.tasks.corruptions import evaluate_corruptions
     from .evaluation.tasks.retrieval import RetrievalProtocol, evaluate_retrieval, remeasure_retrieval
-    from .evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+    from .evaluation.tasks.zero_shot import evaluate_zero_shot, remeasure
     from .hub.load import load_robust_encoder
     from .hub.push import push_robust_encoder
     from .methods.fare import FAREArguments, FARETrainer
@@ -136,8 +136,7 @@ if TYPE_CHECKING:
     from .methods.tecoa import TeCoAArguments, TeCoATrainer
     from .methods.tima import TIMAArguments, TIMATrainer
     from .report.page import write_report
-    from .sanity.retrieval import check_retrieval_sanity
-    from .sanity.zero_shot import check_sanity
+    from .sanity.check import check_retrieval_sanity, check_sanity
     from .swap.swap import swap_vision_encoder
     from .towers.clip import as_encoder, load_encoder, merge_adapter
     from .towers.text_bank import make_text_bank

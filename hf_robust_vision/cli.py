@@ -136,11 +136,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
     from hf_robust_vision.attacks import get_protocol
-    from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol
+    from hf_robust_vision.evaluation.task import RobustnessProtocol
     from hf_robust_vision.pipeline.measure import EvaluationSet, measure_model
     from hf_robust_vision.processes import part, rank_and_world
     from hf_robust_vision.report.page import results_text, write_report
-    from hf_robust_vision.sanity.zero_shot import sanity_text
+    from hf_robust_vision.sanity.check import sanity_text
     from hf_robust_vision.training.config import Radius
 
     how = RobustnessProtocol(
@@ -187,8 +187,8 @@ def _report(args: argparse.Namespace) -> int:
 def _remeasure(args: argparse.Namespace) -> int:
     import torch
 
-    from hf_robust_vision.evaluation.images import remeasure
     from hf_robust_vision.evaluation.results import load_results, pretty_eps
+    from hf_robust_vision.evaluation.tasks.zero_shot import remeasure
     from hf_robust_vision.pipeline.measure import bank_of, load_model
     from hf_robust_vision.towers.clip import weights_sha256
 

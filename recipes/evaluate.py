@@ -25,11 +25,11 @@ import torch
 import yaml
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol
+from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.pipeline.measure import EvaluationSet, measure_model
 from hf_robust_vision.processes import part, rank_and_world
 from hf_robust_vision.report.page import results_text, write_report
-from hf_robust_vision.sanity.zero_shot import sanity_text
+from hf_robust_vision.sanity.check import sanity_text
 from hf_robust_vision.training.config import Radius
 
 

@@ -20,7 +20,6 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,17 @@ from hf_robust_vision import swap_vision_encoder
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
 from hf_robust_vision.evaluation.results import RobustnessResult, load_samples, save_results
-from hf_robust_vision.evaluation.tasks import VLMProtocol, attack_example, evaluate_targeted, evaluate_vqa
+from hf_robust_vision.evaluation.tasks import VQA, VLMProtocol, attack_example, evaluate_targeted, evaluate_vqa
 from hf_robust_vision.evaluation.tasks.vqa import Question
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.report.pictures import draw_answers
-from hf_robust_vision.sanity.checks import not_run
-from hf_robust_vision.sanity.vlm import check_vqa_sanity
-from hf_robust_vision.sanity.zero_shot import sanity_text
+from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.swap.source import load_source
 from hf_robust_vision.training.config import Radius
 
 
 CHECK_STEPS = (1, 5, 10, 50)
+SANITY = {"samples": 40, "queries": 200}
 CHECK_EPS = (1, 2, 4, 8, 16, 32)
 
 
@@ -82,17 +80,14 @@ def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> l
     how = VLMProtocol(
         tuple(map(float, args.eps)), steps=args.steps, restarts=args.restarts, batch_size=args.batch_size
     )
-    clean = VLMProtocol((0.0,), batch_size=args.batch_size)
+    clean = VLMProtocol((0.0,), steps=1, restarts=1, batch_size=args.batch_size)
     asked = load_questions("test", yes_no=False, limit=args.num_questions)
     yes_no = load_questions("test", yes_no=True, limit=args.num_questions)
     targeted = {"group": "targeted", "max_new_tokens": 8, **shared}
     attacked = evaluate_vqa(vlm, processor, asked, how, group="colour/shape", **shared)
     if args.sanity:
-        try:
-            sanity = check_vqa_sanity(vlm, processor, asked, how, prompt=args.prompt)
-        except ValueError as error:  # nothing to check is no reason to lose what was measured
-            sanity = not_run(error)
-        attacked = [replace(result, sanity=sanity) for result in attacked]
+        task = VQA(vlm, processor, asked, args.prompt, DEMO_NAME, "test")
+        add_sanity(attacked, {model: task}, how.robustness(), **SANITY)
     return [
         *attacked,
         *evaluate_vqa(vlm, processor, asked, clean, group="  blank image", blank=True, **shared),
@@ -184,11 +179,10 @@ def main() -> None:
     report.save(args.output_dir)
     save_results(results, args.output_dir)
     question = repaired(results, args)
-    about: dict[str, Any] = {"prompt": args.prompt, "eps": float(args.eps[0]), "steps": args.steps}
-    about |= {"restarts": args.restarts}
-    after = attack_example(vlm, processor, question, **about)
+    shown = VLMProtocol((float(args.eps[0]),), steps=args.steps, restarts=args.restarts)
+    after = attack_example(vlm, processor, question, args.prompt, shown)
     report.restore()
-    before = attack_example(vlm, processor, question, **about)
+    before = attack_example(vlm, processor, question, args.prompt, shown)
     draw_answers({"before": before, "after": after}, question.text, args.output_dir / "answers.png")
     print_table(results, report.towers[0].drift)
     if args.sanity:

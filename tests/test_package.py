@@ -49,7 +49,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"pipeline"}
 LIGHT = {"attacks": {"torch"}, "pixels": {"torch"}}
-NARROW = {"training": {"evaluation": {"results", "tasks"}, "hub": {"card", "push"}}}
+NARROW = {"training": {"evaluation": {"results", "task", "tasks"}, "hub": {"card", "push"}}}
 
 
 def imports(file):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import torch
 from safetensors import safe_open
@@ -14,17 +15,18 @@ from torch import Tensor
 
 from hf_robust_vision.attacks import make_ball
 from hf_robust_vision.pixels import check_images
-from hf_robust_vision.towers.clip import Encoder, attack_mode, image_embedder, weights_sha256
-from hf_robust_vision.towers.text_bank import TextBank
+from hf_robust_vision.towers.clip import attack_mode, weights_sha256
 
 from .results import RobustnessResult, SampleRecord, load_samples
+from .task import Batch, SampleId, Task
 
 
 CLEAN = "clean"
+_TEXT = "~"  # begins the file of an id that is no number, whatever the id holds
 
 
 class AdversarialImages:
-    """A folder of `<sample id>.safetensors`: the clean image, and the one found at each radius that was attacked.
+    """A folder of one `.safetensors` a sample: the clean image, and the one found at each radius that was attacked.
 
     The values are the floats that fooled the model: rounded to the 256 steps of a picture file, an image may leave its
     ball, or no longer fool. A sample that fell at a smaller radius has no image of its own at the larger ones: their
@@ -37,14 +39,16 @@ class AdversarialImages:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def __contains__(self, sample: int) -> bool:
+    def __contains__(self, sample: SampleId) -> bool:
         return self._path(sample).is_file()
 
-    def ids(self) -> list[int]:
-        """The samples whose images are there."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))
+    def ids(self) -> list[SampleId]:
+        """The samples whose images are there, numbers first."""
+        stems = sorted(path.stem for path in self.folder.glob("*.safetensors"))
+        numbers: list[SampleId] = sorted(int(stem) for stem in stems if stem[0] != _TEXT)
+        return numbers + [unquote(stem[1:]) for stem in stems if stem[0] == _TEXT]
 
-    def write(self, sample: int, clean: Tensor, found: Mapping[float, Tensor]) -> None:
+    def write(self, sample: SampleId, clean: Tensor, found: Mapping[float, Tensor]) -> None:
         """Keep the images of one sample, whole or not at all.
 
         Args:
@@ -58,7 +62,7 @@ class AdversarialImages:
         save_file({name: image.detach().cpu().clone() for name, image in images.items()}, draft)
         draft.replace(self._path(sample))
 
-    def read(self, sample: int, eps: float) -> tuple[Tensor, Tensor]:
+    def read(self, sample: SampleId, eps: float) -> tuple[Tensor, Tensor]:
         """Clean and adversarial image of one sample at a radius; twice the clean one where nothing was attacked.
 
         Raises:
@@ -71,8 +75,9 @@ class AdversarialImages:
             clean = file.get_tensor(CLEAN)
             return clean, file.get_tensor(repr(max(radii))) if radii else clean
 
-    def _path(self, sample: int) -> Path:
-        return self.folder / f"{sample}.safetensors"
+    def _path(self, sample: SampleId) -> Path:
+        stem = str(sample) if isinstance(sample, int) else _TEXT + quote(sample, safe=" ")
+        return self.folder / f"{stem}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -94,111 +99,81 @@ class Remeasured:
     clean_accuracy: float
     robust_accuracy: float
     reported: float
-    changed: list[int]
+    changed: list[SampleId]
     farthest: float
-    outside: list[int]
-
-
-def remeasure(
-    encoder: Encoder, bank: TextBank, result: RobustnessResult, folder: str | Path, *, batch_size: int = 64
-) -> Remeasured:
-    """Classify the saved images of a zero-shot result again, without any attack, and compare with what was reported.
-
-    Args:
-        encoder: The model that was measured, in the dtype that it was measured in.
-        bank: Its classifier: `make_text_bank` on the class names and templates of the result.
-        result: With saved images.
-        folder: Where the `robustness.json` of the result lies.
-        batch_size: Images classified at once.
-
-    Raises:
-        ValueError: If the model or the classifier is another, or no images were saved.
-    """
-    need_task(result, "zero_shot")
-    if bank.template_hash != result.template_hash:
-        raise ValueError("the bank has other class names or templates than the result; build it from the result's.")
-    embed, device = image_embedder(encoder), encoder.visual_projection.weight.device
-    classify = bank.classify(lambda batch: embed(encoder.transform.fit(batch)))
-
-    def hits(records: Sequence[SampleRecord], images: Tensor) -> list[bool]:
-        labels = torch.tensor([record.label for record in records], device=device)
-        with torch.no_grad(), attack_mode(encoder):
-            flags: list[bool] = (classify(check_images(images).to(device)).argmax(1) == labels).tolist()
-        return flags
-
-    return measure_again(result, folder, weights_sha256(encoder), hits, batch_size=batch_size)
+    outside: list[SampleId]
 
 
 def measure_again(
+    task: Task,
     result: RobustnessResult,
     folder: str | Path,
-    sha256: str,
-    hits: Callable[[Sequence[SampleRecord], Tensor], list[bool]],
     *,
-    told: Callable[[SampleRecord], tuple[bool, bool]] = lambda record: (record.clean_hit, record.robust_hit),
-    batch_size: int = 1,
+    hits: Callable[[SampleRecord], tuple[bool, bool]] = lambda record: (record.clean_hit, record.robust_hit),
+    batch_size: int = 64,
 ) -> Remeasured:
-    """Look at the saved images of a result again, and compare with its records.
+    """Judge the saved images of a result again, without any attack, and compare with its records.
 
     Args:
+        task: What was measured, on the same samples.
         result: With saved images.
         folder: Where its `robustness.json` lies.
-        sha256: Of the weights that look.
-        hits: Records and their images to what is right, whatever the task calls right.
-        told: A record to its flags, clean and robust.
-        batch_size: Images looked at once; they must be of one size.
+        hits: A record to its flags, clean and robust.
+        batch_size: Images judged at once, where they are of one size.
 
     Raises:
-        ValueError: If the weights are others, or no images were saved.
+        ValueError: If the result is of another task or of other weights, or no images were saved.
     """
+    if result.task != task.task:
+        raise ValueError(f"this measures {task.task} results again, the given one is of the task {result.task!r}.")
     images, records = _saved(result, Path(folder))
-    if sha256 != result.model_sha256:
+    if (sha256 := weights_sha256(task.model)) != result.model_sha256:
         raise ValueError(
             f"{result.model} was measured with weights {result.model_sha256[:16]}, these are {sha256[:16]}."
         )
-    ball = make_ball(result.norm, result.eps)
-    ids = [sample for sample in images.ids() if sample in records]
-    clean_hits, robust_hits, outside, farthest = [], [], [], 0.0
-    for start in range(0, len(ids), batch_size):
-        rows = ids[start : start + batch_size]
-        clean, adversarial = (torch.stack(part) for part in zip(*(images.read(row, result.eps) for row in rows)))
-        distance = ball.distance(adversarial, clean)
-        farthest = max(farthest, distance.max().item())
-        inside = (distance <= ball.eps * (1 + 1e-5) + 1e-7) & ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(
-            1
-        )
-        outside += [row for row, fits in zip(rows, inside.tolist()) if not fits]
-        looked = [records[row] for row in rows]
-        right = hits(looked, clean)
-        clean_hits += right
-        robust_hits += [one and other for one, other in zip(right, hits(looked, adversarial))]
-    flags = [told(records[row]) for row in ids]
-    changed = [row for row, said, seen in zip(ids, flags, zip(clean_hits, robust_hits)) if said != seen]
+    ball, places = make_ball(result.norm, result.eps), {sample: place for place, sample in enumerate(task.ids)}
+    ids = [sample for sample in images.ids() if sample in records and sample in places]
+    groups: dict[torch.Size, list[SampleId]] = {}
+    for sample in ids:
+        groups.setdefault(images.read(sample, result.eps)[0].shape, []).append(sample)
+    seen: dict[SampleId, tuple[bool, bool]] = {}
+    outside: list[SampleId] = []
+    farthest = 0.0
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            rows = group[start : start + batch_size]
+            clean, found = (torch.stack(part) for part in zip(*(images.read(row, result.eps) for row in rows)))
+            distance = ball.distance(found, clean)
+            farthest = max(farthest, distance.max().item())
+            within = ((found >= 0) & (found <= 1)).flatten(1).all(1)
+            inside = (distance <= ball.eps * (1 + 1e-5) + 1e-7) & within
+            outside += [row for row, fits in zip(rows, inside.tolist()) if not fits]
+            right, stands = (_right(task, [places[row] for row in rows], shown) for shown in (clean, found))
+            seen |= {row: (one, one and other) for row, one, other in zip(rows, right, stands)}
+    told = {sample: hits(records[sample]) for sample in ids}
     return Remeasured(
         num_samples=len(ids),
-        clean_accuracy=sum(clean_hits) / len(ids),
-        robust_accuracy=sum(robust_hits) / len(ids),
-        reported=sum(robust for _, robust in flags) / len(ids),
-        changed=changed,
+        clean_accuracy=sum(clean for clean, _ in seen.values()) / len(ids),
+        robust_accuracy=sum(robust for _, robust in seen.values()) / len(ids),
+        reported=sum(robust for _, robust in told.values()) / len(ids),
+        changed=[sample for sample in ids if told[sample] != seen[sample]],
         farthest=farthest,
         outside=outside,
     )
 
 
-def need_task(result: RobustnessResult, task: str) -> None:
-    """Refuse the result of another evaluator.
-
-    Raises:
-        ValueError: If it is one.
-    """
-    if result.task != task:
-        raise ValueError(f"this measures {task} results again, the given one is of the task {result.task!r}.")
+@torch.no_grad()
+def _right(task: Task, places: list[int], images: torch.Tensor) -> list[bool]:
+    shown = check_images(images).to(task.weight.device)
+    with attack_mode(task.model):
+        return [not verdict.lost for verdict in task.judge(Batch(tuple(places), shown), shown)]
 
 
-def _saved(result: RobustnessResult, folder: Path) -> tuple[AdversarialImages, dict[int, SampleRecord]]:
+def _saved(result: RobustnessResult, folder: Path) -> tuple[AdversarialImages, dict[SampleId, SampleRecord]]:
     images = AdversarialImages(folder / result.images) if result.images is not None else None
     if images is None or result.samples is None or not images.ids():
         raise ValueError(
-            f"no images of {result.model} on {result.dataset} were saved; measure it with save_images=, or --save_adversarial."
+            f"no images of {result.model} on {result.dataset} were saved; measure it with save_images=, or "
+            "--save_adversarial."
         )
-    return images, {int(record.id): record for record in load_samples(folder / result.samples)}
+    return images, {record.id: record for record in load_samples(folder / result.samples)}

@@ -18,7 +18,8 @@ from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
 from .results import RobustnessResult, SampleRecord
-from .tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from .task import RobustnessProtocol
+from .tasks.zero_shot import evaluate_zero_shot
 
 
 @dataclass(frozen=True)

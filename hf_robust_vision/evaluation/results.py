@@ -90,6 +90,7 @@ class RobustnessResult:
     sanity: dict[str, Any] | None = None
     attack_success: dict[str, float] | None = None
     left_out: list[str] = field(default_factory=list)
+    carry: bool = True
     samples: str | None = None
     images: str | None = None
     seconds: float = 0.0
@@ -128,26 +129,6 @@ def summarize_hits(clean_hits: Sequence[bool], robust_hits: Sequence[bool]) -> d
             "robust_accuracy": list(wilson_interval(robust, count)),
         },
     }
-
-
-def after_each_attack(
-    attacks: list[dict[str, Any]], records: Sequence[SampleRecord], smaller: Sequence[SampleRecord]
-) -> list[dict[str, Any]]:
-    """The attacks, each with the `robust_accuracy` that it and those before it leave.
-
-    Args:
-        attacks: As a result lists them.
-        records: Of all samples at this radius.
-        smaller: The same samples at the radius below, if what fell there is carried over: it has fallen before the
-            first attack here, whichever attack it was.
-    """
-    carried = {record.id for record in smaller if not record.robust_hit}
-    met = [record for record in records if record.fooled_by != "clean" and record.id not in carried]
-    left = len(met)
-    for attack in attacks:
-        left -= sum(record.fooled_by == attack["name"] for record in met)
-        attack["robust_accuracy"] = left / max(len(records), 1)
-    return attacks
 
 
 def summarize_scores(records: Sequence[SampleRecord]) -> dict[str, Any]:

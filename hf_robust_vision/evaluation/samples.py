@@ -5,130 +5,154 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tqdm.auto import tqdm
 
 from hf_robust_vision.processes import barrier, rank_and_world
 
-from .results import SampleRecord, write_atomically
+from .results import SampleRecord, load_samples, write_atomically
 
 
 SampleId = int | str
-Records = dict[SampleId, list[SampleRecord]]  # one record per radius
 
 
+@dataclass
+class Progress:
+    """How far a sample has come.
+
+    Args:
+        records: Of the levels that it has behind it, and of the one that it is in.
+        stage: Searches of that level that it has behind it; None where it has all levels behind it.
+        harm: Of its worst image so far.
+    """
+
+    records: list[SampleRecord]
+    stage: int | None = None
+    harm: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to measure."""
+        return self.stage is None
+
+
+@dataclass
 class SampleStore:
-    """The records of one evaluation: one file per radius, appended to batch by batch.
+    """The records of one evaluation: a journal of each process while it runs, at the end one file per level.
 
     The files' names carry a hash of everything that decides the flags (weights, data, prompts, attacks), so that a
-    repeated evaluation goes on only from records that are its own.
+    repeated evaluation goes on only from records that are its own. A sample goes on from the search that it was in.
 
     Args:
         folder: Where the files lie; None keeps the records in memory only.
         label: Readable part of the files' names.
-        eps: Radii in rising order.
+        levels: Radii or severities in rising order.
         identity: Plain values that decide the flags.
+        labels: The right answer of each sample, by id: a record with another one is refused.
+        blames: What `fooled_by` may be.
+
+    Raises:
+        ValueError: If a file holds a record that can not be of this evaluation; it is named with the line.
     """
 
-    def __init__(self, folder: str | Path | None, label: str, eps: Sequence[float], identity: Mapping[str, Any]):
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
-        self.names = [f"samples-{slug}-eps{radius:.5f}-{digest}.jsonl" for radius in eps]
+    folder: Path | None
+    label: str
+    levels: Sequence[float]
+    identity: Mapping[str, Any]
+    labels: Mapping[SampleId, int | str]
+    blames: Collection[str]
+    progress: dict[SampleId, Progress] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", self.label).strip("-")
+        # Radii may lie near each other: as many digits as tell two floats apart, five where these do.
+        short = [f"{level:.5f}" for level in self.levels]
+        names = short if len(set(short)) == len(short) else [f"{level:.17g}" for level in self.levels]
+        self.names = [f"samples-{slug}-eps{name}-{digest}.jsonl" for name in names]
         self.images = f"images-{slug}-{digest}"
-        self.folder = Path(folder) if folder is not None else None
+        self._journal = f"samples-{slug}-{digest}.jsonl.journal"
         self.rank, self.world = rank_and_world()
-        self.records: Records = self._load()
+        if self.folder is not None and self.folder.is_dir():
+            self._read_finished(self.folder)
+            self._read_journals(self.folder)
         barrier()  # every process has read before one of them writes
 
-    def add(self, records: Records) -> None:
-        """Keep the records of one batch, on disk first."""
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for place, name in enumerate(self.names):
-                lines = [json.dumps(asdict(rows[place])) for rows in records.values()]
-                with (self.folder / f"{name}.rank{self.rank}").open("a", encoding="utf-8") as file:
-                    file.write("".join(f"{line}\n" for line in lines))
-        self.records |= records
+    def add(self, progress: Mapping[SampleId, Progress], seconds: float) -> None:
+        """Keep how far some samples have come, on disk first."""
+        self.progress |= progress
+        self.seconds += seconds
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"id": sample} | asdict(state)) for sample, state in progress.items()]
+        lines.append(json.dumps({"seconds": round(seconds, 3)}))
+        with (self.folder / f"{self._journal}.rank{self.rank}").open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
 
     def forget(self, samples: Collection[SampleId]) -> None:
-        """Drop the records of some samples, so that they are measured again."""
-        self.records = {sample: rows for sample, rows in self.records.items() if sample not in samples}
+        """Drop what is known of some samples, so that they are measured again."""
+        self.progress = {sample: state for sample, state in self.progress.items() if sample not in samples}
 
-    def gather(self, order: Sequence[SampleId]) -> Records:
-        """The records of all processes; the main one writes a single file per radius, in the given order."""
+    def gather(self, order: Sequence[SampleId]) -> dict[SampleId, list[SampleRecord]]:
+        """The records of all processes; the main one writes a single file per level, in the given order."""
         if self.world > 1:
             parts: list[Any] = [None] * self.world
-            dist.all_gather_object(parts, self.records)
-            for part in parts:
-                self.records |= part
+            dist.all_gather_object(parts, (self.progress, self.seconds))
+            for progress, seconds in parts:
+                self.progress |= {sample: state for sample, state in progress.items() if state.done}
+                self.seconds = max(self.seconds, seconds)  # they ran side by side
+        records = {sample: self.progress[sample].records for sample in order}
         if self.folder is not None and self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for place, name in enumerate(self.names):
-                lines = [json.dumps(asdict(self.records[sample][place])) for sample in order]
+                lines = [json.dumps(asdict(records[sample][place])) for sample in order]
                 write_atomically(self.folder / name, "".join(f"{line}\n" for line in lines))
-                for leftover in self.folder.glob(f"{name}.rank*"):
-                    leftover.unlink()
+            for leftover in self.folder.glob(f"{self._journal}*"):
+                leftover.unlink()
+            # A repeated call finds all records there and would have taken no time.
+            write_atomically(self.folder / self._journal, json.dumps({"seconds": round(self.seconds, 3)}) + "\n")
         barrier()
-        return self.records
+        return records
 
-    def _load(self) -> Records:
-        if self.folder is None or not self.folder.is_dir():
-            return {}
-        per_radius = [self._read(name) for name in self.names]
-        complete = set(per_radius[0]).intersection(*per_radius[1:])
-        return {sample: [records[sample] for records in per_radius] for sample in complete}
+    def _read_finished(self, folder: Path) -> None:
+        """Records of an evaluation that came to its end."""
+        files = [folder / name for name in self.names]
+        if not all(file.is_file() for file in files):
+            return
+        levels = [{record.id: record for record in load_samples(file)} for file in files]
+        for file, level in zip(files, levels):
+            self._check(file, level.values())
+        shared = set(levels[0]).intersection(*levels[1:])
+        self.progress |= {sample: Progress([level[sample] for level in levels]) for sample in shared}
 
-    def _read(self, name: str) -> dict[SampleId, SampleRecord]:
-        assert self.folder is not None
-        found: dict[SampleId, SampleRecord] = {}
-        for file in sorted(self.folder.glob(f"{name}*")):
-            for line in file.read_text(encoding="utf-8").splitlines():
+    def _read_journals(self, folder: Path) -> None:
+        for file in sorted(folder.glob(f"{self._journal}*")):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    record = SampleRecord(**json.loads(line))
-                except (json.JSONDecodeError, TypeError):
+                    values = json.loads(line)
+                    if "id" not in values:
+                        self.seconds += float(values["seconds"])
+                        continue
+                    records = [SampleRecord(**record) for record in values["records"]]
+                    state = Progress(records, values["stage"], float(values["harm"]))
+                except (ValueError, TypeError, KeyError):
                     continue  # cut off when the process was killed; the sample is measured again
-                found[record.id] = record
-        return found
+                self._check(file, records)
+                known = self.progress.get(values["id"])
+                if known is None or not known.done:
+                    self.progress[values["id"]] = state
 
-
-def measure_all(
-    store: SampleStore,
-    ids: Sequence[SampleId],
-    measure: Callable[[list[int]], Records],
-    *,
-    batch_size: int,
-    label: str,
-    progress: bool,
-) -> Records:
-    """Measure what the store does not hold yet, this process's share of it, and gather everybody's records.
-
-    Args:
-        store: Where records go, batch by batch.
-        ids: Of all samples, in the order of the results.
-        measure: Indices into `ids` to records.
-        batch_size: Samples measured at once.
-        label: Of the progress bar.
-        progress: Show it on the main process.
-
-    Raises:
-        ValueError: If two samples share an id: one record would count for both.
-    """
-    if twice := [sample for sample, count in Counter(ids).items() if count > 1]:
-        raise ValueError(
-            f"{len(twice)} ids name more than one sample ({', '.join(map(repr, twice[:3]))}): give every sample, that "
-            "is every question about an image, an id of its own."
-        )
-    mine = [index for index in range(store.rank, len(ids), store.world) if ids[index] not in store.records]
-    bar = tqdm(total=len(mine), desc=label, disable=not progress or store.rank > 0)
-    for at in range(0, len(mine), batch_size):
-        batch = mine[at : at + batch_size]
-        store.add(measure(batch))
-        bar.update(len(batch))
-    bar.close()
-    return store.gather(ids)
+    def _check(self, file: Path, records: Iterable[SampleRecord]) -> None:
+        for record in records:
+            wrong_label = record.id in self.labels and record.label != self.labels[record.id]
+            if wrong_label or record.fooled_by not in (None, "clean", *self.blames):
+                raise ValueError(
+                    f"{file} holds a record that is not of this measurement: sample {record.id!r} with label "
+                    f"{record.label!r} and fooled_by {record.fooled_by!r}. Delete the file to measure again."
+                )

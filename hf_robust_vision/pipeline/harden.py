@@ -19,12 +19,13 @@ from hf_robust_vision.configs import find_config
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot, evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.hub.push import PushError, VerificationError
 from hf_robust_vision.processes import announce, part
 from hf_robust_vision.report.pictures import plot_curve
-from hf_robust_vision.sanity.zero_shot import add_sanity, sanity_text
+from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.collapse import CollapseError
@@ -182,8 +183,8 @@ def run(
         _write(output, results, trainer, options)
         if options.sanity:
             models = {"before": trainer.reference.encoder, "after": hardened}
-            banked = {model: (encoder, trainer.text_bank(test, encoder)) for model, encoder in models.items()}
-            add_sanity(results, banked, test, how)
+            tasks = {name: ZeroShot(model, trainer.text_bank(test, model), test) for name, model in models.items()}
+            add_sanity(results, tasks, how)
             print(sanity_text(results))
             _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)

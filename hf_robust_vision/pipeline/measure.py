@@ -15,12 +15,13 @@ from hf_robust_vision.data.demo import demo_checkpoint, load_demo
 from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import get_templates, read_class_names
 from hf_robust_vision.evaluation.results import RobustnessResult, add_results
+from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.corruptions import evaluate_corruptions
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot, evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.processes import barrier, meet, rank_and_world
-from hf_robust_vision.sanity.zero_shot import add_sanity
-from hf_robust_vision.towers.clip import CLIPEncoder, load_encoder, load_tokenizer, weights_sha256
+from hf_robust_vision.sanity.check import add_sanity
+from hf_robust_vision.towers.clip import CLIPEncoder, load_encoder, load_tokenizer
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 
 
@@ -164,7 +165,7 @@ def measure_model(
         raise ValueError(f"the surrogate {surrogate} serves the sanity checks only; ask for them, too (--sanity).")
     device = meet(device)
     encoder, folder = load_model(model, revision=revision, device=device, dtype=dtype)
-    tokenizer, sha256 = load_tokenizer(folder, revision=revision), weights_sha256(encoder)
+    tokenizer = load_tokenizer(folder, revision=revision)
     other = load_model(surrogate, device=device, dtype=dtype) if surrogate is not None else None
     opened = [part.load(encoder.transform) for part in sets]
     label, results = name or (Path(model).resolve().name if Path(model).is_dir() else model), []
@@ -178,7 +179,6 @@ def measure_model(
             how,
             model_name=label,
             samples_dir=output_dir,
-            model_sha256=sha256,
             save_images={images.ids[place * len(images) // count] for place in range(count)},
         )
         corrupted = []
@@ -195,11 +195,11 @@ def measure_model(
         if rank_and_world()[0] == 0:
             add_results(attacked + corrupted, output_dir)  # before the checks, which may take hours
             if sanity:
-                models = {label: (encoder, bank)}
+                tasks = {label: ZeroShot(encoder, bank, images)}
                 if other is not None:
                     second = make_text_bank(other[0], load_tokenizer(other[1]), images.class_names, templates)
-                    models[f"{surrogate} (surrogate)"] = (other[0], second)
-                add_sanity(attacked, models, images, how)
+                    tasks[f"{surrogate} (surrogate)"] = ZeroShot(other[0], second, images)
+                add_sanity(attacked, tasks, how)
                 add_results(attacked, output_dir)
         barrier()
         results += attacked + corrupted

@@ -64,7 +64,7 @@ class Look:
 class Example:
     """One sample: its truth, its clean picture, the radius shown, and each model's look at it."""
 
-    sample: int
+    sample: int | str
     truth: str
     eps: str
     clean: str
@@ -80,13 +80,13 @@ class _Saved:
         assert result.images is not None
         self.source, self.eps = source, result.eps
         self.images = AdversarialImages(source.folder / result.images)
-        self.records = {int(record.id): record for record in load_samples(source.folder / result.samples)}
+        self.records = {record.id: record for record in load_samples(source.folder / result.samples)}
 
     def name(self, answer: int | str | None) -> str:
         names = self.source.result.class_names
         return names[answer] if isinstance(answer, int) and answer < len(names) else str(answer)
 
-    def look(self, sample: int) -> Look:
+    def look(self, sample: int | str) -> Look:
         record = self.records[sample]
         answers = (
             self.name(record.clean),
@@ -105,7 +105,7 @@ class _Saved:
 class _View:
     """One sample at one radius, in the eyes of the models that saved it there."""
 
-    sample: int
+    sample: int | str
     eps: float
     saved: list[_Saved]
 
@@ -137,7 +137,7 @@ def pick_examples(sources: Sequence[Source], count: int) -> list[Example]:
         count: Examples wanted; fewer if fewer were saved.
     """
     saved = [_Saved(source) for source in sources if _has_images(source)]
-    views = [_best_view(sample, saved) for sample in sorted({i for part in saved for i in part.images.ids()})]
+    views = [_best_view(sample, saved) for sample in dict.fromkeys(i for part in saved for i in part.images.ids())]
     turns: Counter[str] = Counter()
     ordered: list[tuple[int, int, _View]] = []
     for view in sorted(views, key=lambda view: view.worth, reverse=True):
@@ -146,7 +146,7 @@ def pick_examples(sources: Sequence[Source], count: int) -> list[Example]:
     return [view.example() for _, _, view in sorted(ordered, key=lambda row: row[:2])[: max(count, 0)]]
 
 
-def _best_view(sample: int, saved: Sequence[_Saved]) -> _View:
+def _best_view(sample: int | str, saved: Sequence[_Saved]) -> _View:
     views = []
     for eps in sorted({part.eps for part in saved}):
         seen = [part for part in saved if part.eps == eps and sample in part.images and sample in part.records]

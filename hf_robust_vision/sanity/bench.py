@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_robust_vision.attacks import Ball, Objective, StartNoise, Success, make_ball
+from hf_robust_vision.attacks import Attack, Ball, LinfBall, Objective, Protocol, StartNoise, Success, make_ball
+from hf_robust_vision.evaluation.engine import same_size
+from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
+from hf_robust_vision.pixels import check_images
 
 
 # Set, like the thresholds of `checks`, before any model was looked at.
@@ -21,48 +23,117 @@ TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Trial(ABC):
-    """A batch of samples that the model gets right, and all that checks need to know of their task.
+class Trial:
+    """A batch of samples that the model gets right, and all that checks ask of their task.
 
     Args:
-        images: Clean, in [0, 1], shape (batch, 3, height, width).
-        noise: One id a sample.
+        task: What was measured.
+        batch: The samples.
+        white: The attacks of the measurement that follow a gradient.
+        seed: Of the random starts.
     """
 
-    images: Tensor
-    noise: StartNoise
+    task: Task
+    batch: Batch
+    white: Protocol
+    seed: int
 
     @property
-    @abstractmethod
+    def images(self) -> Tensor:
+        """Clean, in [0, 1], shape (batch, 3, height, width)."""
+        return self.batch.images
+
+    @property
+    def noise(self) -> StartNoise:
+        """One id a sample."""
+        return StartNoise(self.seed, [self.task.ids[place] for place in self.batch.places])
+
+    @property
     def loss(self) -> Objective:
         """What an attacker raises who follows the gradient."""
+        return self._aim(self.task.loss)[0]
 
     @property
-    @abstractmethod
     def margin(self) -> Objective:
         """What an attacker raises who has no gradient: how near the answer is to a wrong one."""
+        return self._aim(self.task.margin)[0]
 
     @property
-    @abstractmethod
     def fooled(self) -> Success:
         """Where an attack may stop."""
+        fooled = self._aim(self.task.loss)[1]
+        assert fooled is not None
+        return fooled
 
-    @abstractmethod
     def scores(self, images: Tensor) -> Tensor:
         """The numbers that the answers are chosen by, shape (batch, ..., choices)."""
+        return self.task.scores(self.batch, images)
 
-    @abstractmethod
     def attack(self, ball: Ball, steps: int) -> Tensor:
         """Which samples the white-box attacks of the measurement win, shape (batch,)."""
+        return self.attack_with(self.white.with_budget(steps=steps), ball)
 
-    @abstractmethod
+    def attack_with(self, protocol: Protocol, ball: Ball) -> Tensor:
+        """Which samples fall to a protocol."""
+        lost = torch.zeros(len(self.images), dtype=torch.bool, device=self.images.device)
+        for attack in protocol.attacks:
+            for target in range(attack.targets or 1):
+                rows = (~lost).nonzero().flatten()
+                if len(rows):
+                    left = self.take(rows)
+                    lost[rows] = left.lost(self.task.strike(Stage(attack, ball, target), left.batch, self.seed))
+        return lost
+
     def take(self, rows: Tensor) -> Trial:
         """The same for some of the samples."""
+        return replace(self, batch=self.batch.take(rows))
 
+    @torch.no_grad()
     def lost(self, images: Tensor) -> Tensor:
         """The verdict on any images of the same shape, boolean flags of shape (batch,)."""
-        with torch.no_grad():
-            return self.fooled(images)
+        verdicts = self.task.judge(self.batch, images)
+        return torch.tensor([verdict.lost for verdict in verdicts], device=images.device)
+
+    def _aim(self, objective: str) -> tuple[Objective, Success | None]:
+        return self.task.aim(Stage(Attack("probe", objective=objective), LinfBall(1)), self.batch)
+
+
+def pick(task: Task, how: RobustnessProtocol, samples: int) -> list[Trial]:
+    """The first samples, in a seeded order, that are not lost before any attack, in batches of one image size.
+
+    Raises:
+        ValueError: If all are lost.
+    """
+    white = replace(how.protocol, attacks=tuple(a for a in how.protocol.attacks if a.algorithm != "square"))
+    order = torch.randperm(len(task.ids), generator=torch.Generator().manual_seed(how.seed)).tolist()
+    places: list[int] = []
+    images: list[Tensor] = []
+    verdicts: list[Verdict] = []
+    for start in range(0, len(order), how.batch_size):
+        loaded = [task.load(place) for place in order[start : start + how.batch_size]]
+        for rows in same_size(loaded):
+            batch = Batch(
+                tuple(order[start + row] for row in rows),
+                check_images(torch.stack([loaded[row] for row in rows])).to(task.weight.device),
+            )
+            with torch.no_grad():
+                clean = task.judge(batch, batch.images)
+            kept = [row for row, verdict in enumerate(clean) if not verdict.lost]
+            places += [batch.places[row] for row in kept]
+            images += [batch.images[row] for row in kept]
+            verdicts += [clean[row] for row in kept]
+        if len(places) >= samples:
+            break
+    if not places:
+        raise ValueError(f"the model is right about none of {len(task.ids)} samples: there is nothing to attack.")
+    trials = []
+    for rows in same_size(images[:samples]):
+        for start in range(0, len(rows), how.batch_size):
+            part = rows[start : start + how.batch_size]
+            stacked = torch.stack([images[row] for row in part])
+            batch = Batch(tuple(places[row] for row in part), stacked, tuple(verdicts[row] for row in part))
+            trials.append(Trial(task, batch, white, how.seed))
+    return trials
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ one is measured wrongly until somebody finds out why.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_robust_vision.attacks import Ball, Objective, make_ball, pgd
+from hf_robust_vision.attacks import Ball, make_ball, pgd
 from hf_robust_vision.attacks.search import value_and_gradient
+from hf_robust_vision.evaluation.task import Task
 
 from .bench import TOLERANCE, Bench, Trial, check, standing
-from .rivals import OtherLoss, another_loss, black_box, transfer
+from .rivals import another_loss, black_box, transfer
 
 
 # The thresholds were written down before any model, masked or honest, was looked at.
@@ -40,22 +40,14 @@ PROBE_STEPS = 10  # of the ascent that looks at the loss alone
 _NOISE_RESTART = 1_000_000  # no attack restarts that often, so that none shares a draw with the baseline
 
 
-def run_checks(
-    bench: Bench,
-    *,
-    other: OtherLoss,
-    queries: int,
-    surrogate: Callable[[Any], Objective] | None,
-    **about: Any,
-) -> dict[str, Any]:
+def run_checks(bench: Bench, task: Task, queries: int, surrogate: Task | None) -> dict[str, Any]:
     """All checks, as `RobustnessResult.sanity` holds them.
 
     Args:
         bench: The samples and the measurement.
-        other: A loss that the measurement may not have followed.
+        task: What was measured.
         queries: Looks at the model of the black-box attack per image.
-        surrogate: Samples to their loss on another model.
-        about: Plain values about the measurement that go into the answer.
+        surrogate: The same task of another model.
 
     Returns:
         Plain values for JSON: `verdict` ("passed", or "flagged" if one check was), `flagged` (their names), `checks`
@@ -68,7 +60,7 @@ def run_checks(
         loss_rises(bench),
         *more_steps(bench),
         *radii(bench),
-        another_loss(bench, other),
+        another_loss(bench, *task.other_loss(bench.steps)),
         black_box(bench, queries),
         transfer(bench, surrogate),
     ]
@@ -81,7 +73,6 @@ def run_checks(
         "steps": bench.steps,
         "norm": bench.norm,
         "eps": bench.ball.eps,
-        **about,
     }
 
 

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hf_robust_vision.attacks import Ball, Objective, apgd, square
+from hf_robust_vision.attacks import Attack, Protocol, apgd, square
+from hf_robust_vision.evaluation.task import Task
 
 from .bench import TOLERANCE, Bench, Trial, check, standing
 
 
-@dataclass(frozen=True)
-class OtherLoss:
-    """An attack on a loss that the measurement may not have followed.
-
-    Args:
-        why: What it is and what to do where it wins; or why there is none.
-        attack: Samples, ball and steps to one flag a sample; None where there is no such loss.
-    """
-
-    why: str
-    attack: Callable[[Any, Ball, int], Tensor] | None = None
-
-
-def another_loss(bench: Bench, other: OtherLoss) -> dict[str, Any]:
-    """A loss that no scale changes, at the budget of the measurement."""
-    name, key, attack = "as strong as another loss", "only_by_another_loss", other.attack
+def another_loss(bench: Bench, attack: Attack | None, why: str) -> dict[str, Any]:
+    """A loss that no scale changes, at the budget of the measurement; not run without an attack on one."""
+    name, key = "as strong as another loss", "only_by_another_loss"
     if attack is None:
-        return check(name, other.why, None, key, most=TOLERANCE)
-    white = bench.white()
-    only = bench.each(lambda trial: attack(trial, bench.ball, bench.steps), ~white)
-    return check(name, other.why, {"robust": standing(white), key: only.double().mean().item()}, key, most=TOLERANCE)
+        return check(name, why, None, key, most=TOLERANCE)
+    white, protocol = bench.white(), Protocol("another loss", (attack,))
+    only = bench.each(lambda trial: trial.attack_with(protocol, bench.ball), ~white)
+    return check(name, why, {"robust": standing(white), key: only.double().mean().item()}, key, most=TOLERANCE)
 
 
 def black_box(bench: Bench, queries: int) -> dict[str, Any]:
@@ -55,12 +43,12 @@ def black_box(bench: Bench, queries: int) -> dict[str, Any]:
     )
 
 
-def transfer(bench: Bench, surrogate: Callable[[Any], Objective] | None) -> dict[str, Any]:
+def transfer(bench: Bench, surrogate: Task | None) -> dict[str, Any]:
     """APGD on another model, the images carried over.
 
     Args:
         bench: The samples.
-        surrogate: Samples to their loss on the other model; None where there is none.
+        surrogate: The same task of the other model; None where there is none.
     """
     name = "as strong as a transfer"
     why = (
@@ -68,14 +56,15 @@ def transfer(bench: Bench, surrogate: Callable[[Any], Objective] | None) -> dict
         "have fooled."
     )
     if surrogate is None:
-        return check(
-            name, f"{why} Pass surrogate=, such as the undefended model.", None, "only_by_transfer", most=TOLERANCE
-        )
+        why += " Pass surrogate=, such as the undefended model."
+        return check(name, why, None, "only_by_transfer", most=TOLERANCE)
 
     def carry(trial: Trial) -> Tensor:
+        with torch.no_grad():
+            clean = surrogate.judge(replace(trial.batch, clean=()), trial.images)
+        there = replace(trial, task=surrogate, batch=replace(trial.batch, clean=tuple(clean)))
         # To the highest loss, not to the first image that fools: what barely fools one model fools no other.
-        found = apgd(surrogate(trial), trial.images, bench.ball, steps=bench.steps, noise=trial.noise)
-        return trial.lost(found)
+        return trial.lost(apgd(there.loss, trial.images, bench.ball, steps=bench.steps, noise=trial.noise))
 
     carried, white = bench.each(carry), bench.white()
     numbers = {

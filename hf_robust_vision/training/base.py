@@ -19,7 +19,8 @@ from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import get_templates
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform, check_images
 from hf_robust_vision.towers.adapters import add_adapter, has_adapter
 from hf_robust_vision.towers.clip import (

@@ -48,7 +48,8 @@ from hf_robust_vision.evaluation.results import (
     versions,
     write_atomically,
 )
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.towers.clip import Encoder, load_encoder, load_tokenizer, weights_sha256
 from hf_robust_vision.towers.text_bank import make_text_bank

@@ -9,10 +9,11 @@ import torch
 
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.evaluation.images import AdversarialImages, remeasure
+from hf_robust_vision.evaluation.images import AdversarialImages
 from hf_robust_vision.evaluation.results import load_samples
-from hf_robust_vision.evaluation.tasks import zero_shot
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.samples import SampleStore
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot, remeasure
 from hf_robust_vision.pixels import PixelTransform
 
 
@@ -33,7 +34,9 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     images = AdversarialImages(tmp_path / "new")
     clean, small, large = torch.rand(3, 3, 4, 4).unbind()
     images.write(7, clean, {1 / 255: small, 2 / 255: large})
-    assert images.ids() == [7]
+    images.write("fog/8 ~", clean, {})
+    assert images.ids() == [7, "fog/8 ~"]
+    assert torch.equal(images.read("fog/8 ~", 1.0)[1], clean)
     assert 7 in images
     assert 8 not in images
     for eps, wanted in ((0.0, clean), (1 / 255, small), (1.5 / 255, small), (2 / 255, large), (1.0, large)):
@@ -97,22 +100,26 @@ def test_some_samples_only(measure, encoder, bank, labelled_by_model, tmp_path):
     assert again.robust_accuracy == again.reported
 
 
+def flags(path):
+    return [(record.id, record.clean, record.adversarial, record.fooled_by) for record in load_samples(path)]
+
+
 class Killed(BaseException):
     pass
 
 
 def test_a_killed_run_saves_every_image(measure, encoder, bank, labelled_by_model, monkeypatch, tmp_path):
     """Killed between an image and its record: the sample is measured again, and every record has its image."""
-    add, done = zero_shot.SampleStore.add, []
+    add, done = SampleStore.add, []
 
-    def add_or_die(self, records):
-        if len(done) == 2:
+    def add_or_die(self, *progress):
+        if len(done) == 8:
             raise Killed
         done.append(1)
-        add(self, records)
+        add(self, *progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(zero_shot.SampleStore, "add", add_or_die)
+        patch.setattr(SampleStore, "add", add_or_die)
         with pytest.raises(Killed):
             measure(save_images=labelled_by_model.ids)
     results = measure(save_images=labelled_by_model.ids)
@@ -123,11 +130,11 @@ def test_a_killed_run_saves_every_image(measure, encoder, bank, labelled_by_mode
 
 def test_what_was_measured_without_images_is_measured_again_with_them(measure, labelled_by_model, tmp_path):
     before = measure()
-    records = [load_samples(tmp_path / result.samples) for result in before]
+    records = [flags(tmp_path / result.samples) for result in before]
     some = labelled_by_model.ids[:5]
     after = measure(save_images=some)
     assert AdversarialImages(tmp_path / after[0].images).ids() == some
-    assert [load_samples(tmp_path / result.samples) for result in after] == records
+    assert [flags(tmp_path / result.samples) for result in after] == records
     assert before[0].images is None
     assert measure()[0].images == after[0].images  # still there
 

@@ -10,7 +10,8 @@ import torch
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.evaluation.metrics import AttackSuccessRate, RelativeRobustness, RobustAccuracy, _redraw
 from hf_robust_vision.evaluation.results import load_samples, wilson_interval
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 
 
 # Ten samples of class 0: eight right on the clean image, of which three fall; one wrong one is mended by the attack.

@@ -11,13 +11,14 @@ import torch
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.captions import CaptionedImages
 from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_captions, evaluate_targeted, evaluate_vqa
 from hf_robust_vision.evaluation.tasks.captions import CaptionMetric
 from hf_robust_vision.evaluation.tasks.corruptions import evaluate_corruptions
 from hf_robust_vision.evaluation.tasks.retrieval import RetrievalProtocol, evaluate_retrieval
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.sanity.zero_shot import check_sanity
+from hf_robust_vision.sanity.check import check_sanity
 from hf_robust_vision.towers.clip import weights_sha256
 from hf_robust_vision.towers.text_bank import make_text_bank
 from tests.conftest import SIZE, TEMPLATE, build_processor, picture

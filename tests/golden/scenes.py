@@ -42,8 +42,15 @@ from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo, lo
 from hf_robust_vision.data.demo_questions import PROMPT, Question, load_questions
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation.results import load_samples
-from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_captions, evaluate_targeted, evaluate_vqa
-from hf_robust_vision.sanity.vlm import check_targeted_sanity, check_vqa_sanity
+from hf_robust_vision.evaluation.tasks import (
+    VQA,
+    ChosenText,
+    VLMProtocol,
+    evaluate_captions,
+    evaluate_targeted,
+    evaluate_vqa,
+)
+from hf_robust_vision.sanity.check import check_task
 from hf_robust_vision.towers.clip import CLIPEncoder, load_image_processor, load_tokenizer
 
 
@@ -195,7 +202,8 @@ def sanity() -> Rows:
     seen = bank(), images(), RobustnessProtocol(get_protocol("apgd-ce", steps=2), RADII[2:])
     search = tokenizer(), gallery(), RetrievalProtocol(WIDE[1:2], steps=2, ks=(1,))
     speech = replace(SPEECH, eps=WIDE[1:2], steps=2, batch_size=4)
-    said = {"prompt": PROMPT, **small}
+    asked = *vlm(), questions(), PROMPT, DEMO_NAME, "test"
+    told = ChosenText(*asked, target="circle", max_new_tokens=4)
     answers = {
         "zero_shot": check_sanity(encoder(), *seen, surrogate=surrogate(), **small),
         "zero_shot, quantised": check_sanity(quantised(), *seen, surrogate=encoder(), **small),
@@ -203,8 +211,8 @@ def sanity() -> Rows:
         "text_to_image": check_retrieval_sanity(
             encoder(), *search, direction="text_to_image", surrogate=surrogate(), **small
         ),
-        "vqa": check_vqa_sanity(*vlm(), questions(), speech, **said),
-        "targeted": check_targeted_sanity(*vlm(), questions(), "circle", speech, max_new_tokens=4, **said),
+        "vqa": check_task(VQA(*asked), speech.robustness(), **small),
+        "targeted": check_task(told, speech.robustness(), **small),
     }
     rows: Rows = {}
     for what, answer in answers.items():

@@ -13,7 +13,8 @@ from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import load_labelled_images
 from hf_robust_vision.data.decode import decode_image
 from hf_robust_vision.evaluation.results import save_results
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.report.pictures import plot_curve
 from hf_robust_vision.towers.clip import load_encoder

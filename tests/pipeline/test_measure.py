@@ -12,8 +12,8 @@ from hf_robust_vision.cli import main
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation.images import AdversarialImages
 from hf_robust_vision.evaluation.results import add_results, load_results, load_samples
+from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks import corruptions, zero_shot
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol
 from hf_robust_vision.pipeline.measure import EvaluationSet, measure_model
 from hf_robust_vision.sanity import rivals
 from tests.conftest import NAMES

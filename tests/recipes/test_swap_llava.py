@@ -8,7 +8,6 @@ import json
 import re
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,8 +68,7 @@ def test_perturbed_tower_is_measured_swapped_and_saved(monkeypatch, tmp_path, ca
     tower.save_pretrained(tmp_path / "tower")
     AutoProcessor.from_pretrained(demo_checkpoint()).save_pretrained(tmp_path / "tower")
     words = ["--tower", str(tmp_path / "tower"), "--output_dir", str(output), "--num_questions", "2"]
-    few = partial(swap_llava.check_vqa_sanity, samples=1, queries=1)
-    monkeypatch.setattr(swap_llava, "check_vqa_sanity", few)
+    monkeypatch.setattr(swap_llava, "SANITY", {"samples": 1, "queries": 1})
     run(monkeypatch, *words, "--steps", "1", "--restarts", "1", "--eps", "4/255", "--sanity")
     again = AutoModelForImageTextToText.from_pretrained(output)
     (swapped,) = find_towers(again)

@@ -12,12 +12,10 @@ import torch
 from hf_robust_vision.data.captions import CaptionedImages
 from hf_robust_vision.data.demo import demo_checkpoint, load_demo_captions
 from hf_robust_vision.evaluation.results import load_results, load_samples, save_results
-from hf_robust_vision.evaluation.tasks.retrieval import DIRECTIONS, Gallery, RetrievalProtocol, evaluate_retrieval
+from hf_robust_vision.evaluation.tasks.retrieval import DIRECTIONS, Retrieval, RetrievalProtocol, evaluate_retrieval
 from hf_robust_vision.report.page import write_report
-from hf_robust_vision.sanity import retrieval as retrieval_sanity
-from hf_robust_vision.sanity.bench import Bench
-from hf_robust_vision.sanity.retrieval import add_retrieval_sanity, check_retrieval_sanity
-from hf_robust_vision.sanity.zero_shot import sanity_text
+from hf_robust_vision.sanity.bench import Bench, pick
+from hf_robust_vision.sanity.check import add_retrieval_sanity, check_retrieval_sanity, sanity_text
 from hf_robust_vision.towers.clip import attack_mode, load_encoder, load_tokenizer, weights_sha256
 from tests.sanity.maskers import InputQuantiser, masked
 
@@ -96,7 +94,7 @@ def test_what_is_checked_is_what_was_measured(demo, tokenizer, few, tmp_path, di
     (result,) = (result for result in results if result.metric == f"{direction}_recall@{k}")
     right = {record.id: record for record in load_samples(tmp_path / result.samples) if record.clean < k}
     with attack_mode(demo):
-        trials = retrieval_sanity._pick(Gallery(demo, tokenizer, few, how), direction, k, 6)
+        trials = pick(Retrieval(demo, tokenizer, few, direction, (k,)), how.robustness(direction), 6)
         bench = Bench(trials, "linf", how.eps, how.steps, 0, "nothing", "try harder")
         fell = bench.white().tolist()
         assert not any(torch.cat([trial.lost(trial.images) for trial in trials]))
@@ -159,5 +157,5 @@ def test_bad_input(demo, tokenizer, gallery):
     add_retrieval_sanity(results, demo, tokenizer, gallery, how)
     assert {result.sanity["verdict"] for result in results} == {"not run"}
     turned = with_wrong_captions(gallery)
-    with pytest.raises(ValueError, match="none of 24 samples finds"):
+    with pytest.raises(ValueError, match="right about none of 24 samples"):
         check_retrieval_sanity(demo, tokenizer, turned, replace(LITTLE, ks=(1,)), samples=2, queries=1)

@@ -13,14 +13,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
 from hf_robust_vision.evaluation.results import load_results, load_samples, save_results
-from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
-from hf_robust_vision.evaluation.tasks.vqa import AnotherAnswer
+from hf_robust_vision.evaluation.tasks import ChosenText, VLMProtocol, evaluate_vqa
+from hf_robust_vision.evaluation.tasks.vqa import VQA
 from hf_robust_vision.report.page import write_report
-from hf_robust_vision.sanity import vlm as sanity
-from hf_robust_vision.sanity.bench import Bench, right_on_grey
+from hf_robust_vision.sanity.bench import Bench, pick, right_on_grey
+from hf_robust_vision.sanity.check import check_task, sanity_text
 from hf_robust_vision.sanity.checks import same_answer
-from hf_robust_vision.sanity.vlm import check_targeted_sanity, check_vqa_sanity
-from hf_robust_vision.sanity.zero_shot import sanity_text
 from hf_robust_vision.towers.clip import attack_mode, weights_sha256
 from hf_robust_vision.towers.vlm_inputs import vlm_inputs
 from tests.sanity.maskers import rounded_tower
@@ -46,8 +44,8 @@ def questions():
     return load_questions("test", yes_no=False, limit=12)
 
 
-def answers(inputs, rows, images):
-    return AnotherAnswer(inputs, PROMPT, rows, images)
+def task_of(vlm, processor, questions):
+    return VQA(vlm, processor, questions, PROMPT, DEMO_NAME, "test")
 
 
 @pytest.fixture
@@ -62,7 +60,7 @@ def measure(vlm, processor, questions):
 def test_the_honest_model_is_not_flagged(vlm, processor, questions):
     """Nor nearly: everything falls long before the steps are spent, and noise is far behind."""
     how = replace(HOW, eps=(32 / 255, 64 / 255), steps=8)
-    report = check_vqa_sanity(vlm, processor, questions, how, prompt=PROMPT, samples=12, queries=10)
+    report = check_task(task_of(vlm, processor, questions), how.robustness(), samples=12, queries=10)
     assert report["flagged"] == []
     assert (report["verdict"], report["num_samples"], report["protocol"]) == ("passed", 12, "vlm-pgd-8")
     found = {check["name"]: check["numbers"] for check in report["checks"]}
@@ -73,9 +71,8 @@ def test_the_honest_model_is_not_flagged(vlm, processor, questions):
 
 def test_a_masker_is_flagged(vlm, processor, questions):
     how = replace(HOW, steps=2)
-    report = check_vqa_sanity(
-        rounded_tower(vlm), processor, questions, how, prompt=PROMPT, surrogate=vlm, samples=6, queries=5
-    )
+    tasks = [task_of(model, processor, questions) for model in (rounded_tower(vlm), vlm)]
+    report = check_task(tasks[0], how.robustness(), surrogate=tasks[1], samples=6, queries=5)
     signs = {"gradients", "loss rises", "falls at a large radius", "stronger than noise", "as strong as a transfer"}
     assert signs <= set(report["flagged"])
     assert report["verdict"] == "flagged"
@@ -84,8 +81,12 @@ def test_a_masker_is_flagged(vlm, processor, questions):
 def check_target(vlm, processor, steps, **settings):
     colours = [question for question in load_questions("test", yes_no=False, limit=60) if "color" in question.text]
     how = replace(HOW, eps=(64 / 255,), steps=steps)
-    about = {"prompt": PROMPT, "max_new_tokens": 4, "queries": 5}
-    return check_targeted_sanity(vlm, processor, colours, "blue", how, **about, **settings)
+    other = settings.pop("surrogate", None)
+    about = (processor, colours, PROMPT, DEMO_NAME, "test")
+    tasks = [
+        None if model is None else ChosenText(model, *about, target="blue", max_new_tokens=4) for model in (vlm, other)
+    ]
+    return check_task(tasks[0], how.robustness(), surrogate=tasks[1], queries=5, **settings)
 
 
 def test_a_chosen_text_behind_a_masker_is_flagged(vlm, processor):
@@ -108,7 +109,7 @@ def test_a_random_defence_is_flagged(vlm, processor, questions):
         lambda layer, args: tuple(part + 0.1 * torch.randn(part.shape) for part in args)
     )
     with attack_mode(twin):
-        trials = sanity._pick(answers, vlm_inputs(twin, processor), questions, HOW, 2)
+        trials = pick(task_of(twin, processor, questions), HOW.robustness(), 2)
         bench = Bench(trials, "linf", HOW.eps, HOW.steps, 0, "nothing", "try harder")
         assert same_answer(bench)["verdict"] == "flagged"
 
@@ -119,7 +120,7 @@ def test_what_is_checked_is_what_was_measured(vlm, processor, questions, measure
     (result,) = measure(how, samples_dir=tmp_path)
     records = {record.id: record for record in load_samples(tmp_path / result.samples)}
     with attack_mode(vlm):
-        trials = sanity._pick(answers, vlm_inputs(vlm, processor), questions, replace(how, batch_size=5), 12)
+        trials = pick(task_of(vlm, processor, questions), replace(how, batch_size=5).robustness(), 12)
         bench = Bench(trials, "linf", how.eps, how.steps, 0, "nothing", "try harder")
         fell, grey = bench.white().tolist(), right_on_grey(trials)
     ids = [sample for trial in trials for sample in trial.noise.ids]
@@ -137,7 +138,7 @@ def test_results_carry_their_checks(vlm, processor, questions, measure, tmp_path
     how = replace(HOW, steps=1, objectives=("nll",))
     (result,) = measure(how, samples_dir=tmp_path)
     files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    result.sanity = check_vqa_sanity(vlm, processor, questions, how, prompt=PROMPT, samples=2, queries=1)
+    result.sanity = check_task(task_of(vlm, processor, questions), how.robustness(), samples=2, queries=1)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
     assert json.loads(json.dumps(result.sanity, allow_nan=False)) == result.sanity
     save_results([result], tmp_path)
@@ -152,7 +153,13 @@ def test_no_trace(vlm, processor, questions):
     before, state = weights_sha256(vlm), torch.get_rng_state()
     how = replace(HOW, steps=1, objectives=("nll",))
     try:
-        check_vqa_sanity(vlm, processor, questions, how, prompt=PROMPT, surrogate=vlm, samples=2, queries=2)
+        check_task(
+            task_of(vlm, processor, questions),
+            how.robustness(),
+            surrogate=task_of(vlm, processor, questions),
+            samples=2,
+            queries=2,
+        )
         assert vlm.training
         assert all(parameter.requires_grad and parameter.grad is None for parameter in vlm.parameters())
         assert weights_sha256(vlm) == before
@@ -163,13 +170,15 @@ def test_no_trace(vlm, processor, questions):
 
 def test_bad_input(vlm, processor, questions):
     def run(how=HOW, asked=questions, **settings):
-        return check_vqa_sanity(vlm, processor, asked, how, prompt=PROMPT, samples=2, queries=1, **settings)
+        return check_task(task_of(vlm, processor, asked), how.robustness(), samples=2, queries=1, **settings)
 
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1"):
+        replace(HOW, steps=0)
     with pytest.raises(ValueError, match="nothing to check"):
         run(replace(HOW, eps=(0.0,)))
-    with pytest.raises(ValueError, match="all of 12 samples are lost"):
+    with pytest.raises(ValueError, match="right about none of 12 samples"):
         run(asked=[replace(question, answer="nonsense") for question in questions])
     other = vlm_inputs(vlm, processor)
     other.transform = replace(other.transform, resize=(32, 32), crop=None)
     with pytest.raises(ValueError, match="images of 32 x 32 pixels, the model of 64 x 64"):
-        run(surrogate=vlm, surrogate_processor=other)
+        run(surrogate=task_of(vlm, other, questions))

@@ -12,15 +12,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_robust_vision.attacks import Attack, CrossEntropy, LinfBall, Protocol, StartNoise, get_protocol, pgd
+from hf_robust_vision.attacks import Attack, CrossEntropy, LinfBall, Logits, Protocol, StartNoise, get_protocol, pgd
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Verdict
+from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot, evaluate_zero_shot
 from hf_robust_vision.sanity import checks
-from hf_robust_vision.sanity.bench import Bench
-from hf_robust_vision.sanity.zero_shot import ClassifiedImages, add_sanity, check_sanity, sanity_text
+from hf_robust_vision.sanity.bench import Bench, Trial
+from hf_robust_vision.sanity.check import add_sanity, check_sanity, sanity_text
 from hf_robust_vision.towers.clip import as_encoder, image_embedder, load_encoder, load_tokenizer, weights_sha256
 from hf_robust_vision.towers.text_bank import make_text_bank
 from tests.conftest import NAMES, TEMPLATE, build_clip, build_processor, make_dataset
+from tests.evaluation.toy_task import BrighterHalf, Halves
 from tests.sanity.maskers import InputQuantiser, RandomResize, masked, saturated
 
 
@@ -152,10 +154,17 @@ def test_no_trace(honest, smooth, images):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def trial(classify, images, labels, protocol):
+    """Images that a function classifies, on trial."""
+    task = BrighterHalf(Halves(), images, labels=labels)
+    task.logits = Logits(classify)
+    return Trial(task, Batch(tuple(task.ids), images, (Verdict(0, False, -1.0),) * len(images)), protocol, seed=0)
+
+
 def bench(classify, images=None, labels=None, size=7, count=20):
     images = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0)) if images is None else images
     labels = classify(images).argmax(1).detach() if labels is None else labels
-    whole = ClassifiedImages(images, StartNoise(0, range(count)), classify, labels, get_protocol("quick", steps=40))
+    whole = trial(classify, images, labels.tolist(), get_protocol("quick", steps=40))
     trials = [whole.take(rows) for rows in torch.arange(count).split(size)]
     commonest = labels.bincount().max().item() / count
     return Bench(trials, "linf", HOW.eps, 40, commonest, "the share of the commonest class", "try harder")
@@ -169,22 +178,16 @@ def linear(batch):
 def test_samples_keep_their_places_in_batches_of_different_sizes():
     """What a check finds belongs to its sample, also where only some are wanted."""
     small, large = (
-        ClassifiedImages(
-            torch.full((2, 3, side, side), side / 10),
-            StartNoise(0, [side, -side]),
-            linear,
-            torch.tensor([0, 1]),
-            get_protocol("quick"),
-        )
-        for side in (4, 5)
+        trial(linear, torch.full((2, 3, side, side), side / 10), [0, side], get_protocol("quick")) for side in (4, 5)
     )
     several = Bench([small, large], "linf", HOW.eps, 40, 0.5, "half", "try harder")
     assert len(several) == 4
 
     def look(trial):
-        return torch.stack([trial.images.flatten(1)[:, 0], trial.labels, torch.tensor(trial.noise.ids)], 1)
+        labels = [trial.task.label(place) for place in trial.batch.places]
+        return torch.stack([trial.images.flatten(1)[:, 0], torch.tensor(labels), torch.tensor(trial.noise.ids)], 1)
 
-    whole = torch.tensor([[0.4, 0, 4], [0.4, 1, -4], [0.5, 0, 5], [0.5, 1, -5]])
+    whole = torch.tensor([[0.4, 0, 0], [0.4, 4, 1], [0.5, 0, 0], [0.5, 5, 1]])
     assert torch.allclose(several.each(look), whole)
     wanted = torch.tensor([False, True, False, False])
     assert torch.allclose(several.each(look, wanted), whole * wanted[:, None])
@@ -293,7 +296,8 @@ def test_add_sanity_fills_the_results_of_each_model(honest, smooth, images):
         for name, (encoder, _) in models.items()
         for result in evaluate_zero_shot(encoder, bank, few, how, model_name=name, progress=False)
     ]
-    add_sanity(results, models, few, how, queries=5)
+    tasks = {name: ZeroShot(encoder, bank, few) for name, (encoder, bank) in models.items()}
+    add_sanity(results, tasks, how, queries=5)
     said = [line.split(":")[0] for line in sanity_text(results).splitlines()]
     assert said == ["sanity checks, before on tiny", "sanity checks, after on tiny"]
     assert all(verdicts(result.sanity)["as strong as a transfer"] != "not run" for result in results)
@@ -309,7 +313,7 @@ def test_a_measurement_without_a_gradient_says_why_nothing_was_checked(honest, s
     how = replace(HOW, protocol=black)
     results = evaluate_zero_shot(honest["clean"], bank, few, how, model_name="before", progress=False)
     assert sanity_text(results) == ""
-    add_sanity(results, {"before": (honest["clean"], bank)}, few, how)
+    add_sanity(results, {"before": ZeroShot(honest["clean"], bank, few)}, how)
     assert "before on tiny: nothing to check" in sanity_text(results)
     assert results[0].sanity["verdict"] == "not run"
 
@@ -317,7 +321,7 @@ def test_a_measurement_without_a_gradient_says_why_nothing_was_checked(honest, s
 def test_a_model_that_is_never_right_is_refused(honest, smooth, images):
     rows = [{"image": row["image"], "label": (row["label"] + 1) % 3} for row in images.rows]
     wrong = LabelledImages(rows, NAMES, images.transform, name="tiny", split="test")
-    with pytest.raises(ValueError, match="right about none of 36 images"):
+    with pytest.raises(ValueError, match="right about none of 36 samples"):
         check_sanity(honest["clean"], smooth[1], wrong, HOW)
     with pytest.raises(ValueError, match=r"dataset\.class_names"):
         check_sanity(honest["clean"], replace(smooth[1], class_names=("a", "b", "c")), images, HOW)

@@ -14,7 +14,8 @@ from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.methods.pmg_aft import PMGAFTTrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.methods.tima import TIMATrainer

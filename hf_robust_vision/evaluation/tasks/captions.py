@@ -6,18 +6,18 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from hf_robust_vision.attacks import Attack, Objective, Success
-from hf_robust_vision.evaluation.results import RobustnessResult, summarize_scores
-from hf_robust_vision.towers.vlm_inputs import VLMInputs
+from hf_robust_vision.attacks import Objective
+from hf_robust_vision.evaluation.engine import evaluate
+from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize_scores
+from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Verdict
 
-from .answers import AnswerLoss, answer_task, say
-from .protocol import VLMProtocol
-from .run import Evaluation, Sample, Verdict
+from .answers import AnswerLoss
+from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, split_settings
 
 
 @dataclass(frozen=True)
@@ -88,43 +88,95 @@ class Captioned(Sample, Protocol):
     references: Sequence[str]
 
 
-class WorseCaption:
-    """The goal: a caption of a low score."""
+@dataclass
+class Captions(VLMTask):
+    """How good is the caption still?
 
-    def __init__(
-        self,
-        inputs: VLMInputs,
-        prompt: str,
-        samples: Sequence[Captioned],
-        images: Tensor,
-        metric: CaptionMetric,
-        attacks: Sequence[Attack],
-        max_new_tokens: int,
-    ):
-        self.inputs, self.samples, self.metric, self.max_new_tokens = inputs, samples, metric, max_new_tokens
-        prompts = [prompt.replace("{}", sample.text) for sample in samples]
-        height, width = images.shape[-2:]
-        self.prompts = inputs.encode(prompts, (height, width))
-        self.tasks = {}
-        for attack in attacks:
-            place = _reference(attack)
-            texts = [sample.references[place % len(sample.references)] for sample in samples]
-            self.tasks[attack.name] = answer_task(inputs, prompts, texts, (height, width))
+    Every attack raises the loss of one reference caption; then the model captions the attacked image, greedily. A
+    sample counts with the worst score over all attacks, the smaller radii and the clean image.
 
-    def label(self, row: int) -> str:
+    Args:
+        scored: How captions are scored, by default `chrf()`.
+        attacked_references: How many references of a sample are attacked, one after the other.
+        max_new_tokens: Of a caption.
+
+    Raises:
+        ValueError: As `VLMTask`; or if a sample has no reference caption, or none is to be attacked.
+        ModuleNotFoundError: If the default metric's library is not installed.
+    """
+
+    scored: CaptionMetric = field(default_factory=chrf)
+    attacked_references: int = 1
+    max_new_tokens: int = 64
+    kind = "caption"
+    task = "caption"
+    counts_survivors = False  # a caption is attacked to the last, whoever brought its worst score
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.metric = self.scored.name
+        bare = [sample.id for sample in self.samples if not sample.references or isinstance(sample.references, str)]
+        if bare:
+            raise ValueError(f"samples {bare[:3]} have no list of reference captions.")
+        if self.attacked_references < 1:
+            raise ValueError(f"attacked_references must be at least 1, got {self.attacked_references}.")
+
+    def label(self, place: int) -> str:
         """The reference captions, one a line."""
-        return "\n".join(self.samples[row].references)
+        return "\n".join(self.samples[place].references)
 
-    def aim(self, attack: Attack, rows: Tensor) -> tuple[Objective, Success | None]:
+    def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
+        """What `generate` says, and its score.
+
+        Raises:
+            ValueError: If the metric gives something else than a fraction.
+        """
+        verdicts = []
+        for place, text in zip(batch.places, self.say(batch, images, self.max_new_tokens)):
+            score = self.scored.score(text, self.samples[place].references)
+            if not 0 <= score <= 1:
+                raise ValueError(f"{self.scored.name} must give a score from 0 to 1, got {score} for {text!r}.")
+            verdicts.append(Verdict(text, score <= 0, -score, round(score, 6)))
+        return verdicts
+
+    def stands(self, record: SampleRecord, stage: Stage) -> bool:
+        """Until nothing is left of the score."""
+        return record.score is not None and record.score > 0
+
+    def blame(self, stage: Stage, verdict: Verdict, record: SampleRecord) -> str | None:
+        """Who brought the worst score."""
+        lower = record.score is not None and verdict.score is not None and verdict.score < record.score
+        return stage.attack.name if lower else record.fooled_by
+
+    def levels(self, how: RobustnessProtocol) -> list[Level]:
+        """Every attack on one reference after the other."""
+        levels = []
+        for level in super().levels(how):
+            places = range(self.attacked_references)
+            attacks = [replace(a, name=f"{a.name}-ref{place}") for place in places for a in level.attacks]
+            stages = [Stage(a, level.ball, int(a.name.rpartition("-ref")[2])) for a in attacks if level.value > 0]
+            levels.append(replace(level, stages=tuple(stages), attacks=tuple(attacks)))
+        return levels
+
+    def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, None]:
         """Raise the loss of one reference caption, to the last step."""
-        return AnswerLoss(self.tasks[attack.name].take(rows), attack.objective), None
+        references = [self.samples[place].references for place in batch.places]
+        texts = [own[stage.target % len(own)] for own in references]
+        return AnswerLoss(self.answers(batch, texts), stage.attack.objective), None
 
-    def judge(self, rows: Tensor, images: Tensor) -> list[Verdict]:
-        """What `generate` says, and its score."""
-        places = rows.tolist()
-        texts = say(self.inputs, [self.prompts[row] for row in places], images, self.max_new_tokens)
-        scores = [self.metric.score(text, self.samples[row].references) for row, text in zip(places, texts)]
-        return [Verdict(text, score <= 0, round(score, 6)) for text, score in zip(texts, scores)]
+    def identity(self) -> dict[str, Any]:
+        """See `Task.identity`."""
+        own = {"score": self.scored.identity(), "references": [list(sample.references) for sample in self.samples]}
+        return super().identity() | own | {"attacked": self.attacked_references, "tokens": self.max_new_tokens}
+
+    def decoding(self) -> dict[str, Any]:
+        """See `VLMTask.decoding`."""
+        metric = {"name": self.scored.name, **self.scored.settings}
+        return super().decoding() | {"max_new_tokens": self.max_new_tokens, "metric": metric}
+
+    def summaries(self, records: Sequence[SampleRecord]) -> dict[str, dict[str, Any]]:
+        """Mean scores."""
+        return {self.metric: summarize_scores(records)}
 
 
 def evaluate_captions(
@@ -134,21 +186,14 @@ def evaluate_captions(
     how: VLMProtocol,
     *,
     prompt: str,
-    model_name: str,
-    dataset: str,
-    split: str,
     metric: CaptionMetric | None = None,
-    group: str = "all",
     attacked_references: int = 1,
     max_new_tokens: int = 64,
-    samples_dir: str | Path | None = None,
-    progress: bool = True,
+    **settings: Unpack[VLMSettings],
 ) -> list[RobustnessResult]:
     """Mean score of generated captions on clean and on attacked images, one result per eps.
 
-    Every attack raises the loss of one reference caption; then the model captions the attacked image, greedily. A
-    sample counts with the worst score over all attacks, the smaller radii and the clean image. `clean_accuracy` and
-    `robust_accuracy` of the results are these means, as fractions, with normal 95 % intervals.
+    `clean_accuracy` and `robust_accuracy` of the results are these means, as fractions, with normal 95 % intervals.
 
     Args:
         vlm: As in `evaluate_vqa`.
@@ -156,19 +201,14 @@ def evaluate_captions(
         samples: Images with their reference captions.
         how: Attacks and radii; `objectives=("nll",)` is the published attack.
         prompt: With the image token, and "{}" for a sample's text, if it is to have one.
-        model_name: "before", "after" or a path.
-        dataset: Name of the data.
-        split: Of the data.
         metric: How captions are scored, by default `chrf()`.
-        group: Which samples these are.
         attacked_references: How many references of a sample are attacked, one after the other.
         max_new_tokens: Of a caption.
-        samples_dir: Folder for `samples-*.jsonl`.
-        progress: Show a bar.
+        settings: See `VLMSettings`.
 
     Raises:
-        TypeError: As in `evaluate_vqa`.
-        ValueError: As in `evaluate_vqa`; or if a sample has no reference caption, or none is to be attacked.
+        TypeError: As `VLMTask`.
+        ValueError: As `Captions` and `evaluate`.
         ModuleNotFoundError: If the default metric's library is not installed.
 
     Reference:
@@ -177,47 +217,7 @@ def evaluate_captions(
     Deviation: one precision and one kind of start for all attacks, where the reference goes from half to single
         precision, and from the clean image; its CIDEr needs corpus statistics and Java.
     """
-    metric = metric if metric is not None else chrf()
-    bare = [sample.id for sample in samples if not sample.references or isinstance(sample.references, str)]
-    if bare:
-        raise ValueError(f"samples {bare[:3]} have no list of reference captions.")
-    if attacked_references < 1:
-        raise ValueError(f"attacked_references must be at least 1, got {attacked_references}.")
-    attacks = [
-        replace(attack, name=f"{attack.name}-ref{place}")
-        for place in range(attacked_references)
-        for attack in how.attacks()
-    ]
-    run = Evaluation(
-        vlm,
-        processor,
-        samples,
-        how,
-        prompt,
-        model_name,
-        dataset,
-        split,
-        group,
-        samples_dir=samples_dir,
-        progress=progress,
-    )
-    shared = {"max_new_tokens": max_new_tokens, "metric": {"name": metric.name, **metric.settings}}
-    return run.run(
-        lambda inputs, rows, images: WorseCaption(inputs, prompt, rows, images, metric, attacks, max_new_tokens),
-        kind="caption",
-        attacks=attacks,
-        identity=shared
-        | {
-            "score": metric.identity(),
-            "references": [list(sample.references) for sample in samples],
-            "attacked": len(attacks),
-        },
-        summary=summarize_scores,
-        task="caption",
-        metric=metric.name,
-        generation=shared | {"prompt": prompt, "decoding": "greedy"},
-    )
-
-
-def _reference(attack: Attack) -> int:
-    return int(attack.name.rpartition("-ref")[2])
+    about, run = split_settings(settings)
+    own: dict[str, Any] = {"scored": metric or chrf(), "attacked_references": attacked_references}
+    own["max_new_tokens"] = max_new_tokens
+    return evaluate(Captions(vlm, processor, samples, prompt, **about, **own), how.robustness(), **run)

@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from hf_robust_vision import __version__
-from hf_robust_vision.attacks import Margin
-from hf_robust_vision.data.collator import collate_images
+from hf_robust_vision.attacks import Attack, Objective, Protocol, make_ball
 from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.evaluation.engine import RunSettings, evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, versions, wilson_interval
-from hf_robust_vision.evaluation.samples import Records, SampleId, SampleStore, measure_all
-from hf_robust_vision.pixels import check_images
-from hf_robust_vision.towers.clip import Encoder, attack_mode, tensor_sha256, weights_sha256
+from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict
+from hf_robust_vision.towers.clip import Encoder
 from hf_robust_vision.towers.text_bank import TextBank
 
-from .zero_shot import classifier
+from .zero_shot import ZeroShot, bank_fields
 
 
 PROTOCOL = "imagenet-c"
@@ -82,6 +79,148 @@ def corrupt(image: Tensor, family: str, severity: int, *, seed: int = 0, sample:
     return (torch.from_numpy(np.array(found)).permute(2, 0, 1).float() / 255).to(image)
 
 
+@dataclass
+class Corruptions(Task):
+    """Is the image still taken for its class when it is corrupted?
+
+    A sample is one image under one family, its id "family/sample"; the levels are the severities. `robust_accuracy` is
+    the mean over the families, `attacks` has a row with the accuracy of each. It is accuracy, not the benchmark's mCE,
+    which is relative to AlexNet's errors on ImageNet.
+
+    Deviation: ImageNet-C corrupts crops of 224 pixels and stores them as JPEG. Here an image is corrupted at the size
+    that the dataset gives it, which the rows call `resolution`, and not compressed. The strengths were chosen for 224
+    pixels: the same blur takes more from a smaller image.
+
+    Args:
+        model: The encoder.
+        bank: The zero-shot classifier.
+        images: Labelled images of at least 32 pixels a side.
+        families: Out of `FAMILIES` and `EXTRA_FAMILIES`.
+        severities: Out of 1 to 5.
+        seed: Of the corruptions.
+
+    Raises:
+        ModuleNotFoundError: If the library is not installed; the message is the line to type.
+        ValueError: If a family or severity is unknown, or the class names of dataset and bank differ.
+    """
+
+    model: Encoder
+    bank: TextBank
+    images: LabelledImages
+    families: Sequence[str]
+    severities: Sequence[int]
+    seed: int = 0
+    group: str = "all"
+    kind = PROTOCOL
+    task = "corruption"
+    metric = "mean corruption accuracy"
+
+    def __post_init__(self) -> None:
+        _check_choice(_library(), self.families, self.severities)
+        self.families = tuple(dict.fromkeys(self.families))
+        self.classified = ZeroShot(self.model, self.bank, self.images)
+        self.dataset, self.split = self.images.name, self.images.split
+        self.ids = [f"{family}/{sample}" for family in self.families for sample in self.images.ids]
+
+    def load(self, place: int) -> Tensor:
+        """The image, not yet corrupted."""
+        return self.classified.load(place % len(self.images))
+
+    def label(self, place: int) -> int:
+        """The class."""
+        return self.classified.label(place % len(self.images))
+
+    def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
+        """As a zero-shot classifier; whatever stands in the record is of the last severity."""
+        within = replace(batch, places=tuple(place % len(self.images) for place in batch.places))
+        return [replace(verdict, harm=0.0, notes=None) for verdict in self.classified.judge(within, images)]
+
+    def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, None]:
+        """No attacker is at work.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("corruptions are not searched for: there is nothing that an attack could follow.")
+
+    def levels(self, how: RobustnessProtocol) -> list[Level]:
+        """The severities."""
+        severe = [(float(severity), Attack(PROTOCOL, steps=severity)) for severity in sorted(set(self.severities))]
+        ball = make_ball("linf", 1)
+        return [Level(value, (Stage(attack, ball, int(value)),), ball) for value, attack in severe]
+
+    def strike(self, stage: Stage, batch: Batch, seed: int) -> Tensor:
+        """Corrupted images."""
+        corrupted = []
+        for place, image in zip(batch.places, batch.images):
+            family, _, sample = str(self.ids[place]).partition("/")
+            corrupted.append(corrupt(image, family, stage.target, seed=self.seed, sample=sample))
+        return torch.stack(corrupted)
+
+    def stands(self, record: SampleRecord, stage: Stage) -> bool:
+        """All are corrupted: a hit on the corrupted image is a hit, whatever the clean one was taken for."""
+        return True
+
+    def first(self, place: int, clean: Verdict) -> SampleRecord:
+        """Before its severity there is nothing to blame."""
+        return SampleRecord(self.ids[place], self.label(place), clean.answer)
+
+    def blame(self, stage: Stage, verdict: Verdict, record: SampleRecord) -> str | None:
+        """The clean image, if that was wrong already, or the family."""
+        if not verdict.lost:
+            return None
+        return "clean" if record.clean != record.label else str(record.id).partition("/")[0]
+
+    def blames(self, levels: Sequence[Level]) -> set[str]:
+        """The families."""
+        return set(self.families)
+
+    def rows(
+        self, level: Level, records: Sequence[SampleRecord], smaller: Sequence[SampleRecord], seed: int
+    ) -> list[dict[str, Any]]:
+        """The accuracy of each family."""
+        count, rows = len(self.images), []
+        about = {"resolution": self.resolution, "seed": self.seed, "severity": int(level.value)}
+        about["dtype"] = str(self.weight.dtype).removeprefix("torch.")
+        for place, family in enumerate(self.families):
+            hits = sum(record.robust_hit for record in records[place * count : (place + 1) * count])
+            rows.append(
+                {"name": family} | about | {"accuracy": hits / count, "ci95": list(wilson_interval(hits, count))}
+            )
+        return rows
+
+    def identity(self) -> dict[str, Any]:
+        """See `Task.identity`."""
+        own = {"corruptions": [self.families, sorted(self.severities), self.seed], "library": version(_LIBRARY)}
+        return self.classified.identity() | own
+
+    def fields(self) -> dict[str, Any]:
+        """The classifier, and the families of ImageNet-C that were not measured."""
+        missing = [name for name in (*FAMILIES, *EXTRA_FAMILIES) if name not in self.families]
+        return bank_fields(self.bank) | {
+            "left_out": missing,
+            "norm": "severity",
+            "versions": versions() | {_LIBRARY: version(_LIBRARY)},
+        }
+
+    def summaries(self, records: Sequence[SampleRecord]) -> dict[str, dict[str, Any]]:
+        """The mean over the families."""
+        count = len(self.images)
+        clean = sum(record.clean == record.label for record in records[:count])
+        mean = sum(record.robust_hit for record in records) / len(records)
+        summary = {
+            "num_samples": count,
+            "clean_accuracy": clean / count,
+            "robust_accuracy": mean,
+            "ci95": {
+                "clean_accuracy": list(wilson_interval(clean, count)),
+                # The families share their images: as wide as if all families agreed on each, so never too narrow.
+                "robust_accuracy": list(wilson_interval(mean * count, count)),
+            },
+        }
+        return {self.metric: summary}
+
+
 def evaluate_corruptions(
     encoder: Encoder,
     bank: TextBank,
@@ -93,20 +232,9 @@ def evaluate_corruptions(
     seed: int = 0,
     batch_size: int = 64,
     device: torch.device | str | None = None,
-    samples_dir: str | Path | None = None,
-    progress: bool = True,
+    **settings: Unpack[RunSettings],
 ) -> list[RobustnessResult]:
     """Accuracy on corrupted images, one result per severity.
-
-    In a result `robust_accuracy` is the mean over the families, `attacks` has a row with the accuracy of each, and
-    `left_out` names the families of ImageNet-C that were not measured; `eps` is the severity and `norm` the word
-    "severity". It is accuracy, not the benchmark's mCE, which is relative to AlexNet's errors on ImageNet. Samples are
-    shared out over processes, and resumed from `samples_dir`, as in `evaluate_zero_shot`; the id of a record is
-    "family/sample".
-
-    Deviation: ImageNet-C corrupts crops of 224 pixels and stores them as JPEG. Here an image is corrupted at the size
-    that the dataset gives it, which the rows call `resolution`, and not compressed. The strengths were chosen for 224
-    pixels: the same blur takes more from a smaller image.
 
     Args:
         encoder: The model.
@@ -118,144 +246,20 @@ def evaluate_corruptions(
         seed: Of the corruptions.
         batch_size: Images classified at once.
         device: Where to run; by default where the encoder is.
-        samples_dir: Folder for `samples-*.jsonl`.
-        progress: Show a bar on the main process.
+        settings: See `RunSettings`.
 
     Raises:
         ModuleNotFoundError: If the library is not installed; the message is the line to type.
-        ValueError: If a family or severity is unknown, or the class names of dataset and bank differ.
+        ValueError: As `Corruptions` and `evaluate`.
     """
-    library = _library()
-    bank.need_classes(dataset.class_names)
     if families is None:
-        families = [name for name in FAMILIES if name in library.corruption_dict]
-    _check_choice(library, families, severities)
-    start, sha256 = time.time(), weights_sha256(encoder)
-    device = torch.device(device) if device is not None else encoder.visual_projection.weight.device
-    work = _Work(
-        classifier(encoder, bank),
-        dataset,
-        tuple(dict.fromkeys(families)),
-        tuple(sorted(set(severities))),
-        seed,
-        device,
-    )
-    identity = _identity(encoder, bank, work) | {"weights": sha256}
-    store = SampleStore(samples_dir, f"{Path(model_name).name}-{PROTOCOL}", work.severities, identity)
-    with attack_mode(encoder):
-        label = f"{model_name}: {PROTOCOL}"
-        records = measure_all(store, work.ids(), work.measure, batch_size=batch_size, label=label, progress=progress)
-    shared: dict[str, Any] = {
-        "task": "corruption",
-        "metric": "mean corruption accuracy",
-        "model": model_name,
-        "model_sha256": sha256,
-        "dataset": dataset.name,
-        "split": dataset.split,
-        "protocol": PROTOCOL,
-        "norm": "severity",
-        "class_names": list(bank.class_names),
-        "templates": list(bank.templates),
-        "template_hash": bank.template_hash,
-        "logit_scale": bank.logit_scale,
-        "left_out": [name for name in (*FAMILIES, *EXTRA_FAMILIES) if name not in families],
-        "seconds": time.time() - start,
-        "versions": versions() | {_LIBRARY: version(_LIBRARY)},
-    }
-    dtype = str(encoder.visual_projection.weight.dtype).removeprefix("torch.")
-    row = {"resolution": max(dataset[0]["images"].shape[-2:]), "seed": seed, "dtype": dtype}
-    return [
-        RobustnessResult(
-            **shared,
-            eps=float(severity),
-            samples=store.names[place] if samples_dir is not None else None,
-            **_summary(work, [records[name][place] for name in work.ids()], row | {"severity": severity}),
-        )
-        for place, severity in enumerate(work.severities)
-    ]
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Every image under every family at every severity; the unit is one image under one family."""
-
-    classify: Callable[[Tensor], Tensor]
-    dataset: LabelledImages
-    families: tuple[str, ...]
-    severities: tuple[int, ...]
-    seed: int
-    device: torch.device
-
-    def ids(self) -> list[SampleId]:
-        """One family after the other."""
-        return [f"{family}/{sample}" for family in self.families for sample in self.dataset.ids]
-
-    def measure(self, places: list[int]) -> Records:
-        """Records of some places of `ids`, one per severity."""
-        families = [self.families[place // len(self.dataset)] for place in places]
-        batch = collate_images([self.dataset[place % len(self.dataset)] for place in places])
-        images, labels, samples = check_images(batch["images"]), batch["labels"].tolist(), batch["ids"].tolist()
-        clean, _ = self._answers(images, batch["labels"])
-        names: list[SampleId] = [f"{family}/{sample}" for family, sample in zip(families, samples)]
-        records: Records = {name: [] for name in names}
-        for severity in self.severities:
-            corrupted = [
-                corrupt(image, family, severity, seed=self.seed, sample=sample)
-                for image, family, sample in zip(images, families, samples)
-            ]
-            answers, scores = self._answers(torch.stack(corrupted), batch["labels"])
-            for row, name in enumerate(names):
-                # A hit on the corrupted image is a hit, whatever the clean one was taken for.
-                blame = "clean" if clean[row] != labels[row] else families[row]
-                fooled_by = None if answers[row] == labels[row] else blame
-                records[name].append(
-                    SampleRecord(name, labels[row], clean[row], answers[row], round(scores[row], 6), fooled_by)
-                )
-        return records
-
-    def _answers(self, images: Tensor, labels: Tensor) -> tuple[list[int], list[float]]:
-        with torch.no_grad():
-            logits = self.classify(images.to(self.device))
-        return logits.argmax(1).tolist(), Margin(lambda found: found, labels.to(self.device))(logits).tolist()
-
-
-def _summary(work: _Work, records: Sequence[SampleRecord], row: dict[str, Any]) -> dict[str, Any]:
-    """Accuracies of one severity; `records` are in the order of `work.ids()`."""
-    count = len(work.dataset)
-    rows = []
-    for place, family in enumerate(work.families):
-        hits = sum(record.robust_hit for record in records[place * count : (place + 1) * count])
-        interval = list(wilson_interval(hits, count))
-        rows.append({"name": family} | row | {"accuracy": hits / count, "ci95": interval})
-    # Not `clean_hit`: it reads the blame, which a hit on the corrupted image has none of.
-    clean = sum(record.clean == record.label for record in records[:count])
-    mean = sum(record.robust_hit for record in records) / len(records)
-    return {
-        "num_samples": count,
-        "clean_accuracy": clean / count,
-        "robust_accuracy": mean,
-        "attacks": rows,
-        "ci95": {
-            "clean_accuracy": list(wilson_interval(clean, count)),
-            # The families share their images: as wide as if all families agreed on each image, so never too narrow.
-            "robust_accuracy": list(wilson_interval(mean * count, count)),
-        },
-    }
-
-
-def _identity(encoder: Encoder, bank: TextBank, work: _Work) -> dict[str, Any]:
-    """What decides the answers."""
-    dataset = work.dataset
-    return {
-        "data": [dataset.name, dataset.split, getattr(dataset.rows, "_fingerprint", "")],
-        "samples": list(zip(dataset.ids, dataset.labels())),
-        "pixels": [asdict(encoder.transform), asdict(dataset.transform)],
-        "config": {name: encoder.config.to_dict().get(name) for name in ("vision_config", "hidden_act")},
-        "dtype": str(encoder.visual_projection.weight.dtype),
-        "text": [bank.template_hash, bank.logit_scale, tensor_sha256(bank.embeddings)],
-        "corruptions": [work.families, work.severities, work.seed],
-        "versions": [__version__, version(_LIBRARY)],
-    }
+        families = [name for name in FAMILIES if name in _library().corruption_dict]
+    if device is not None:
+        encoder.to(torch.device(device))
+    task = Corruptions(encoder, bank, dataset, families, severities, seed)
+    # Each severity is a corruption of its own: what fell at a lower one may stand at a higher one.
+    how = RobustnessProtocol(Protocol(PROTOCOL, (), carry=False), (1.0,), batch_size=batch_size, seed=seed)
+    return evaluate(task, how, model_name=model_name, **settings)
 
 
 def _library() -> Any:

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_robust_vision.attacks import make_ball
+from hf_robust_vision.evaluation.task import Batch
 from hf_robust_vision.towers.clip import attack_mode
-from hf_robust_vision.towers.vlm_inputs import vlm_inputs
 
-from .protocol import VLMProtocol
-from .run import start_noise
-from .vqa import AnotherAnswer, Question
+from .vlm import VLMProtocol
+from .vqa import VQA, Question
 
 
 @dataclass(frozen=True)
@@ -36,29 +34,26 @@ class AnswerExample:
     eps: float
 
 
-def attack_example(
-    vlm: nn.Module, processor: Any, question: Question, prompt: str, eps: float, steps: int = 50, restarts: int = 1
-) -> AnswerExample:
-    """Attack one question by PGD, on the loss of its true answer and, if that answer stands, on its margin.
+def attack_example(vlm: nn.Module, processor: Any, question: Question, prompt: str, how: VLMProtocol) -> AnswerExample:
+    """Attack one question at the largest radius, with one attack after the other until its answer falls.
 
     Args:
         vlm: The model; left as it was.
         processor: Its processor, or a `VLMInputs` of the model.
         question: What is asked.
         prompt: With "{}" for the question and the processor's image token.
-        eps: Linf radius in pixels of [0, 1].
-        steps: Of each attack.
-        restarts: Random starts of each attack.
+        how: Attacks and radii.
     """
-    inputs = vlm_inputs(vlm, processor)
-    with attack_mode(vlm):
-        image = question.pixels(inputs)[None].to(inputs.device)
-        goal, row = AnotherAnswer(inputs, prompt, [question], image), torch.tensor([0], device=image.device)
-        found = image
-        for attack in VLMProtocol((eps,), steps=steps, restarts=restarts).attacks():
-            objective, fooled = goal.aim(attack, row)
-            found = attack.run(objective, image, make_ball("linf", eps), start_noise(0, attack, [question.id]), fooled)
-            if fooled is not None and fooled(found).all():
+    task = VQA(vlm, processor, [question], prompt, dataset="", split="")
+    level = task.levels(how.robustness())[-1]
+    with torch.no_grad(), attack_mode(vlm):
+        image = task.load(0)[None].to(task.weight.device)
+        clean = task.judge(Batch((0,), image), image)
+        found, said = image, clean
+        for stage in level.stages:
+            batch = Batch((0,), image, tuple(clean))
+            found = task.strike(stage, batch, how.seed)
+            said = task.judge(batch, found)
+            if said[0].lost:
                 break
-        clean, attacked = (goal.judge(row, images)[0].text for images in (image, found))
-    return AnswerExample(image[0].cpu(), found[0].cpu(), clean, attacked, eps)
+    return AnswerExample(image[0].cpu(), found[0].cpu(), str(clean[0].answer), str(said[0].answer), level.value)

@@ -8,35 +8,25 @@ Only images are attacked, never text. Each sample is attacked alone, in its own 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
-from hf_robust_vision import __version__
-from hf_robust_vision.attacks import Attack, Ball, EmbeddingDistance, Logits, StartNoise, cosine_distance, make_ball
+from hf_robust_vision.attacks import Attack, EmbeddingDistance, Logits, Objective, Protocol, Success, cosine_distance
 from hf_robust_vision.data.captions import CaptionedImages
-from hf_robust_vision.evaluation.images import AdversarialImages, Remeasured, measure_again, need_task
-from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize_hits, versions
-from hf_robust_vision.evaluation.samples import Records, SampleStore, measure_all
-from hf_robust_vision.pixels import check_images
-from hf_robust_vision.towers.clip import (
-    CLIPEncoder,
-    attack_mode,
-    image_embedder,
-    tensor_sha256,
-    text_embeddings,
-    weights_sha256,
-)
+from hf_robust_vision.data.fingerprint import fingerprint
+from hf_robust_vision.evaluation.engine import Output, evaluate
+from hf_robust_vision.evaluation.images import Remeasured, measure_again
+from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize_hits
+from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
+from hf_robust_vision.towers.clip import CLIPEncoder, attack_mode, image_embedder, tensor_sha256, text_embeddings
 from hf_robust_vision.towers.text_bank import tokenize
-
-from .retrieval_goals import CaptionLoss, CaptionsLost, ImageLost
 
 
 DIRECTIONS = {
@@ -68,143 +58,166 @@ class RetrievalProtocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.eps or not self.ks or min(self.ks) < 1:
-            raise ValueError(f"give at least one eps and one k of at least 1, got eps={self.eps} and ks={self.ks}.")
-        for eps in self.eps:
-            make_ball(self.norm, eps)
-        self.attack("cosine")
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"give at least one k of at least 1, got ks={self.ks}.")
+        for direction in DIRECTIONS:
+            self.robustness(direction)
 
-    def attack(self, objective: str) -> Attack:
-        """The attack that raises an objective."""
-        return Attack(f"apgd-{objective}", "apgd", objective, self.steps, self.restarts)
-
-
-class Stage(NamedTuple):
-    """One attack on samples that search: success is to push what they search out of the first `k`."""
-
-    attack: Attack
-    k: int
-    objective: Any
-    fooled: Any
+    def robustness(self, direction: str) -> RobustnessProtocol:
+        """The same as attacks in order: out of the first k for one k after the other, or away from the caption."""
+        kinds = [f"{kind}@{k}" for k in sorted(self.ks) for kind in ("nll", "margin")]
+        names = kinds if direction == "image_to_text" else ["cosine"]
+        attacks = [Attack(f"apgd-{name}", "apgd", name, self.steps, self.restarts) for name in names]
+        protocol = Protocol(f"retrieval-apgd-{self.steps}", tuple(attacks))
+        return RobustnessProtocol(protocol, self.eps, self.norm, batch_size=self.batch_size, seed=self.seed)
 
 
-@dataclass(frozen=True)
-class Search:
-    """Samples that search, or are searched for, and the attacks on them.
+@dataclass
+class Retrieval(Task):
+    """What do samples of one direction find?
+
+    A record holds the rank of what a sample searches, 0 for the first place; `fooled_by` is about the first place.
 
     Args:
-        samples: Images or captions of the dataset.
-        images: Those to attack, one a sample, in [0, 1].
-        stages: In order.
-        ranks: Images, and the rows of the samples that they belong to, to the ranks of what these search.
+        model: Its dtype is the precision of the attack.
+        tokenizer: Of its text tower.
+        images: With their captions.
+        direction: "image_to_text" or "text_to_image".
+        ks: A sample is a hit at k where the rank is under k.
+
+    Raises:
+        ValueError: If there is no such direction, or the dataset is too small for the largest k to be missed.
     """
 
-    samples: list[int]
-    images: Tensor
-    stages: Sequence[Stage]
-    ranks: Callable[[Tensor, Tensor], Tensor]
+    model: CLIPEncoder
+    tokenizer: Any
+    images: CaptionedImages
+    direction: str
+    ks: tuple[int, ...]
+    batch_size: int = 64
+    group: str = "all"
+    task = "retrieval"
+    counts_survivors = False  # a sample that lost the first place is still attacked at larger k
+    captions: Tensor = field(init=False)
 
-    def strike(self, stage: Stage, rows: Tensor, ball: Ball, how: RetrievalProtocol) -> tuple[Tensor, Tensor]:
-        """Ranks of some samples after one attack, shape (rows,), and the attacked images."""
-        attack = how.attack(stage.attack.objective)
-        noise = StartNoise(how.seed, [self.samples[row] for row in rows.tolist()])
-        objective, fooled = stage.objective.take(rows), stage.fooled.take(rows)
-        found = attack.run(objective, self.images[rows], ball, noise, fooled)
-        with torch.no_grad():
-            return self.ranks(found, rows), found
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"unknown direction {self.direction!r}; choose one of {', '.join(DIRECTIONS)}.")
+        if max(self.ks) >= len(self.images):
+            raise ValueError(f"recall at {max(self.ks)} of {len(self.images)} images is always 1; choose smaller ks.")
+        self.searches = self.direction == "image_to_text"
+        self.kind, self.dataset, self.split = self.direction, self.images.name, self.images.split
+        self.ids = range(len(self.images) if self.searches else len(self.images.captions))
+        self.loss, self.margin = (
+            (f"nll@{min(self.ks)}", f"margin@{min(self.ks)}") if self.searches else ("cosine",) * 2
+        )
+        embed, device = image_embedder(self.model), self.weight.device
+        self.embed = Logits(lambda shown: F.normalize(embed(self.model.transform.fit(shown)), dim=-1))
+        with torch.no_grad(), attack_mode(self.model):
+            self.scale = float(self.model.logit_scale.exp())
+            texts = [tokenize(self.tokenizer, part, device) for part in _parts(self.images.captions, 256)]
+            self.captions = torch.cat([F.normalize(text_embeddings(self.model, part), dim=-1) for part in texts])
+            clean = [
+                torch.stack([self.images.image(place) for place in part])
+                for part in _parts(range(len(self.images)), self.batch_size)
+            ]
+            self.gallery = torch.cat([self.embed(part.to(device)) for part in clean])
+        self.owners = torch.tensor(self.images.owners, device=device)
+        self.similar = Logits(lambda shown: self.scale * self.embed(shown) @ self.captions.T)
 
+    def load(self, place: int) -> Tensor:
+        """The image that searches, or is to be found."""
+        return self.images.image(place if self.searches else self.images.owners[place])
 
-class Gallery:
-    """Embeddings of a dataset and the attacks on it, in one direction or the other."""
+    def label(self, place: int) -> int:
+        """The first rank."""
+        return 0
 
-    def __init__(self, encoder: CLIPEncoder, tokenizer: Any, dataset: CaptionedImages, how: RetrievalProtocol):
-        self.dataset, self.how = dataset, how
-        self.device = encoder.visual_projection.weight.device
-        embed = image_embedder(encoder)
-        self.embed = Logits(lambda images: F.normalize(embed(encoder.transform.fit(images)), dim=-1))
-        self.scale = float(encoder.logit_scale.detach().exp())
-        with torch.no_grad():
-            self.captions = torch.cat([
-                F.normalize(text_embeddings(encoder, tokenize(tokenizer, part, self.device)), dim=-1)
-                for part in _parts(dataset.captions, 256)
-            ])  # fmt: skip
-            self.images = torch.cat([self.embed(self.load(p)) for p in _parts(range(len(dataset)), how.batch_size)])
-        self.owners = torch.tensor(dataset.owners, device=self.device)
+    def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
+        """The rank of what is searched."""
+        if self.searches:
+            own, scores = self._own(batch), self.similar(images)
+            best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+            ranks = ((scores > best) & ~own).sum(1)
+        else:
+            captions = self.captions[list(batch.places)]
+            found = (self.embed(images) * captions).sum(1, keepdim=True)
+            ranks, scores = (self._others(batch) > found).sum(1), found
+        if not bool(scores.isfinite().all()):
+            raise ValueError("the model gives similarities that are not finite: no rank can come of them.")
+        return [Verdict(rank, rank >= min(self.ks), rank) for rank in ranks.tolist()]
 
-    def load(self, places: Sequence[int]) -> Tensor:
-        """Images of the dataset, in [0, 1]."""
-        return check_images(torch.stack([self.dataset.image(place) for place in places])).to(self.device)
+    def stands(self, record: SampleRecord, stage: Stage) -> bool:
+        """Is it still among the first k of the attack?"""
+        return _rank(record, True) < self._k(stage.attack)
 
-    def samples(self, direction: str) -> range:
-        """All that searches."""
-        return range(len(self.dataset) if direction == "image_to_text" else len(self.dataset.captions))
+    def blame(self, stage: Stage, verdict: Verdict, record: SampleRecord) -> str | None:
+        """Who took the first place."""
+        return record.fooled_by or (stage.attack.name if verdict.answer else None)
 
-    def search(self, direction: str, samples: list[int]) -> Search:
-        """What some samples of a direction search, and the attacks on them."""
-        return self._texts(samples) if direction == "image_to_text" else self._images(samples)
+    def first(self, place: int, clean: Verdict) -> SampleRecord:
+        """Lost before any attack is what has not the first place."""
+        return replace(super().first(place, clean), fooled_by="clean" if clean.answer else None)
 
-    def _texts(self, images: list[int]) -> Search:
-        """The best own caption of each image."""
-        own = self.owners[None] == torch.tensor(images, device=self.device)[:, None]
-        similar = Logits(lambda batch: self.scale * self.embed(batch) @ self.captions.T)
-        margin = CaptionLoss(similar, own, 1)
-        stages = [
-            Stage(
-                self.how.attack(f"{kind}@{k}"), k, replace(margin, kind=kind, k=k), CaptionsLost(replace(margin, k=k))
+    def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, Success]:
+        """Out of the first k, or away from the caption."""
+        k = self._k(stage.attack)
+        if self.searches:
+            kind = stage.attack.objective.partition("@")[0]
+            margin = CaptionLoss(self.similar, self._own(batch), k)
+            return replace(margin, kind=kind), CaptionsLost(margin)
+        captions = self.captions[list(batch.places)]
+        bar = self._others(batch).topk(k, dim=1).values[:, -1]
+        return EmbeddingDistance(self.embed, captions, cosine_distance), ImageLost(self.embed, captions, bar)
+
+    def identity(self) -> dict[str, Any]:
+        """See `Task.identity`."""
+        return {
+            "captions": self.images.captions,
+            "owners": self.images.owners,
+            "texts": tensor_sha256(self.captions),
+            "rows": fingerprint(self.images.rows),
+            "ks": self.ks,
+            "pixels": [asdict(self.model.transform), asdict(self.images.transform)],
+        }
+
+    def target_text(self, attack: Attack) -> str:
+        """What is attacked."""
+        return DIRECTIONS[self.direction]
+
+    def fields(self) -> dict[str, Any]:
+        """The model's scale."""
+        return {"logit_scale": self.scale}
+
+    def summaries(self, records: Sequence[SampleRecord]) -> dict[str, dict[str, Any]]:
+        """Recall at each k."""
+        return {
+            f"{self.direction}_recall@{k}": summarize_hits(
+                [_rank(record) < k for record in records], [_rank(record, True) < k for record in records]
             )
-            for k in sorted(self.how.ks)
-            for kind in ("nll", "margin")
-        ]
-        return Search(images, self.load(images), stages, lambda batch, rows: _caption_ranks(similar(batch), own[rows]))
+            for k in self.ks
+        }
 
-    def _images(self, texts: list[int]) -> Search:
-        """The own image of each caption; one attack serves every k."""
-        captions, owners = self.captions[texts], self.owners[texts]
-        others = (captions @ self.images.T).scatter(1, owners[:, None], -torch.inf)
-        k = max(self.how.ks)
-        away = EmbeddingDistance(self.embed, captions, cosine_distance)
-        lost = ImageLost(self.embed, captions, others.topk(k, dim=1).values[:, -1])
+    def scores(self, batch: Batch, images: Tensor) -> Tensor:
+        """Cosines with all captions."""
+        return self.embed(images) @ self.captions.T
 
-        def ranks(batch: Tensor, rows: Tensor) -> Tensor:
-            return (others[rows] > (self.embed(batch) * captions[rows]).sum(1, keepdim=True)).sum(1)
+    def luck(self, places: Sequence[int]) -> tuple[float, str]:
+        """Chance; what a grey image finds is added by the checks."""
+        return min(self.ks) / len(self.images), "what a grey image finds, or chance,"
 
-        return Search(texts, self.load(owners.tolist()), [Stage(self.how.attack("cosine"), k, away, lost)], ranks)
+    def _own(self, batch: Batch) -> Tensor:
+        places = torch.tensor(batch.places, device=self.owners.device)
+        return self.owners[None] == places[:, None]
 
-    def measure(
-        self, direction: str, samples: list[int], saved: AdversarialImages | None = None, keep: Collection[int] = ()
-    ) -> Records:
-        """Worst rank of what each sample searches, for each radius: the stages in order, each on those under its k.
+    def _others(self, batch: Batch) -> Tensor:
+        """Similarity of each caption with the clean images that are not its own."""
+        places = list(batch.places)
+        return (self.captions[places] @ self.gallery.T).scatter(1, self.owners[places, None], -torch.inf)
 
-        The images of the samples in `keep` are saved, those that the worst ranks are of.
-        """
-        how, search = self.how, self.search(direction, samples)
-        with torch.no_grad():
-            worst = search.ranks(search.images, torch.arange(len(samples), device=self.device))
-        latest = [
-            SampleRecord(sample, 0, rank, fooled_by="clean" if rank else None)
-            for sample, rank in zip(samples, worst.tolist())
-        ]
-        records: Records = {sample: [] for sample in samples}
-        found: list[dict[float, Tensor]] = [{} for _ in samples]
-        for eps in how.eps:
-            for stage in search.stages if eps > 0 else ():
-                rows = (worst < stage.k).nonzero().flatten()
-                if len(rows) == 0:
-                    continue
-                ranks, attacked = search.strike(stage, rows, make_ball(how.norm, eps), how)
-                for row, rank, image in zip(rows.tolist(), ranks.tolist(), attacked):
-                    if rank > worst[row]:
-                        found[row][eps] = image
-                worst[rows] = torch.maximum(worst[rows], ranks)
-                for row, rank in zip(rows.tolist(), worst[rows].tolist()):
-                    fooled_by = latest[row].fooled_by or (stage.attack.name if rank else None)
-                    latest[row] = replace(latest[row], adversarial=rank, fooled_by=fooled_by)
-            for record in latest:
-                records[int(record.id)].append(record)
-        for row, sample in enumerate(samples):  # before the records, which say that the samples are done
-            if saved is not None and sample in keep:
-                saved.write(sample, search.images[row], found[row])
-        return records
+    def _k(self, attack: Attack) -> int:
+        """The place that an attack pushes out of; one attack away from a caption serves every k."""
+        return int(attack.objective.partition("@")[2] or max(self.ks))
 
 
 def evaluate_retrieval(
@@ -214,15 +227,10 @@ def evaluate_retrieval(
     how: RetrievalProtocol,
     *,
     model_name: str,
-    samples_dir: str | Path | None = None,
-    progress: bool = True,
     save_images: bool = False,
+    **settings: Unpack[Output],
 ) -> list[RobustnessResult]:
     """Recall at k, clean and under attack, of images for captions and of captions for images.
-
-    A sample's record holds the rank of what it searches, 0 for the first place: `clean`, and `adversarial` for the
-    worst that the attacks reached. It is a hit at k where the rank is under k; `fooled_by` is about the first place.
-    Resumable and shared out over processes like `evaluate_zero_shot`; the model is left as it was.
 
     Deviation: published image-text attacks perturb every image of the gallery at once, without knowing the query. Here
     the caption's own image is attacked for each caption, which is a worst case per sample and needs no second pass.
@@ -233,63 +241,20 @@ def evaluate_retrieval(
         dataset: Images with captions.
         how: Attacks, radii and ks.
         model_name: "before", "after", or a path, for the results.
-        samples_dir: Folder for `samples-*.jsonl`.
-        progress: Show a bar on the main process.
-        save_images: Keep the images of all samples in `samples_dir`, clean and adversarial, for
-            `remeasure_retrieval`. What was measured without them is measured again.
+        save_images: Keep the images of all samples, for `remeasure_retrieval`.
+        settings: See `Output`.
 
     Returns:
         One result for each direction, k and eps; `metric` is such as "image_to_text_recall@1".
 
     Raises:
-        ValueError: If the dataset is too small for the largest k to be missed, or images have no folder to go to.
+        ValueError: As `Retrieval` and `evaluate`.
     """
-    if save_images and samples_dir is None:
-        raise ValueError("save_images needs a samples_dir to save them in.")
-    if max(how.ks) >= len(dataset):
-        raise ValueError(f"recall at {max(how.ks)} of {len(dataset)} images is always 1; choose smaller ks.")
-    start, how = time.time(), replace(how, eps=tuple(sorted(how.eps)))
-    sha256, dtype = weights_sha256(encoder), encoder.visual_projection.weight.dtype
     results = []
-    with attack_mode(encoder):
-        gallery = Gallery(encoder, tokenizer, dataset, how)
-        identity = asdict(how) | {"weights": sha256, "data": dataset.name, "split": dataset.split, "dtype": str(dtype)}
-        identity |= {"captions": dataset.captions, "owners": dataset.owners, "texts": tensor_sha256(gallery.captions)}
-        identity |= {"rows": getattr(dataset.rows, "_fingerprint", ""), "version": __version__}
-        identity |= {"pixels": asdict(encoder.transform), "fit": asdict(dataset.transform)}
-        del identity["batch_size"]
-        for direction in DIRECTIONS:
-            ids = gallery.samples(direction)
-            label = f"{Path(model_name).name}-{direction}-{how.norm}"
-            store = SampleStore(samples_dir, label, how.eps, identity)
-            saved = AdversarialImages(Path(samples_dir or "") / store.images)
-            keep = ids if save_images else ()
-            store.forget({sample for sample in keep if sample not in saved})
-            measure = partial(gallery.measure, direction, saved=saved, keep=keep)
-            bar = f"{model_name}: {direction.replace('_', ' ')}"
-            records = measure_all(store, ids, measure, batch_size=how.batch_size, label=bar, progress=progress)
-            for k in how.ks:
-                for place, eps in enumerate(how.eps):
-                    rows = [records[sample][place] for sample in ids]
-                    result = RobustnessResult(
-                        task="retrieval",
-                        model=model_name,
-                        model_sha256=sha256,
-                        dataset=dataset.name,
-                        split=dataset.split,
-                        metric=f"{direction}_recall@{k}",
-                        protocol=f"retrieval-apgd-{how.steps}",
-                        eps=eps,
-                        norm=how.norm,
-                        attacks=_describe(direction, how, dataset, dtype),
-                        logit_scale=gallery.scale,
-                        samples=store.names[place] if samples_dir is not None else None,
-                        images=store.images if samples_dir is not None and saved.ids() else None,
-                        seconds=time.time() - start,
-                        versions=versions(),
-                        **summarize_hits([_rank(row) < k for row in rows], [_rank(row, True) < k for row in rows]),
-                    )
-                    results.append(result)
+    for direction in DIRECTIONS:
+        task = Retrieval(encoder, tokenizer, dataset, direction, how.ks, how.batch_size)
+        keep = task.ids if save_images else ()
+        results += evaluate(task, how.robustness(direction), model_name=model_name, save_images=keep, **settings)
     return results
 
 
@@ -308,27 +273,85 @@ def remeasure_retrieval(
     Raises:
         ValueError: If the model or the task is another, or no images were saved.
     """
-    need_task(result, "retrieval")
+    if result.task != Retrieval.task:
+        raise ValueError(f"this measures retrieval results again, the given one is of the task {result.task!r}.")
     direction, _, k = result.metric.partition("_recall@")
-    how = RetrievalProtocol(eps=(result.eps,), norm=result.norm, ks=(int(k),))
-    with torch.no_grad(), attack_mode(encoder):
-        gallery = Gallery(encoder, tokenizer, dataset, how)
-
-        def hits(records: Sequence[SampleRecord], images: Tensor) -> list[bool]:
-            search, rows = gallery.search(direction, [int(record.id) for record in records]), range(len(records))
-            ranks = search.ranks(check_images(images).to(gallery.device), torch.tensor(rows, device=gallery.device))
-            return [rank < int(k) for rank in ranks.tolist()]
-
-        def told(record: SampleRecord) -> tuple[bool, bool]:
-            return _rank(record) < int(k), _rank(record, True) < int(k)
-
-        return measure_again(result, folder, weights_sha256(encoder), hits, told=told)
+    task = Retrieval(encoder, tokenizer, dataset, direction, (int(k),))
+    return measure_again(
+        task, result, folder, hits=lambda record: (_rank(record) < int(k), _rank(record, True) < int(k))
+    )
 
 
-def _caption_ranks(scores: Tensor, own: Tensor) -> Tensor:
-    """How many wrong captions are more similar than the best own one, shape (batch,)."""
-    best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-    return ((scores > best) & ~own).sum(1)
+@dataclass(frozen=True)
+class CaptionLoss:
+    """How far an image is from its own captions, one loss per image.
+
+    "margin" is the k-th best wrong similarity minus the best own one: positive exactly where recall at k fails. "nll"
+    is the negative log-probability that a caption drawn by the model's softmax is an own one.
+
+    Args:
+        similarities: Images to scaled cosines with all captions, shape (batch, captions).
+        own: Which captions are an image's own, same shape.
+        k: Place to be pushed out of.
+        kind: "margin" or "nll".
+    """
+
+    similarities: Callable[[Tensor], Tensor]
+    own: Tensor
+    k: int
+    kind: str = "margin"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        scores = self.similarities(images)
+        if self.kind == "nll":
+            return scores.logsumexp(1) - scores.masked_fill(~self.own, -torch.inf).logsumexp(1)
+        wrong = scores.masked_fill(self.own, -torch.inf).topk(self.k, dim=1).values[:, -1]
+        return wrong - scores.masked_fill(~self.own, -torch.inf).amax(1)
+
+    def take(self, rows: Tensor) -> CaptionLoss:
+        """The loss of some of the images."""
+        return replace(self, own=self.own[rows])
+
+
+@dataclass(frozen=True)
+class CaptionsLost:
+    """Success at k: at least k wrong captions are more similar than every own one."""
+
+    loss: CaptionLoss
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
+        with torch.no_grad():
+            return self.loss(images) > 0
+
+    def take(self, rows: Tensor) -> CaptionsLost:
+        """The criterion for some of the images."""
+        return replace(self, loss=self.loss.take(rows))
+
+
+@dataclass(frozen=True)
+class ImageLost:
+    """Success at k: at least k other images are more similar to the caption.
+
+    Args:
+        embed: Images to embeddings.
+        captions: Embeddings of the captions that search, shape (batch, dim).
+        bar: Similarity of the k-th best other image of the gallery, shape (batch,).
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    captions: Tensor
+    bar: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
+        with torch.no_grad():
+            return F.cosine_similarity(self.embed(images), self.captions, dim=1) < self.bar
+
+    def take(self, rows: Tensor) -> ImageLost:
+        """The criterion for some of the images."""
+        return replace(self, captions=self.captions[rows], bar=self.bar[rows])
 
 
 def _rank(record: SampleRecord, attacked: bool = False) -> int:
@@ -337,19 +360,3 @@ def _rank(record: SampleRecord, attacked: bool = False) -> int:
 
 def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _describe(
-    direction: str, how: RetrievalProtocol, dataset: CaptionedImages, dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    kinds = [f"{kind}@{k}" for k in sorted(how.ks) for kind in ("nll", "margin")]
-    size = dataset.transform.crop or dataset.transform.resize
-    about: dict[str, Any] = {
-        "resolution": size if isinstance(size, int) else max(size),
-        "seed": how.seed,
-        "dtype": dtype,
-    }
-    return [
-        how.attack(kind).describe(make_ball(how.norm, how.eps[0]), target=DIRECTIONS[direction], **about)
-        for kind in (kinds if direction == "image_to_text" else ["cosine"])
-    ]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from hf_robust_vision.attacks import Attack, Objective, Success
-from hf_robust_vision.evaluation.images import Remeasured, measure_again, need_task
-from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize
-from hf_robust_vision.pixels import check_images
-from hf_robust_vision.towers.clip import attack_mode, weights_sha256
-from hf_robust_vision.towers.vlm_inputs import VLMInputs, vlm_inputs
+from hf_robust_vision.attacks import Objective, Success
+from hf_robust_vision.evaluation.engine import evaluate
+from hf_robust_vision.evaluation.images import Remeasured, measure_again
+from hf_robust_vision.evaluation.results import RobustnessResult
+from hf_robust_vision.evaluation.task import Batch, Stage, Verdict
 
-from .answers import AnswerLoss, WrongAnswer, answer_task, say
-from .protocol import VLMProtocol
-from .run import Evaluation, Sample, Verdict
+from .answers import AnswerLoss, WrongAnswer, continuation
+from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, split_settings
 
 
 EXTRA_TOKENS = 4  # generated beyond the true answer, so that one that goes on is not cut to a right one
@@ -32,42 +32,77 @@ class Question(Sample, Protocol):
     answer: str
 
 
-class AnotherAnswer:
-    """The goal: `generate` gives another answer than the true one.
+@dataclass
+class VQA(VLMTask):
+    """Does `generate` still give the true answer?
+
+    An answer is right if the whole of what `generate` says, greedily, is the true answer, up to capitals, spaces and
+    punctuation at the ends; it may say four tokens more than the longest true answer.
 
     The attack raises the loss of what the model says about the clean image where that is right, and stops where
     greedy decoding leaves it and `generate` confirms that the answer is another.
     """
 
-    def __init__(self, inputs: VLMInputs, prompt: str, questions: Sequence[Question], images: Tensor):
-        self.inputs, self.questions, self.images = inputs, questions, images
-        prompts = [prompt.replace("{}", question.text) for question in questions]
-        height, width = images.shape[-2:]
-        self.prompts = inputs.encode(prompts, (height, width))
-        true = [question.answer for question in questions]
-        self.max_new_tokens = answer_task(inputs, prompts, true, (height, width)).answers.shape[1] + EXTRA_TOKENS
-        self.clean = self.judged(range(len(questions)), images)
-        # "Yes." for "yes" is right, but other tokens: only the loss of what is said can be raised from there.
-        said = [answer if verdict.lost else verdict.text for answer, verdict in zip(true, self.clean)]
-        self.task = answer_task(inputs, prompts, said, (height, width))
+    kind = "vqa"
+    task = "vqa"
+    metric = "answer accuracy"
 
-    def label(self, row: int) -> str:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        prompts = self.prompts(range(len(self.samples)))
+        pairs = {(prompt, sample.answer) for prompt, sample in zip(prompts, self.samples)}
+        lengths = [len(continuation(self.inputs.tokenizer, *pair)) for pair in sorted(pairs)]
+        self.max_new_tokens = max(lengths, default=0) + EXTRA_TOKENS
+
+    def label(self, place: int) -> str:
         """The true answer."""
-        return self.questions[row].answer
+        return str(self.samples[place].answer)
 
-    def aim(self, attack: Attack, rows: Tensor) -> tuple[Objective, Success | None]:
-        """Raise the loss of the right answer until it is not given."""
-        part = self.task.take(rows)
-        return AnswerLoss(part, attack.objective), SaysOtherwise(self, WrongAnswer(part), rows)
-
-    def judge(self, rows: Tensor, images: Tensor) -> list[Verdict]:
+    def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
         """What `generate` says, and whether it is wrong."""
-        return self.clean if images is self.images else self.judged(rows.tolist(), images)
+        texts = self.say(batch, images, self.max_new_tokens)
+        lost = [plain(text) != plain(self.label(place)) for place, text in zip(batch.places, texts)]
+        if batch.clean:
+            return [Verdict(text, wrong, float(wrong)) for text, wrong in zip(texts, lost)]
+        self._need_finite(batch, texts, lost)
+        return [Verdict(text, wrong, -torch.inf) for text, wrong in zip(texts, lost)]
 
-    def judged(self, rows: Sequence[int], images: Tensor) -> list[Verdict]:
-        """Verdicts on some questions' images."""
-        texts = say(self.inputs, [self.prompts[row] for row in rows], images, self.max_new_tokens)
-        return [Verdict(text, plain(text) != plain(self.questions[row].answer)) for row, text in zip(rows, texts)]
+    def _need_finite(self, batch: Batch, texts: Sequence[str], lost: Sequence[bool]) -> None:
+        """Refuse a model whose right answers come out of logits that are not numbers."""
+        rows = torch.tensor([row for row, wrong in enumerate(lost) if not wrong], dtype=torch.long)
+        if len(rows) == 0:
+            return
+        part = replace(batch, clean=()).take(rows.to(batch.images.device))
+        logits = self.answers(part, [texts[row] for row in rows.tolist()]).logits(part.images)
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model gives logits that are not finite: load it in float32, or check its weights.")
+
+    def texts(self, batch: Batch) -> list[str]:
+        """What is said about the clean image where it is right, else the true answer.
+
+        "Yes." for "yes" is right, but other tokens: only the loss of what is said can be raised from there.
+        """
+        said = zip(batch.places, batch.clean)
+        return [self.label(place) if verdict.lost else str(verdict.answer) for place, verdict in said]
+
+    def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, Success]:
+        """Raise the loss of the right answer until it is not given."""
+        part = self.answers(batch, self.texts(batch))
+        return AnswerLoss(part, stage.attack.objective), SaysOtherwise(self, WrongAnswer(part), batch)
+
+    def identity(self) -> dict[str, Any]:
+        """See `Task.identity`."""
+        answers = [sample.answer for sample in self.samples]
+        return super().identity() | {"answers": answers, "right": "generate", "tokens": self.max_new_tokens}
+
+    def decoding(self) -> dict[str, Any]:
+        """See `VLMTask.decoding`."""
+        return super().decoding() | {"extra_tokens": EXTRA_TOKENS, "blank_image": self.blank}
+
+    def luck(self, places: Sequence[int]) -> tuple[float, str]:
+        """What giving the commonest answer gets right; what is right on a grey image is added by the checks."""
+        commonest = max(Counter(plain(self.label(place)) for place in places).values()) / len(places)
+        return commonest, "what is right on a grey image, or the share of the commonest answer,"
 
 
 @dataclass(frozen=True)
@@ -75,26 +110,27 @@ class SaysOtherwise:
     """Success: greedy decoding leaves the tokens of the right answer, and what `generate` says then is wrong.
 
     Args:
-        goal: Judges what is said.
+        task: Judges what is said.
         left: The cheap half, on the forward pass that the loss has made already.
-        rows: Of the goal's questions.
+        batch: The samples.
     """
 
-    goal: AnotherAnswer
+    task: VQA
     left: WrongAnswer
-    rows: Tensor
+    batch: Batch
 
     def __call__(self, images: Tensor) -> Tensor:
         """Boolean flags, shape (batch,)."""
         flags = self.left(images)
-        if places := flags.nonzero().flatten().tolist():
-            verdicts = self.goal.judged(self.rows[places].tolist(), images[places].detach())
+        places = flags.nonzero().flatten()
+        if len(places):
+            verdicts = self.task.judge(self.batch.take(places), images[places].detach())
             flags[places] = torch.tensor([verdict.lost for verdict in verdicts], device=flags.device)
         return flags
 
     def take(self, rows: Tensor) -> SaysOtherwise:
         """The criterion for some of the images."""
-        return replace(self, left=self.left.take(rows), rows=self.rows[rows])
+        return replace(self, left=self.left.take(rows), batch=self.batch.take(rows))
 
 
 def plain(text: str) -> str:
@@ -110,22 +146,11 @@ def evaluate_vqa(
     how: VLMProtocol,
     *,
     prompt: str,
-    model_name: str,
-    dataset: str,
-    split: str,
-    group: str = "all",
-    samples_dir: str | Path | None = None,
-    blank: bool = False,
-    progress: bool = True,
-    save_images: Collection[int] = (),
+    **settings: Unpack[VLMSettings],
 ) -> list[RobustnessResult]:
     """Share of questions answered rightly on clean and on attacked images, one result per eps.
 
-    An answer is right if the whole of what `generate` says, greedily, is the true answer, up to capitals, spaces and
-    punctuation at the ends; it may say four tokens more than the longest true answer of the batch.
-
-    The attack differentiates through normalisation, tower, projector and language model. Resumable and shared out over
-    processes like `evaluate_zero_shot`; the model is left as it was.
+    The attack differentiates through normalisation, tower, projector and language model.
 
     Args:
         vlm: A stock vision-language model in float32, or in the dtype that it is deployed in.
@@ -133,33 +158,14 @@ def evaluate_vqa(
         questions: With ids that name them.
         how: Attacks and radii.
         prompt: With "{}" for the question and the processor's image token.
-        model_name: "before", "after" or a path.
-        dataset: Name of the data.
-        split: Of the data.
-        group: Which questions these are.
-        samples_dir: Folder for `samples-*.jsonl`.
-        blank: Show a grey image instead (control: what is answerable without looking).
-        progress: Show a bar.
-        save_images: Ids of questions whose images are kept in `samples_dir`, clean and adversarial, for
-            `remeasure_vqa`. One that was measured without them is measured again.
+        settings: See `VLMSettings`.
 
     Raises:
-        TypeError: If `processor` is no processor of images and text.
-        ValueError: If it treats images in a way that the evaluator does not follow, the prompt has no image token, or
-            images have no folder to go to.
+        TypeError: As `VQA`.
+        ValueError: As `VQA` and `evaluate`.
     """
-    about = (prompt, model_name, dataset, split, group, samples_dir, blank, progress, save_images)
-    run = Evaluation(vlm, processor, questions, how, *about)
-    return run.run(
-        lambda inputs, rows, images: AnotherAnswer(inputs, prompt, rows, images),
-        kind="vqa",
-        attacks=how.attacks(),
-        identity={"answers": [question.answer for question in questions], "right": "generate", "extra": EXTRA_TOKENS},
-        summary=summarize,
-        task="vqa",
-        metric="answer accuracy",
-        generation={"prompt": prompt, "decoding": "greedy", "extra_tokens": EXTRA_TOKENS, "blank_image": blank},
-    )
+    about, run = split_settings(settings)
+    return evaluate(VQA(vlm, processor, questions, prompt, **about), how.robustness(), **run)
 
 
 def remeasure_vqa(
@@ -177,14 +183,8 @@ def remeasure_vqa(
     Raises:
         ValueError: If the model or the task is another, or no images were saved.
     """
-    need_task(result, "vqa")
-    inputs, asked = vlm_inputs(vlm, processor), {question.id: question for question in questions}
-    prompt = str((result.generation or {})["prompt"])
-
-    def hits(records: Sequence[SampleRecord], images: Tensor) -> list[bool]:
-        shown = check_images(images).to(inputs.device)
-        goal = AnotherAnswer(inputs, prompt, [asked[int(record.id)] for record in records], shown)
-        return [not verdict.lost for verdict in goal.clean]
-
-    with torch.no_grad(), attack_mode(vlm):
-        return measure_again(result, folder, weights_sha256(vlm), hits)
+    prompt = str((result.generation or {}).get("prompt"))
+    if result.task != VQA.task or (result.generation or {}).get("target") is not None:
+        raise ValueError(f"this measures vqa results again, the given one is of the task {result.task!r}.")
+    task = VQA(vlm, processor, questions, prompt, result.dataset, result.split, result.group)
+    return measure_again(task, result, folder, batch_size=1)

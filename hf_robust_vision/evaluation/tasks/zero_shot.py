@@ -5,64 +5,148 @@ The trainer's `evaluate()`, the recipes and the command line all call `evaluate_
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from hf_robust_vision import __version__
-from hf_robust_vision.attacks import Ball, Protocol, StartNoise, make_ball, run_protocol
-from hf_robust_vision.data.collator import collate_images
+from hf_robust_vision.attacks import Attack, Logits, Misclassified, Objective, Success
+from hf_robust_vision.attacks.protocol import classification_objective
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.evaluation.images import AdversarialImages
-from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, after_each_attack, summarize, versions
-from hf_robust_vision.evaluation.samples import Records, SampleStore, measure_all
-from hf_robust_vision.pixels import check_images
-from hf_robust_vision.towers.clip import Encoder, attack_mode, image_embedder, tensor_sha256, weights_sha256
+from hf_robust_vision.data.fingerprint import fingerprint
+from hf_robust_vision.evaluation.engine import RunSettings, evaluate
+from hf_robust_vision.evaluation.images import Remeasured, measure_again
+from hf_robust_vision.evaluation.results import RobustnessResult, load_samples
+from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
+from hf_robust_vision.towers.clip import Encoder, image_embedder, tensor_sha256
 from hf_robust_vision.towers.text_bank import TextBank
 
 
-@dataclass(frozen=True)
-class RobustnessProtocol:
-    """How robustness is measured.
+PROBE_TARGETS = 3  # strongest wrong classes that the sanity checks' other loss aims at
+
+
+@dataclass
+class ZeroShot(Task):
+    """Is the image still taken for its class?
 
     Args:
-        protocol: The attacks.
-        eps: Radii, measured in rising order: a sample that falls at a radius has fallen at every larger one, since
-            the smaller ball lies inside; unless the protocol says `carry=False`.
-        norm: "linf" or "l2".
-        restarts: Restarts at single radii that differ from the protocol's own.
-        batch_size: Images attacked at once.
-        seed: Of the random starts.
+        model: The encoder; its dtype is the precision of the attack.
+        bank: The zero-shot classifier.
+        images: Labelled images. Those of another size than the tower's are attacked at their own size and fitted inside
+            the attacked function.
+        group: Which samples these are.
+
+    Raises:
+        ValueError: If the class names of the dataset and of the bank differ.
     """
 
-    protocol: Protocol
-    eps: tuple[float, ...]
-    norm: str = "linf"
-    restarts: tuple[tuple[float, int], ...] = ()
-    batch_size: int = 64
-    seed: int = 0
+    model: Encoder
+    bank: TextBank
+    images: LabelledImages
+    group: str = "all"
+    kind = "zero_shot"
+    task = "zero_shot"
+    loss = "cross-entropy"
+    stronger = "take 'robustvlm' or 'autoattack'"
 
     def __post_init__(self) -> None:
-        if not self.eps:
-            raise ValueError("give at least one eps to measure at.")
-        for eps in self.eps:
-            make_ball(self.norm, eps)
+        self.bank.need_classes(self.images.class_names)
+        self.ids, self.labels = self.images.ids, self.images.labels()
+        self.dataset, self.split = self.images.name, self.images.split
+        self.logits = Logits(classifier(self.model, self.bank))
 
-    def __str__(self) -> str:
-        """What it is, for a person: the attacks, and the radii with their own restarts."""
-        unit = "/255" if self.norm == "linf" else ""
-        own = {eps: f" ({count} restarts)" for eps, count in self.restarts}
-        radii = [f"{eps * 255 if unit else eps:g}{unit}{own.get(eps, '')}" for eps in sorted(self.eps)]
-        return f"{self.protocol}\n  {self.norm}, eps {', '.join(radii)}"
+    def load(self, place: int) -> Tensor:
+        """See `Task.load`."""
+        image: Tensor = self.images[place]["images"]
+        return image
 
-    def at(self, eps: float) -> tuple[Ball, Protocol]:
-        """Ball and attacks of one radius."""
-        return make_ball(self.norm, eps), self.protocol.with_budget(restarts=dict(self.restarts).get(eps))
+    def label(self, place: int) -> int:
+        """The class."""
+        return self.labels[place]
+
+    def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
+        """The class of the highest logit; the harm is how far it lies above the true one's.
+
+        Raises:
+            ValueError: If a logit is not finite.
+        """
+        logits, truth = self.logits(images), self._truth(batch)
+        if not bool(logits.isfinite().all()):
+            names = [self.ids[place] for place in batch.places]
+            raise ValueError(
+                f"the model gives logits that are not finite for some of the samples {names[:5]}...: no accuracy can "
+                "come of them. Load it in float32, or check its weights."
+            )
+        others = logits.scatter(1, truth[:, None], -torch.inf)
+        margins = (others.amax(1) - logits.gather(1, truth[:, None]).squeeze(1)).tolist()
+        rows = zip(logits.argmax(1).tolist(), truth.tolist(), margins)
+        if batch.clean:
+            return [Verdict(answer, answer != label, margin, round(margin, 6)) for answer, label, margin in rows]
+        # The strongest wrong classes, from the strongest down: what targeted attacks aim at.
+        wrong = others.argsort(dim=1, descending=True)
+        return [
+            Verdict(answer, answer != label, -torch.inf, notes=order) for (answer, label, _), order in zip(rows, wrong)
+        ]
+
+    def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, Success]:
+        """Away from the true class, or towards a wrong one."""
+        truth = self._truth(batch)
+        targets = None
+        if stage.attack.targets:
+            targets = torch.stack([clean.notes[stage.target] for clean in batch.clean])
+        objective = classification_objective(stage.attack, self.logits, truth, targets)
+        return objective, Misclassified(self.logits, truth)
+
+    def fit(self, how: RobustnessProtocol) -> tuple[RobustnessProtocol, list[str]]:
+        """The attacks that so many classes allow."""
+        protocol, left_out = how.protocol.for_classes(len(self.bank.class_names))
+        return replace(how, protocol=protocol), left_out
+
+    def identity(self) -> dict[str, Any]:
+        """See `Task.identity`."""
+        return {
+            "labels": self.labels,
+            "rows": fingerprint(self.images.rows),
+            "text": [self.bank.template_hash, self.bank.logit_scale, tensor_sha256(self.bank.embeddings)],
+            "pixels": [asdict(self.model.transform), asdict(self.images.transform)],
+        }
+
+    @property
+    def resolution(self) -> int:
+        """The size that the dataset gives its images."""
+        fitted = self.images.transform.crop or self.images.transform.resize
+        return fitted if isinstance(fitted, int) else max(fitted)
+
+    def fields(self) -> dict[str, Any]:
+        """The classifier."""
+        return bank_fields(self.bank)
+
+    def scores(self, batch: Batch, images: Tensor) -> Tensor:
+        """Logits."""
+        return self.logits(images)
+
+    def luck(self, places: Sequence[int]) -> tuple[float, str]:
+        """What answering the commonest class gets right."""
+        commonest = max(Counter(self.labels[place] for place in places).values()) / len(places)
+        return max(commonest, 1 / len(self.bank.class_names)), "the share of the commonest class"
+
+    def other_loss(self, steps: int) -> tuple[Attack, str]:
+        """The margin to single classes, which no scale of the logits changes."""
+        targets = min(PROBE_TARGETS, len(self.bank.class_names) - 1)
+        return (
+            Attack("another loss", objective="targeted-margin", targets=targets, steps=steps),
+            f"APGD on the margin to each of the {targets} strongest wrong classes, which no scale of the logits changes, "
+            "must find next to nothing that the protocol missed. Where it does, the protocol follows the wrong loss for "
+            "this model: take 'robustvlm' or 'autoattack'.",
+        )
+
+    def _truth(self, batch: Batch) -> Tensor:
+        return torch.tensor([self.labels[place] for place in batch.places], device=batch.images.device)
 
 
 def evaluate_zero_shot(
@@ -73,17 +157,9 @@ def evaluate_zero_shot(
     *,
     model_name: str,
     device: torch.device | str | None = None,
-    samples_dir: str | Path | None = None,
-    progress: bool = True,
-    model_sha256: str | None = None,
-    save_images: Collection[int] = (),
+    **settings: Unpack[RunSettings],
 ) -> list[RobustnessResult]:
     """Measure clean and robust accuracy, one result per eps.
-
-    The samples are shared out over the processes of `torch.distributed`, and each is measured exactly once. With
-    `samples_dir` every batch is written down when it is done; a repeated call goes on from there and ends with the
-    same flags. Weights, mode and gradients of the encoder are as they were. Images of another size than the tower's
-    are attacked at their own size and fitted inside the attacked function.
 
     Args:
         encoder: Its dtype is the precision of the attack.
@@ -92,84 +168,45 @@ def evaluate_zero_shot(
         how: Attacks and radii.
         model_name: "before", "after", or a path, for the results.
         device: Where to run; by default where the encoder is.
-        samples_dir: Folder for `samples-*.jsonl`.
-        progress: Show a bar on the main process.
-        model_sha256: Hash of the weights if it is known already.
-        save_images: Ids of samples whose images are kept in `samples_dir`, clean and adversarial, exactly as the model
-            saw them (`AdversarialImages`). A sample that was measured without them is measured again.
+        settings: See `RunSettings`.
 
     Raises:
-        ValueError: If the class names of the dataset and of the bank differ, or images have no folder to go to.
+        ValueError: As `ZeroShot` and `evaluate`.
     """
-    if save_images and samples_dir is None:
-        raise ValueError("save_images needs a samples_dir to save them in.")
-    bank.need_classes(dataset.class_names)
-    start = time.time()
-    sha256 = model_sha256 or weights_sha256(encoder)
-    dtype = encoder.visual_projection.weight.dtype
-    device = torch.device(device) if device is not None else encoder.visual_projection.weight.device
-    protocol, left_out = how.protocol.for_classes(len(bank.class_names))
-    how = replace(how, protocol=protocol, eps=tuple(sorted(how.eps)))
-    identity = asdict(how) | {"weights": sha256, "data": dataset.name, "split": dataset.split, "dtype": str(dtype)}
-    identity |= {"text": bank.template_hash, "scale": bank.logit_scale, "embeddings": tensor_sha256(bank.embeddings)}
-    identity |= {
-        "samples": list(zip(dataset.ids, dataset.labels())),
-        "rows": getattr(dataset.rows, "_fingerprint", ""),
-    }
-    identity |= {"pixels": asdict(encoder.transform), "fit": asdict(dataset.transform), "version": __version__}
-    identity |= {"config": {name: encoder.config.to_dict().get(name) for name in ("vision_config", "hidden_act")}}
-    del identity["batch_size"]
-    store = SampleStore(samples_dir, f"{Path(model_name).name}-{protocol.name}-{how.norm}", how.eps, identity)
-    classify = classifier(encoder, bank)
-    saved = AdversarialImages(Path(samples_dir or "") / store.images)
-    store.forget({sample for sample in save_images if sample not in saved})
+    if device is not None:
+        encoder.to(torch.device(device))
+    return evaluate(ZeroShot(encoder, bank, dataset), how, model_name=model_name, **settings)
 
-    def measure(indices: list[int]) -> Records:
-        batch = collate_images([dataset[index] for index in indices])
-        images, labels = check_images(batch["images"]).to(device), batch["labels"].to(device)
-        ids = batch["ids"].tolist()
-        records, found = _measure(classify, images, labels, ids, how)
-        for row, sample in enumerate(ids):  # before the record, which says that the sample is done
-            if sample in save_images:
-                saved.write(sample, images[row], found[row])
-        return records
 
-    with attack_mode(encoder):
-        label = f"{model_name}: {protocol.name}"
-        records = measure_all(store, dataset.ids, measure, batch_size=how.batch_size, label=label, progress=progress)
-    fitted = dataset.transform.crop or dataset.transform.resize
-    resolution = fitted if isinstance(fitted, int) else max(fitted)
-    shared: dict[str, Any] = {
-        "task": "zero_shot",
-        "model": model_name,
-        "model_sha256": sha256,
-        "dataset": dataset.name,
-        "split": dataset.split,
-        "protocol": protocol.name,
-        "norm": how.norm,
-        "class_names": list(bank.class_names),
-        "templates": list(bank.templates),
-        "template_hash": bank.template_hash,
-        "logit_scale": bank.logit_scale,
-        "left_out": left_out,
-        "seconds": time.time() - start,
-        "versions": versions(),
-    }
-    return [
-        RobustnessResult(
-            **shared,
-            eps=eps,
-            attacks=after_each_attack(
-                _describe(how, eps, resolution=resolution, dtype=dtype),
-                [records[sample][place] for sample in dataset.ids],
-                [records[sample][place - 1] for sample in dataset.ids] if place and protocol.carry else [],
-            ),
-            samples=store.names[place] if samples_dir is not None else None,
-            images=store.images if samples_dir is not None and saved.ids() else None,
-            **summarize([records[sample][place] for sample in dataset.ids]),
-        )
-        for place, eps in enumerate(how.eps)
-    ]
+def remeasure(
+    encoder: Encoder, bank: TextBank, result: RobustnessResult, folder: str | Path, *, batch_size: int = 64
+) -> Remeasured:
+    """Classify the saved images of a zero-shot result again, without any attack, and compare with what was reported.
+
+    Args:
+        encoder: The model that was measured, in the dtype that it was measured in.
+        bank: Its classifier: `make_text_bank` on the class names and templates of the result.
+        result: With saved images.
+        folder: Where the `robustness.json` of the result lies.
+        batch_size: Images classified at once.
+
+    Raises:
+        ValueError: If the model or the classifier is another, or no images were saved.
+    """
+    if bank.template_hash != result.template_hash:
+        raise ValueError("the bank has other class names or templates than the result; build it from the result's.")
+    records = load_samples(Path(folder) / str(result.samples)) if result.samples else []
+    rows = [{"image": None, "label": record.label} for record in records]
+    known = LabelledImages(
+        rows or [{"image": None, "label": 0}],
+        bank.class_names,
+        encoder.transform,
+        name=result.dataset,
+        split=result.split,
+    )
+    task = ZeroShot(encoder, bank, known)
+    task.ids = [record.id for record in records]
+    return measure_again(task, result, folder, batch_size=batch_size)
 
 
 def classifier(encoder: Encoder, bank: TextBank) -> Callable[[Tensor], Tensor]:
@@ -178,42 +215,11 @@ def classifier(encoder: Encoder, bank: TextBank) -> Callable[[Tensor], Tensor]:
     return bank.classify(lambda images: embed(encoder.transform.fit(images)))
 
 
-def _measure(
-    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ids: list[int], how: RobustnessProtocol
-) -> tuple[Records, list[dict[float, Tensor]]]:
-    """Records of one batch, for each sample one per eps in rising order, and for each row the images found."""
-    with torch.no_grad():
-        clean = classify(images).argmax(1)
-    latest = [
-        SampleRecord(sample, label, answer, fooled_by=None if answer == label else "clean")
-        for sample, label, answer in zip(ids, labels.tolist(), clean.tolist())
-    ]
-    alive = (clean == labels).nonzero().flatten()
-    records: Records = {sample: [] for sample in ids}
-    found: list[dict[float, Tensor]] = [{} for _ in ids]
-    for eps in how.eps:
-        if len(alive):
-            ball, protocol = how.at(eps)
-            noise = StartNoise(how.seed, [ids[row] for row in alive.tolist()])
-            outcome = run_protocol(protocol, classify, images[alive], labels[alive], ball, noise)
-            with torch.no_grad():
-                logits = classify(outcome.images)
-            scores = logits.scatter(1, labels[alive, None], -torch.inf).amax(1) - logits.gather(
-                1, labels[alive, None]
-            ).squeeze(1)
-            answers, names = logits.argmax(1).tolist(), outcome.fooled_by
-            for row, image, answer, score, name in zip(
-                alive.tolist(), outcome.images, answers, scores.tolist(), names
-            ):
-                found[row][eps] = image
-                latest[row] = replace(latest[row], adversarial=answer, score=round(score, 6), fooled_by=name)
-            if protocol.carry:
-                alive = alive[torch.tensor([name is None for name in names], device=alive.device)]
-        for record in latest:
-            records[int(record.id)].append(record)
-    return records, found
-
-
-def _describe(how: RobustnessProtocol, eps: float, *, resolution: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    ball, protocol = how.at(eps)
-    return protocol.describe(ball, resolution=resolution, seed=how.seed, dtype=dtype)
+def bank_fields(bank: TextBank) -> dict[str, Any]:
+    """What a result says about a zero-shot classifier."""
+    return {
+        "class_names": list(bank.class_names),
+        "templates": list(bank.templates),
+        "template_hash": bank.template_hash,
+        "logit_scale": bank.logit_scale,
+    }

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_robust_vision.evaluation.results import RobustnessResult
+from hf_robust_vision.evaluation.samples import SampleStore
 from hf_robust_vision.evaluation.tasks import corruptions
 from hf_robust_vision.evaluation.tasks.corruptions import EXTRA_FAMILIES, FAMILIES, corrupt, evaluate_corruptions
 from tests.conftest import SIZE
@@ -147,23 +148,22 @@ class Killed(BaseException):
 
 def test_resumed_equals_unbroken(measure, monkeypatch, tmp_path):
     unbroken = measure(samples_dir=tmp_path / "a", batch_size=10)
-    add, done = corruptions.SampleStore.add, []
+    add, done, seen, real = SampleStore.add, [], [], corruptions.corrupt
+    monkeypatch.setattr(corruptions, "corrupt", lambda *a, **k: seen.append(1) or real(*a, **k))
 
-    def add_or_die(self, records):
-        if len(done) == 3:
+    def add_or_die(self, *progress):
+        if len(done) == 6:
             raise Killed
-        done.append(1)
-        add(self, records)
+        done.append(len(seen))
+        add(self, *progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corruptions.SampleStore, "add", add_or_die)
+        patch.setattr(SampleStore, "add", add_or_die)
         with pytest.raises(Killed):
             measure(samples_dir=tmp_path / "b", batch_size=10)
-    seen = []
-    real = corruptions.corrupt
-    monkeypatch.setattr(corruptions, "corrupt", lambda *a, **k: seen.append(1) or real(*a, **k))
+    del seen[done[-1] :]  # those that died before they were written down
     resumed = measure(samples_dir=tmp_path / "b", batch_size=10)
-    assert len(seen) == 2 * (48 - 30)  # what was done is not done again
+    assert len(seen) == 2 * 48  # what was done is not done again
     assert [lines(tmp_path / "b", r) for r in resumed] == [lines(tmp_path / "a", r) for r in unbroken]
 
 

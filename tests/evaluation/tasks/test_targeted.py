@@ -22,6 +22,7 @@ from hf_robust_vision.evaluation.tasks import (
 )
 from hf_robust_vision.towers.clip import weights_sha256
 from hf_robust_vision.towers.vlm_inputs import vlm_inputs
+from tests.evaluation.journal import begun
 from tests.evaluation.tasks.test_vqa import Killed, lines
 
 
@@ -109,12 +110,12 @@ def test_killed_and_resumed_equals_unbroken(vlm, processor, questions, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         broken = [*questions[:2], Killed(questions[2]), *questions[3:]]
         evaluate_targeted(*run, broken, "blue", how, **settings, samples_dir=tmp_path / "broken")
-    assert len(lines(tmp_path / "broken")) == 2
+    assert begun(tmp_path / "broken") == {question.id for question in questions[:2]}
     (resumed,) = evaluate_targeted(*run, questions, "blue", how, **settings, samples_dir=tmp_path / "broken")
     assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
     assert resumed.attack_success == whole.attack_success
     evaluate_targeted(*run, questions, "red", how, **settings, samples_dir=tmp_path / "broken")
-    assert len(list((tmp_path / "broken").glob("samples-*"))) == 2, "another target has records of its own"
+    assert len(list((tmp_path / "broken").glob("samples-*.jsonl"))) == 2, "another target has records of its own"
 
 
 @pytest.mark.parametrize(

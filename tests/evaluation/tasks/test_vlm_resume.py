@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_robust_vision.data.demo_questions import load_questions
-from hf_robust_vision.evaluation.tasks import CaptionMetric, VLMProtocol, evaluate_vqa
-from hf_robust_vision.evaluation.tasks.run import start_noise
+from hf_robust_vision.evaluation.task import Batch
+from hf_robust_vision.evaluation.tasks import VQA, CaptionMetric, VLMProtocol, evaluate_vqa
 from hf_robust_vision.swap.flamingo import FlamingoInputs
 from hf_robust_vision.towers.vlm_inputs import vlm_inputs
 from tests.swap.tiny_vlms import IMAGE_TOKEN, VIDEO_TOKEN, VOCAB
@@ -25,12 +25,12 @@ class Named(Asked):
 
 def test_generation_settings_and_images_are_in_the_key(tmp_path):
     inputs = vlm_inputs(make_speaker("llava"), make_processor("llava"))
-    clean = VLMProtocol((0.0,))
+    clean = VLMProtocol((0.0,), steps=1)
     about = {"prompt": PROMPT, "model_name": "before", "dataset": "noise", "split": "test", "progress": False}
 
     def files(sample):
         evaluate_vqa(inputs.vlm, inputs, [sample], clean, samples_dir=tmp_path, **about)
-        return len(list(tmp_path.iterdir()))
+        return len(list(tmp_path.glob("*.jsonl")))
 
     assert [files(Asked(0)), files(Named(0)), files(Named(0, fingerprint="a"))] == [1, 1, 2]
     inputs.vlm.generation_config.repetition_penalty = 1.5
@@ -74,7 +74,9 @@ def test_the_demos_questions_name_their_images():
 
 def test_each_objective_starts_at_points_of_its_own():
     images = torch.zeros(2, 3, 4, 4)
-    attacks = VLMProtocol((0.1,)).attacks()
-    nll, margin = (start_noise(0, attack, [3, 4]).draw(images) for attack in attacks)
-    assert torch.equal(nll, start_noise(0, attacks[0], [3, 4]).draw(images))
+    inputs = vlm_inputs(make_speaker("llava"), make_processor("llava"))
+    task = VQA(inputs.vlm, inputs, [Asked(3), Asked(4)], PROMPT, "noise", "test")
+    stages, batch = task.levels(VLMProtocol((0.1,)).robustness())[0].stages, Batch((0, 1), images)
+    nll, margin = (task.starts(stage, batch, 0).draw(images) for stage in stages)
+    assert torch.equal(nll, task.starts(stages[0], batch, 0).draw(images))
     assert (nll != margin).flatten(1).any(1).all()

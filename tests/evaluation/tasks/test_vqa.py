@@ -24,6 +24,7 @@ from hf_robust_vision.evaluation.tasks import (
 )
 from hf_robust_vision.towers.clip import weights_sha256
 from hf_robust_vision.towers.vlm_inputs import vlm_inputs
+from tests.evaluation.journal import begun
 
 
 pytest.importorskip("easy_vqa")
@@ -70,7 +71,7 @@ class Killed:
 
 
 def lines(folder):
-    (file,) = folder.glob("samples-*")
+    (file,) = folder.glob("samples-*.jsonl")
     return file.read_text().splitlines()
 
 
@@ -163,14 +164,14 @@ def test_killed_and_resumed_equals_unbroken(vlm, processor, questions, tmp_path)
             how,
             samples_dir=tmp_path / "broken",
         )
-    assert len(lines(tmp_path / "broken")) == 8, "two batches were done and written down"
+    assert len(begun(tmp_path / "broken")) == 8, "two batches were begun and written down"
     (resumed,) = measure(vlm, processor, questions, how, samples_dir=tmp_path / "broken")
     assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
     assert resumed.robust_accuracy == whole.robust_accuracy
 
 
 def test_blank_image_is_a_control(vlm, processor, questions):
-    how = VLMProtocol((0.0,))
+    how = VLMProtocol((0.0,), steps=1, restarts=1)
     (seen,) = measure(vlm, processor, questions, how)
     (blank,) = measure(vlm, processor, questions, how, blank=True)
     assert seen.clean_accuracy == seen.robust_accuracy
@@ -179,7 +180,7 @@ def test_blank_image_is_a_control(vlm, processor, questions):
 
 
 def test_example_shows_the_attacked_answer(vlm, processor, questions):
-    example = attack_example(vlm, processor, questions[0], PROMPT, 32 / 255, steps=10)
+    example = attack_example(vlm, processor, questions[0], PROMPT, VLMProtocol((32 / 255,), steps=10, restarts=1))
     assert example.clean_answer == questions[0].answer
     assert example.adversarial_answer != questions[0].answer
     assert (example.adversarial - example.image).abs().max() <= 32 / 255 + 1e-6

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_robust_vision.attacks import Outcome, get_protocol
+from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.evaluation.results import SampleRecord, summarize
-from hf_robust_vision.evaluation.tasks import zero_shot
-from hf_robust_vision.evaluation.tasks.zero_shot import RobustnessProtocol, evaluate_zero_shot
+from hf_robust_vision.evaluation.samples import SampleStore
+from hf_robust_vision.evaluation.task import RobustnessProtocol, Verdict
+from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot, evaluate_zero_shot
 from hf_robust_vision.towers.clip import weights_sha256
 from tests.conftest import NAMES
 
@@ -56,20 +57,48 @@ def test_curve_falls(measure, tmp_path):
     assert all(less <= more for less, more in zip(fallen, fallen[1:]))
 
 
-def test_a_fallen_sample_stays_fallen(measure, monkeypatch, tmp_path):
+@pytest.fixture
+def script(monkeypatch):
+    """Attacks that fool just what a function of the stage and the batch says; gives the sizes of the batches."""
+    attacked, judge = [], ZeroShot.judge
+
+    def install(fools):
+        def strike(task, stage, batch, seed):
+            attacked.append((stage.attack.name, stage.ball.eps, len(batch.places)))
+            task.fooled = fools(stage, batch)
+            return batch.images.clone()
+
+        def judged(task, batch, images):
+            if not batch.clean:
+                return judge(task, batch, images)
+            rows = zip(batch.clean, task.fooled)
+            return [Verdict((v.answer + hit) % 3, hit, 1.0 if hit else -1.0, 0.0) for v, hit in rows]
+
+        monkeypatch.setattr(ZeroShot, "strike", strike)
+        monkeypatch.setattr(ZeroShot, "judge", judged)
+        return attacked
+
+    return install
+
+
+def test_a_fallen_sample_stays_fallen(measure, script, tmp_path):
     """The smaller ball lies inside the larger: what fell is not attacked again, however lucky it would be."""
-    attacked = []
-
-    def only_first(protocol, classify, images, labels, ball, noise):
-        attacked.append(len(images))
-        names = ["apgd-ce" if row == 0 else None for row in range(len(images))]
-        return Outcome(images, names if ball.eps == EPS[0] else [None] * len(images))
-
-    monkeypatch.setattr(zero_shot, "run_protocol", only_first)
+    attacked = script(lambda stage, batch: [stage.ball.eps == EPS[0] and row == 0 for row in range(len(batch.places))])
     results = measure(replace(HOW, batch_size=24), samples_dir=tmp_path)
     right = round(results[0].clean_accuracy * 24)
-    assert attacked == [right, right - 1, right - 1]
+    assert [size for *_, size in attacked] == [right, right - 1, right - 1]
     assert [round(result.robust_accuracy * 24) for result in results] == [right - 1] * 3
+
+
+def test_survivors_of_batches_are_attacked_together(measure, script, tmp_path):
+    """No batch is attacked half empty while samples wait or are still to come."""
+    attacked = script(lambda stage, batch: [place % 2 == 0 for place in batch.places])
+    measure(replace(HOW, batch_size=8, eps=EPS[:2]), samples_dir=tmp_path)
+    first = [size for _, eps, size in attacked if eps == EPS[0]]
+    second = [size for _, eps, size in attacked if eps == EPS[1]]
+    assert set(first[:-1]) == {8}
+    assert sum(second) < sum(first)
+    assert len(second) == -(-sum(second) // 8)
 
 
 def test_every_attack_has_the_accuracy_that_it_leaves(measure, tmp_path):
@@ -89,20 +118,18 @@ def test_every_attack_has_the_accuracy_that_it_leaves(measure, tmp_path):
     assert results[0].robust_accuracy < results[0].clean_accuracy
 
 
-def test_tecoa_attacks_every_sample_at_every_radius_anew(measure, monkeypatch, tmp_path):
+def test_tecoa_attacks_every_sample_at_every_radius_anew(measure, script, tmp_path):
     """So that the row of PGD-10 at 4/255 does not hold what PGD-100 did at 1/255."""
-    attacked = []
 
-    def first_at_the_smaller(protocol, classify, images, labels, ball, noise):
-        attacked.append(len(images))
-        name = "pgd-100" if ball.eps == EPS[0] else "pgd-10"
-        return Outcome(images, [name if row == 0 else None for row in range(len(images))])
+    def fools(stage, batch):
+        name = "pgd-100" if stage.ball.eps == EPS[0] else "pgd-10"
+        return [stage.attack.name == name and row == 0 for row in range(len(batch.places))]
 
-    monkeypatch.setattr(zero_shot, "run_protocol", first_at_the_smaller)
+    attacked = script(fools)
     how = replace(HOW, batch_size=24, protocol=get_protocol("tecoa"))
     results = measure(how, samples_dir=tmp_path)
     right = round(results[0].clean_accuracy * 24)
-    assert attacked == [right] * 3
+    assert [size for name, _, size in attacked if name == "pgd-10"] == [right] * 3
     left = [[round(attack["robust_accuracy"] * 24) for attack in result.attacks] for result in results]
     assert left == [[right, right, right - 1], [right - 1] * 3, [right - 1] * 3]
 
@@ -163,32 +190,49 @@ class Killed(BaseException):
     pass
 
 
-def kill_after(monkeypatch, batches):
-    add, done = zero_shot.SampleStore.add, []
+def kill_after(monkeypatch, batches, searches=()):
+    """Die when the next batch is written down; gives how many searches there were at each that was."""
+    add, done = SampleStore.add, []
 
-    def add_or_die(self, records):
+    def add_or_die(self, *progress):
         if len(done) == batches:
             raise Killed
-        done.append(1)
-        add(self, records)
+        done.append(len(searches))
+        add(self, *progress)
 
-    monkeypatch.setattr(zero_shot.SampleStore, "add", add_or_die)
+    monkeypatch.setattr(SampleStore, "add", add_or_die)
     return done
 
 
-@pytest.mark.parametrize("batches", [0, 1, 3])
-def test_resumed_equals_unbroken(measure, monkeypatch, tmp_path, batches):
+@pytest.fixture
+def searches(monkeypatch):
+    """What was attacked: attack, target, radius and place of every sample of every batch."""
+    met, strike = [], ZeroShot.strike
+
+    def counted(task, stage, batch, seed):
+        met.append([(stage.attack.name, stage.target, stage.ball.eps, place) for place in batch.places])
+        return strike(task, stage, batch, seed)
+
+    monkeypatch.setattr(ZeroShot, "strike", counted)
+    return met
+
+
+@pytest.mark.parametrize("batches", [0, 3, 7])
+def test_resumed_equals_unbroken(measure, searches, monkeypatch, tmp_path, batches):
+    """A sample goes on from the search that it was in."""
     unbroken = measure(samples_dir=tmp_path / "a")
+    whole = sorted(search for batch in searches for search in batch)
+    searches.clear()
     with monkeypatch.context() as patch:
-        kill_after(patch, batches)
+        written = kill_after(patch, batches, searches)
         with pytest.raises(Killed):
             measure(samples_dir=tmp_path / "b")
-    with monkeypatch.context() as patch:
-        left = kill_after(patch, 99)
-        resumed = measure(samples_dir=tmp_path / "b")
-    assert len(left) == -(-(24 - 5 * batches) // 5)  # what was done is not done again
+    del searches[written[-1] if written else 0 :]  # those that died before they were written down
+    resumed = measure(samples_dir=tmp_path / "b")
+    assert sorted(search for batch in searches for search in batch) == whole  # what was done is not done again
     assert [lines(tmp_path / "b", r) for r in resumed] == [lines(tmp_path / "a", r) for r in unbroken]
     assert not list((tmp_path / "b").glob("*.rank*"))
+    assert all(one.seconds > 0 for one in resumed)
     for one, other in zip(resumed, unbroken):
         assert replace(one, seconds=0) == replace(other, seconds=0)
 
@@ -197,12 +241,12 @@ def test_resumed_equals_unbroken(measure, monkeypatch, tmp_path, batches):
 def test_a_line_cut_off_is_measured_again_even_twice(measure, monkeypatch, tmp_path, cut):
     """Killed in the middle of a line, resumed, killed again: the torn line must not swallow the next one."""
     wanted = flags(tmp_path / "a", measure(samples_dir=tmp_path / "a"))
-    for batches in (3, 1):
+    for batches in (5, 3):
         with monkeypatch.context() as patch:
             kill_after(patch, batches)
             with pytest.raises(Killed):
                 measure(samples_dir=tmp_path / "b")
-        torn = sorted((tmp_path / "b").glob("*.rank0"))[1]
+        (torn,) = (tmp_path / "b").glob("*.rank0")
         torn.write_text(torn.read_text()[:-cut])
     assert flags(tmp_path / "b", measure(samples_dir=tmp_path / "b")) == wanted
 
@@ -225,7 +269,7 @@ def test_files_of_other_measurements_are_not_reused(measure, encoder, monkeypatc
         with monkeypatch.context() as patch:
             done = kill_after(patch, 99)
             measure(how, samples_dir=tmp_path)
-        assert len(done) == 5, change
+        assert len(done) > 5, change
 
 
 def test_other_class_names_are_refused(encoder, bank, labelled_by_model):

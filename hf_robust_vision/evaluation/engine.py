@@ -1,0 +1,320 @@
+"""The loop of every evaluation: attacks at rising radii, the worst case per sample, records, results.
+
+Samples flow through the searches one by one, in batches that are always full: what a search leaves standing waits for
+the next batch's survivors, and both go on together. No sample's outcome depends on what it shares a batch with.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_robust_vision import __version__
+from hf_robust_vision.pixels import check_images
+from hf_robust_vision.processes import rank_and_world
+from hf_robust_vision.towers.clip import attack_mode
+
+from .images import AdversarialImages
+from .results import RobustnessResult, SampleRecord, versions
+from .samples import Progress, SampleId, SampleStore
+from .task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict, model_identity, need_usable
+
+
+READERS = min(4, os.cpu_count() or 1)  # threads that decode images while the device attacks
+
+
+class Output(TypedDict, total=False):
+    """Where an evaluation writes and what it says.
+
+    Keys:
+        samples_dir: Folder for `samples-*.jsonl`. A call that was interrupted goes on from there, and a repeated one
+            measures nothing.
+        progress: Show a bar on the main process.
+    """
+
+    samples_dir: str | Path | None
+    progress: bool
+
+
+class RunSettings(Output, total=False):
+    """As `Output`, and what is kept of single samples.
+
+    Keys:
+        save_images: Ids of samples whose images are kept in `samples_dir`, clean and adversarial, exactly as the model
+            saw them (`AdversarialImages`). A sample that was measured without them is measured again.
+    """
+
+    save_images: Collection[SampleId]
+
+
+def evaluate(
+    task: Task,
+    how: RobustnessProtocol,
+    *,
+    model_name: str,
+    samples_dir: str | Path | None = None,
+    save_images: Collection[SampleId] = (),
+    progress: bool = True,
+) -> list[RobustnessResult]:
+    """Measure a task, one result per metric and level.
+
+    The samples are shared out over the processes of `torch.distributed`, and each is measured exactly once. Weights,
+    mode and gradients of the model are as they were.
+
+    Args:
+        task: What is measured.
+        how: Attacks and radii.
+        model_name: "before", "after", or a path, for the results.
+        samples_dir: See `RunSettings`, as for the others.
+        save_images: Ids of samples.
+        progress: Show a bar.
+
+    Raises:
+        ValueError: If two samples share an id, images have no folder to go to, the model gives values that are not
+            finite, or it can not be attacked (float16, offloaded).
+    """
+    if save_images and samples_dir is None:
+        raise ValueError("save_images needs a samples_dir to save them in.")
+    if twice := [sample for sample, count in Counter(task.ids).items() if count > 1]:
+        raise ValueError(
+            f"{len(twice)} ids name more than one sample ({', '.join(map(repr, twice[:3]))}): give every sample, that "
+            "is every question about an image, an id of its own."
+        )
+    if not task.ids:
+        raise ValueError(f"there is nothing to measure: {task.dataset} ({task.split}) holds no samples.")
+    need_usable(task.model)
+    how, left_out = task.fit(how)
+    levels, about = task.levels(how), model_identity(task.model)
+    folder = Path(samples_dir) if samples_dir is not None else None
+    store = SampleStore(
+        folder,
+        f"{Path(model_name).name}-{task.kind}-{task.group}-{how.norm}",
+        [level.value for level in levels],
+        _identity(task, how, levels) | about,
+        {sample: task.label(place) for place, sample in enumerate(task.ids)},
+        task.blames(levels),
+    )
+    saved = AdversarialImages((folder or Path()) / store.images)
+    store.forget({sample for sample in save_images if sample not in saved})
+    with attack_mode(task.model):
+        _Flow(task, how, levels, store, saved, set(save_images), f"{model_name}: {task.kind}", progress).run()
+    records = store.gather(task.ids)
+    results = []
+    by_level = [[records[sample][place] for sample in task.ids] for place in range(len(levels))]
+    for place, level in enumerate(levels):
+        smaller = by_level[place - 1] if place and how.protocol.carry else []
+        rows = task.rows(level, by_level[place], smaller, how.seed)
+        for metric, summary in task.summaries(by_level[place]).items():
+            values: dict[str, Any] = {
+                "task": task.task,
+                "metric": metric,
+                "model": model_name,
+                "model_sha256": about["weights"],
+                "dataset": task.dataset,
+                "split": task.split,
+                "group": task.group,
+                "protocol": how.protocol.name,
+                "eps": level.value,
+                "norm": how.norm,
+                "attacks": rows,
+                "carry": how.protocol.carry,
+                "left_out": left_out,
+                "samples": store.names[place] if folder is not None else None,
+                "images": store.images if folder is not None and saved.ids() else None,
+                "seconds": store.seconds,
+                "versions": versions(),
+            }
+            results.append(RobustnessResult(**values | task.fields() | summary))
+    # Of one metric after the other, each at rising radii.
+    return [result for metric in task.summaries(by_level[0]) for result in results if result.metric == metric]
+
+
+def _identity(task: Task, how: RobustnessProtocol, levels: Sequence[Level]) -> dict[str, Any]:
+    """What decides the records, beside the model."""
+    shared = asdict(replace(how, batch_size=1)) | {"levels": [level.value for level in levels]}
+    shared |= {"kind": task.kind, "data": [task.dataset, task.split, list(task.ids)], "dtype": str(task.weight.dtype)}
+    return shared | {"task": task.identity(), "version": __version__}
+
+
+@dataclass
+class _Flight:
+    """A sample on its way through the searches."""
+
+    place: int
+    image: Tensor
+    clean: Verdict
+    record: SampleRecord
+    harm: float
+    level: int = 0
+    stage: int = 0
+    behind: list[SampleRecord] = field(default_factory=list)
+    found: dict[float, Tensor] = field(default_factory=dict)
+
+
+_Place = tuple[int, int, torch.Size]  # level, stage, and the size that images of one batch share
+
+
+@dataclass
+class _Flow:
+    """The samples of this process, from the clean image to the last record."""
+
+    task: Task
+    how: RobustnessProtocol
+    levels: list[Level]
+    store: SampleStore
+    saved: AdversarialImages
+    save: set[SampleId]
+    label: str
+    show: bool
+
+    def run(self) -> None:
+        rank, world = rank_and_world()
+        ids, known = self.task.ids, self.store.progress
+        todo = [at for at in range(rank, len(ids), world) if ids[at] not in known or not known[ids[at]].done]
+        self.size = self.how.batch_size
+        self.waiting: dict[_Place, deque[_Flight]] = defaultdict(deque)
+        source = prefetched(self.task.load, todo, ahead=2 * self.size)
+        self.bar = tqdm(total=len(todo), desc=self.label, disable=not self.show or rank > 0)
+        while True:
+            full = [place for place, flights in self.waiting.items() if len(flights) >= self.size]
+            if full:
+                self._attack(max(full, key=_order))  # the furthest first: what is done is written down
+            elif admitted := [item for _, item in zip(range(self.size), source)]:
+                self._admit(admitted)
+            elif left := [place for place, flights in self.waiting.items() if flights]:
+                self._attack(min(left, key=_order))  # the hindmost first: it fills up those before it
+            else:
+                break
+        self.bar.close()
+
+    def _admit(self, items: list[tuple[int, Tensor]]) -> None:
+        """Ask the model about clean images."""
+        start = time.time()
+        states: dict[SampleId, Progress] = {}
+        for at in same_size([image for _, image in items]):
+            images = check_images(torch.stack([items[row][1] for row in at])).to(self.task.weight.device)
+            batch = Batch(tuple(items[row][0] for row in at), images)
+            for place, image, clean in zip(batch.places, images, self._in_memory(batch, self._judge_clean)):
+                flight = _Flight(place, image, clean, self.task.first(place, clean), clean.harm)
+                states |= self._onward(self._take_up(flight))
+        self.store.add(states, time.time() - start)
+
+    def _judge_clean(self, batch: Batch) -> list[Verdict]:
+        with torch.no_grad():
+            return self.task.judge(batch, batch.images)
+
+    def _take_up(self, flight: _Flight) -> _Flight:
+        """Go on where an interrupted run was."""
+        state = self.store.progress.get(self.task.ids[flight.place])
+        if state is None or state.stage is None or self.task.ids[flight.place] in self.save:
+            return flight
+        *behind, record = state.records
+        return replace(flight, behind=behind, level=len(behind), record=record, harm=state.harm, stage=state.stage)
+
+    def _attack(self, place: _Place) -> None:
+        """One search on the samples that wait for it."""
+        start, queue = time.time(), self.waiting[place]
+        flights = [queue.popleft() for _ in range(min(self.size, len(queue)))]
+        level, stage = self.levels[place[0]], self.levels[place[0]].stages[place[1]]
+        self.bar.set_postfix_str(f"eps {level.value:.4g}, {stage.attack.name}, {len(flights)} samples")
+        batch = Batch(
+            tuple(flight.place for flight in flights),
+            torch.stack([flight.image for flight in flights]),
+            tuple(flight.clean for flight in flights),
+        )
+
+        def search(part: Batch) -> list[tuple[Tensor, Verdict]]:
+            attacked = self.task.strike(stage, part, self.how.seed)
+            with torch.no_grad():
+                return list(zip(attacked, self.task.judge(part, attacked)))
+
+        states: dict[SampleId, Progress] = {}
+        for flight, (image, verdict) in zip(flights, self._in_memory(batch, search)):
+            self._compare(flight, stage, level, image, verdict)
+            flight.stage += 1
+            states |= self._onward(flight)
+        self.store.add(states, time.time() - start)
+
+    def _compare(self, flight: _Flight, stage: Stage, level: Level, image: Tensor, verdict: Verdict) -> None:
+        """Keep the worst that a sample has met."""
+        if math.isnan(verdict.harm):
+            raise ValueError(
+                f"the model gives values that are not finite for sample {self.task.ids[flight.place]!r} under "
+                f"{stage.attack.name}: no number can come of it. Load it in float32, or check its weights."
+            )
+        if verdict.harm > flight.harm or (flight.record.adversarial is None and verdict.harm == flight.harm):
+            flight.harm, flight.found[level.value] = verdict.harm, image
+            blame = self.task.blame(stage, verdict, flight.record)
+            changes: dict[str, Any] = {"adversarial": verdict.answer, "score": verdict.score, "fooled_by": blame}
+            flight.record = replace(flight.record, **changes)
+
+    def _onward(self, flight: _Flight) -> dict[SampleId, Progress]:
+        """Let a sample wait for its next search, or write it down; how far it has come, by its id."""
+        sample = self.task.ids[flight.place]
+        while flight.level < len(self.levels):
+            stages = self.levels[flight.level].stages
+            while flight.stage < len(stages) and not self.task.stands(flight.record, stages[flight.stage]):
+                flight.stage += 1
+            if flight.stage < len(stages):
+                self.waiting[flight.level, flight.stage, flight.image.shape].append(flight)
+                return {sample: Progress([*flight.behind, flight.record], flight.stage, flight.harm)}
+            flight.behind.append(flight.record)
+            flight.level, flight.stage = flight.level + 1, 0
+            if not self.how.protocol.carry:
+                flight.record = self.task.first(flight.place, flight.clean)
+                flight.harm = flight.clean.harm
+        if sample in self.save:  # before the record, which says that the sample is done
+            self.saved.write(sample, flight.image, flight.found)
+        self.bar.update()
+        return {sample: Progress(flight.behind)}
+
+    def _in_memory(self, batch: Batch, function: Callable[[Batch], list[Any]]) -> list[Any]:
+        """A function of a batch; where it does not fit into the device's memory, of its halves."""
+        try:
+            return function(batch)
+        except torch.OutOfMemoryError:
+            if len(batch.places) == 1:
+                raise
+        half = (len(batch.places) + 1) // 2
+        self.size = min(self.size, half)
+        warnings.warn(f"a batch of {len(batch.places)} does not fit into memory; going on with {half}.", stacklevel=2)
+        rows = torch.arange(len(batch.places), device=batch.images.device)
+        return [value for part in rows.split(half) for value in self._in_memory(batch.take(part), function)]
+
+
+def _order(place: _Place) -> tuple[int, int]:
+    return place[:2]
+
+
+def prefetched(load: Callable[[int], Tensor], places: Sequence[int], *, ahead: int) -> Iterator[tuple[int, Tensor]]:
+    """Places with their images, in order, decoded by threads up to `ahead` images before they are asked for."""
+    with ThreadPoolExecutor(READERS) as pool:
+        coming: deque[tuple[int, Future[Tensor]]] = deque()
+        for place in places:
+            coming.append((place, pool.submit(load, place)))
+            if len(coming) > ahead:
+                first, image = coming.popleft()
+                yield first, image.result()
+        while coming:
+            first, image = coming.popleft()
+            yield first, image.result()
+
+
+def same_size(images: Sequence[Tensor]) -> list[list[int]]:
+    """Places of the images of each size."""
+    groups: dict[torch.Size, list[int]] = {}
+    for place, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(place)
+    return list(groups.values())
