@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 
+PATIENCE = timedelta(days=1)  # one process may be done with its samples hours before the last
+
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -35,8 +38,7 @@ def meet(device: str | None = None) -> str | None:
             need_a_gpu_each("--device cpu")
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        # One may be done with its samples hours before the last.
-        dist.init_process_group("gloo" if on_cpu else None, timeout=timedelta(days=1))
+        dist.init_process_group("gloo" if on_cpu else None, timeout=PATIENCE)
     return device
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_robust_vision.towers.text_bank import check_templates
+
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of a {}.",),
@@ -21,7 +23,7 @@ def get_templates(name_or_file: str) -> tuple[str, ...]:
     "{c}" stands for the class name as well as "{}": CLIP_benchmark writes it so.
 
     Raises:
-        ValueError: If it is neither, or a template has no "{}".
+        ValueError: If it is neither, or `check_templates` refuses a line.
     """
     if name_or_file in TEMPLATES:
         return TEMPLATES[name_or_file]
@@ -29,8 +31,10 @@ def get_templates(name_or_file: str) -> tuple[str, ...]:
     if not path.is_file():
         raise ValueError(f"{name_or_file!r} is neither a file nor one of the templates {sorted(TEMPLATES)}.")
     lines = tuple(line.replace("{c}", "{}") for line in _lines(path))
-    if not lines or any(line.count("{}") != 1 for line in lines):
-        raise ValueError(f'every line of {path} needs one "{{}}" for the class name.')
+    try:
+        check_templates(lines)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return lines
 
 

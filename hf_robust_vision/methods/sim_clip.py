@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_robust_vision.attacks import Objective, cosine_distance, squared_l2
 from hf_robust_vision.towers.clip import Encoder, EncoderOutput
 from hf_robust_vision.training.base import Batch
-from hf_robust_vision.training.config import one_of
+from hf_robust_vision.training.config import need_number, one_of
 
 from .features import FeatureArguments, FeatureDistance, FeatureTrainer, detached, split_output
 
@@ -39,8 +39,7 @@ class SimCLIPArguments(FeatureArguments):
         super().__post_init__()
         one_of("form", self.form, FORMS)
         one_of("attack_distance", self.attack_distance, tuple(DISTANCES))
-        if self.anchor_weight < 0:
-            raise ValueError(f"anchor_weight must be at least 0, got {self.anchor_weight}.")
+        need_number(self, "anchor_weight")
         if self.form == "anchored" and self.anchor_weight == 0:
             raise ValueError("anchor_weight=0 is the paper's form, which collapses; type --form paper if you mean it.")
 
@@ -86,6 +85,7 @@ class SimCLIPTrainer(FeatureTrainer):
     method: ClassVar[str] = "Sim-CLIP"
     tag_names: ClassVar[tuple[str, ...]] = ("sim-clip",)
     paper: ClassVar[str | None] = "2407.14971"
+    against_collapse: ClassVar[str] = "--form anchored or frozen, a larger --anchor_weight, or "
 
     args: SimCLIPArguments
 

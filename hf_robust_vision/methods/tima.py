@@ -14,7 +14,7 @@ from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.towers.clip import Encoder
 from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts, tokenize
 from hf_robust_vision.training.base import Batch
-from hf_robust_vision.training.config import AdversarialTrainingArguments, one_of
+from hf_robust_vision.training.config import AdversarialTrainingArguments, need_number, one_of
 from hf_robust_vision.training.layers import Reads
 
 from .classes import ClassTrainer, divergence
@@ -80,9 +80,8 @@ class TIMAArguments(AdversarialTrainingArguments):
             self.text_params = "none" if self.use_peft else "encoder"
         for name, choices in CHOICES.items():
             one_of(name, getattr(self, name), choices)
-        for name in ("margin", *WEIGHTS):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("margin", "eta", *WEIGHTS):
+            need_number(self, name)
 
 
 def hyperspherical_energy(texts: Tensor) -> Tensor:

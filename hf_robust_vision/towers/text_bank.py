@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -75,11 +76,10 @@ def make_text_bank(
         batch_size: Prompts per forward pass.
 
     Raises:
-        ValueError: If there are fewer than two classes, or a template has no "{}".
+        ValueError: If there are fewer than two classes, or `check_templates` refuses a template.
     """
     check_class_names(class_names)
-    if not templates or any(template.count("{}") != 1 for template in templates):
-        raise ValueError(f'every template needs one "{{}}" for the class name, got {list(templates)}.')
+    check_templates(templates)
     prompts = class_prompts(class_names, templates)
     embeddings = []
     device = model.logit_scale.device
@@ -90,6 +90,17 @@ def make_text_bank(
         classes = class_embeddings(torch.cat(embeddings), len(templates))
         scale = float(model.logit_scale.exp())
     return TextBank(classes, tuple(class_names), tuple(templates), scale)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse no template, and one that holds other than exactly one "{}" and no further brace.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    wrong = [template for template in templates if template.count("{}") != 1 or len(re.findall("[{}]", template)) != 2]
+    if wrong or not templates:
+        raise ValueError(f'a template needs one "{{}}" for the class name and no other brace, got {wrong[:3]}.')
 
 
 def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:

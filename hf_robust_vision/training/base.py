@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
 
 from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd
 from hf_robust_vision.data.collator import collate_images
@@ -35,20 +32,20 @@ from hf_robust_vision.towers.clip import (
 )
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 
-from .adapter_checkpoints import AdapterTrainer
 from .batch import Batch
-from .checkpoints import complete_checkpoint, mark_complete, need_settings, rotate, unmark
-from .collapse import Spread, check_collapse, warn_of_single_images
+from .checkpoints import complete_checkpoint
+from .collapse import Spread, check_collapse, need_finite, warn_of_single_images
 from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
 from .layers import Reads, decay_learning_rates, freeze_first_blocks
 from .publishing import PublishWhenMeasured
+from .resume import ResumableTrainer
 from .speed import compile_in_place, matmul_precision
 from .streams import StreamTrainer
 from .targets import TargetCache
 
 
-class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
+class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     """`Trainer` for adversarial fine-tuning of CLIP; a method is a subclass with two functions.
 
     A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
@@ -76,6 +73,7 @@ class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
     method: ClassVar[str] = ""
     tag_names: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str | None] = None
+    against_collapse: ClassVar[str] = ""  # what else than a smaller learning rate to type
     # Batches hold labels, and a CLIP accepts loss kwargs: Trainer would not divide by the accumulation steps.
     loss_is_scaled_for_ga = False
 
@@ -97,10 +95,14 @@ class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
         encoder = load_encoder(model) if isinstance(model, str) else as_encoder(model, _transform(processing_class))
         if has_adapter(encoder):
             raise ValueError("the model holds an adapter already; start from the model that it was trained on.")
+        need_finite(encoder, "the model to start from", "it is broken: name another --model_name_or_path.")
+        _need_updates(train_dataset, args)
         reads = self.reads(args)
         self.token_layer = token_layer_of(reads.feature, reads.token_layer)
         freeze_unread(encoder, **asdict(reads))
         freeze_first_blocks(encoder, args.freeze_blocks)
+        if optimizers[0] is None:
+            _need_optimizer(args, encoder)
         self.reference = reference or Reference(encoder, self.token_layer, share_weights=args.use_peft)
         if args.use_peft:
             layers, seed = args.lora_target_modules, args.seed
@@ -234,9 +236,23 @@ class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
         self._check_collapse(spread)
 
     def _check_collapse(self, spread: Spread) -> None:
-        pairwise, original = float(spread.pairwise), float(spread.original)
-        last = complete_checkpoint(self.args.output_dir) if self.args.on_collapse == "stop" else None
-        check_collapse(pairwise, original, self.args.on_collapse, self.state.global_step, last)
+        hint = self._way_out(self.against_collapse)
+        step, how = self.state.global_step, self.args.on_collapse
+        check_collapse(float(spread.pairwise), float(spread.original), how, step, hint)
+
+    def check_health(self) -> None:
+        """Stop a run whose weights are not finite, or whose embeddings collapsed in its last batch."""
+        what, hint = f"the model after step {self.state.global_step}", self._way_out("--max_grad_norm 1 or ")
+        need_finite(self.model, what, hint, self.accelerator.reduce)
+        if self._last_images is not None:
+            with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(self.model)):
+                embeds = encoder(self._last_images).image_embeds
+                original = self.reference(self._last_images).image_embeds
+            self._check_collapse(Spread.of(embeds, original, self.accelerator.reduce))
+
+    def _way_out(self, typed: str) -> str:
+        last = complete_checkpoint(self.args.output_dir)
+        return f"type {typed}a smaller --learning_rate. Last good checkpoint: {last}."
 
     # Measuring
 
@@ -303,66 +319,6 @@ class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # Checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
-
-        Raises:
-            ValueError: If there is no complete checkpoint to go on from, or it was trained with other settings of method,
-                attack, loss or optimiser.
-        """
-        if resume_from_checkpoint:
-            place = self.args.output_dir if resume_from_checkpoint is True else str(resume_from_checkpoint)
-            found = complete_checkpoint(place)
-            if found is None:
-                raise ValueError(f"{place} holds no complete checkpoint; start without resume_from_checkpoint.")
-            self.check_adapter(found)
-            need_settings(found, self._settings())
-            resume_from_checkpoint = found
-            if (state := TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))) and self._is_over(
-                state
-            ):
-                return self._take_up(found, state)
-        self._seen, self._seen_at = 0, time.time()  # not since the construction: a measurement may lie between
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _settings(self) -> dict[str, Any]:
-        return {"method": self.method} | self.args.method_settings()
-
-    def _is_over(self, state: TrainerState) -> bool:
-        wanted = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
-        return state.global_step >= wanted > 0
-
-    def _take_up(self, checkpoint: str, state: TrainerState) -> TrainOutput:
-        """Load a run that had ended: `Trainer` would take one more step before it looks at `max_steps`."""
-        self._load_from_checkpoint(checkpoint)
-        self.state = state
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
-        return TrainOutput(state.global_step, float("nan"), {})
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._last_images is not None:
-            with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(model)):
-                embeds = encoder(self._last_images).image_embeds
-                original = self.reference(self._last_images).image_embeds
-                self._check_collapse(Spread.of(embeds, original, self.accelerator.reduce))
-        run_dir = self._get_output_dir(trial=trial)
-        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            unmark(folder)  # an earlier run may have left it, and this one may be killed half-way
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:  # an old checkpoint may only go once the new one is complete
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(folder, self._settings())
-            rotate(run_dir, limit, best=self.state.best_model_checkpoint)
-
     def training_record(self) -> dict[str, Any]:
         """How this model was trained, for results and card."""
         args = self.args
@@ -385,6 +341,28 @@ class AdversarialTrainer(AdapterTrainer, StreamTrainer, PublishWhenMeasured):
             | args.tuning_record()
             | args.own_settings()
         )
+
+
+def _need_updates(dataset: Any, args: AdversarialTrainingArguments) -> None:
+    """Refuse a training set from which no batch can be made."""
+    images = len(dataset) if hasattr(dataset, "__len__") else None
+    least = args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
+    if images is not None and images < least:
+        raise ValueError(
+            f"no update would be made: the training set has {images} images, and --dataloader_drop_last true drops a "
+            f"batch of fewer than {least}; type a smaller --per_device_train_batch_size."
+        )
+
+
+def _need_optimizer(args: AdversarialTrainingArguments, encoder: Encoder) -> None:
+    """Refuse an optimizer or a schedule that can not be made, which `Trainer` would notice at the first step only."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, encoder)
+        probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, probe, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (ImportError, TypeError, ValueError) as error:
+        optim, schedule = (getattr(args, name).value for name in ("optim", "lr_scheduler_type"))
+        raise ValueError(f"--optim {optim} with --lr_scheduler_type {schedule}: {error}") from error
 
 
 def _transform(processing_class: Any) -> PixelTransform | None:

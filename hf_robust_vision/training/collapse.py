@@ -1,14 +1,15 @@
-"""Noticing that all images drift to one embedding, which a Siamese loss rewards."""
+"""Noticing a run that is lost: all images drift to one embedding, which a Siamese loss rewards, or numbers are none."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 # Share of the original's spread (one minus mean pairwise cosine) below which embeddings count as collapsed. On the
@@ -57,7 +58,26 @@ def warn_of_single_images(images: int) -> None:
         )
 
 
-def check_collapse(pairwise: float, original: float, on_collapse: str, step: int, last_good: str | None) -> None:
+def need_finite(model: nn.Module, what: str, hint: str, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
+    """Refuse weights that are not finite; every process must ask.
+
+    Args:
+        model: Whose state is looked at, under FSDP2 this process's share of it.
+        what: They are, for the message.
+        hint: What to type.
+        total: Sums a tensor over the processes, so that all of them stop.
+
+    Raises:
+        ValueError: If a weight is not finite.
+    """
+    shares = {name: getattr(value, "to_local", lambda v=value: v)() for name, value in model.state_dict().items()}
+    broken = [name for name, value in shares.items() if not value.isfinite().all()]
+    if float(total(next(model.parameters()).new_tensor(len(broken), dtype=torch.float32))):
+        named = f" ({', '.join(broken[:3])}{', ...' * (len(broken) > 3)})" if broken else ""
+        raise ValueError(f"{what} holds weights that are not finite{named}; {hint}")
+
+
+def check_collapse(pairwise: float, original: float, on_collapse: str, step: int, hint: str) -> None:
     """Stop a run whose embeddings have lost nearly all of the original's spread, or only warn.
 
     Args:
@@ -65,18 +85,20 @@ def check_collapse(pairwise: float, original: float, on_collapse: str, step: int
         original: The same of the original on the same images.
         on_collapse: "stop" or "record".
         step: Global step, for the message.
-        last_good: Last complete checkpoint.
+        hint: What to type, and what is left.
 
     Raises:
         CollapseError: If they have, and `on_collapse` is "stop".
+        ValueError: If they are not finite.
     """
+    if not math.isfinite(pairwise):
+        raise ValueError(f"the embeddings of step {step} are not finite; {hint}")
     # A batch of near-identical images has no spread to lose.
     if original > 0.999 or (1 - pairwise) >= COLLAPSED_SHARE * (1 - original):
         return
     message = (
         f"the embeddings collapsed at step {step}: mean pairwise cosine {pairwise:.3f}, the original's "
-        f"{original:.3f}. Every image now looks alike, however good the loss looks. Use form='anchored' or "
-        f"form='frozen', a larger anchor_weight, or a smaller learning_rate. Last good checkpoint: {last_good}."
+        f"{original:.3f}. Every image now looks alike, however good the loss looks; {hint}"
     )
     if on_collapse == "stop":
         raise CollapseError(message)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from hf_robust_vision.attacks import PROTOCOLS, Ball, check_length, make_ball
 from hf_robust_vision.data.templates import get_templates
-from hf_robust_vision.processes import need_a_gpu_each
+from hf_robust_vision.processes import PATIENCE, need_a_gpu_each
 
 
+# The least that a number may be. A NaN is below nothing, so it would pass every comparison that is written by hand.
+WHOLE = {
+    "max_steps": -1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "attack_steps": 1, "eval_attack_steps": 1, "lora_r": 1, "lora_alpha": 1,
+    "freeze_blocks": 0, "cache_targets_mb": 0,
+}  # fmt: skip
+REAL = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "adam_epsilon")
 MAY_CHANGE = ("eval_protocol", "eval_attack_steps", "eval_eps", "on_collapse", "matmul_precision", "cache_targets_mb")
 OPTIMISATION = ("learning_rate", "weight_decay", "max_grad_norm", "seed")
 
@@ -42,15 +53,15 @@ class AdversarialTrainingArguments(TrainingArguments):
     """`TrainingArguments` and the attacks of adversarial fine-tuning.
 
     Only the added fields are listed. Defaults that differ from `TrainingArguments`: `learning_rate` 1e-5,
-    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, `run_name` is that of
-    `output_dir`, and `remove_unused_columns` is always False, since images, labels and ids all reach the loss.
-    `push_to_hub` pushes once, when the run has been measured.
+    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, `ddp_timeout` a day,
+    `use_cpu` where there is no accelerator, `run_name` is that of `output_dir`, and `remove_unused_columns` is always
+    False, since images, labels and ids all reach the loss. `push_to_hub` pushes once, when the run has been measured.
 
     Args:
         attack_norm: "linf" or "l2".
         attack_eps: Radius of the perturbation; "linf" in pixels of [0, 1], written 4/255.
         attack_steps: Gradient steps of the training attack.
-        attack_step_size: Length of a step; by default 2.5 * eps / steps, at most 1.25 * eps.
+        attack_step_size: Length of a step, for "linf" at most 1; by default 2.5 * eps / steps, at most 1.25 * eps.
         attack_random_start: Start inside the ball rather than at the image.
         eval_protocol: Named protocol of the attack in `evaluate()`.
         eval_attack_steps: Steps of that attack; by default the protocol's.
@@ -81,6 +92,9 @@ class AdversarialTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
+    ddp_timeout: int = field(
+        default=int(PATIENCE.total_seconds()), metadata={"help": "Seconds that processes wait for each other."}
+    )
     attack_norm: str = field(default="linf", metadata={"help": "Norm of the perturbation: linf or l2."})
     attack_eps: Radius = field(default=Radius(4 / 255), metadata={"help": "Radius of the perturbation, e.g. 4/255."})
     attack_steps: int = field(default=10, metadata={"help": "Gradient steps of the training attack."})
@@ -108,6 +122,7 @@ class AdversarialTrainingArguments(TrainingArguments):
     cache_targets_mb: int = field(default=0, metadata={"help": "MiB for the original's features; 0: no cache."})
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         self._join_launcher()
         self.remove_unused_columns = False
         if str(getattr(self, "resume_from_checkpoint", None)).lower() in ("false", ""):  # as YAML and a shell say it
@@ -128,42 +143,45 @@ class AdversarialTrainingArguments(TrainingArguments):
         self.eval_eps = _radii(self.eval_eps, self.attack_norm)
         if self.fp16:
             raise ValueError("fp16=true lets the attack's gradients underflow to zero unseen; type --bf16 true.")
-        if self.attack_steps < 1:
-            raise ValueError(f"attack_steps must be at least 1, got {self.attack_steps}.")
-        if self.eval_protocol not in PROTOCOLS:
-            raise ValueError(f"unknown eval_protocol {self.eval_protocol!r}; choose one of {list(PROTOCOLS)}.")
+        one_of("eval_protocol", self.eval_protocol, tuple(PROTOCOLS))
         get_templates(self.templates)
         one_of("on_collapse", self.on_collapse, ("stop", "record"))
-        self._check_tuning()
+        one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
         if self.parallel_mode.value == "not_distributed" and self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs in one process would use nn.DataParallel, which adversarial training does not "
                 "support; start one process per GPU: accelerate launch <script>."
             )
 
+    def _check_numbers(self) -> None:
+        for name, least in WHOLE.items():
+            need_number(self, name, least, whole=True)
+        for name in REAL:
+            need_number(self, name)
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs == 0):
+            raise ValueError("no update would be made, and the model saved as it was; type --max_steps 1 or more.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout:g}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay:g}.")
+
     def _join_launcher(self) -> None:
-        # Without it, on a machine without accelerators, each process of a launcher runs alone, in the same folder.
+        # Without it, on a machine without accelerators, bf16 is refused, and each process of a launcher runs alone, in
+        # the same folder.
         launched = int(os.environ.get("WORLD_SIZE", 1))
-        if launched > 1 and not getattr(torch, "accelerator", torch.cuda).is_available():
+        if not getattr(torch, "accelerator", torch.cuda).is_available():
             self.use_cpu = True
         if launched > 1 and not self.use_cpu:
             need_a_gpu_each("--use_cpu true")
+        if launched > 1 and self.use_cpu and not dist.is_initialized():
+            # Left to transformers, processes on a CPU wait half an hour, whatever `ddp_timeout` says.
+            dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         if launched > self.world_size:
             raise ValueError(
                 f"the launcher started {launched} processes, but none can see a GPU of its own and each would train "
                 "alone; type --use_cpu true to train on the CPU."
             )
-
-    def _check_tuning(self) -> None:
-        one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
-        for name, least in (("lora_r", 1), ("lora_alpha", 1), ("freeze_blocks", 0), ("cache_targets_mb", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout:g}.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay:g}.")
 
     def tuning_record(self) -> dict[str, Any]:
         """What of the tuning is not plain full tuning, for results and card."""
@@ -188,6 +206,19 @@ class AdversarialTrainingArguments(TrainingArguments):
     def attack_ball(self) -> Ball:
         """The set that the training attack may move in."""
         return make_ball(self.attack_norm, self.attack_eps)
+
+
+def need_number(holder: Any, name: str, least: float = 0, *, whole: bool = False) -> None:
+    """Refuse an attribute that is no finite number of at least `least`; None is left alone."""
+    value = getattr(holder, name)
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise ValueError(f"{name} must be a {'whole ' * whole}number, got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from transformers import CLIPModel, CLIPVisionModelWithProjection, TrainerCallba
 from hf_robust_vision.attacks import LinfBall, StartNoise
 from hf_robust_vision.methods.features import detached
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
+from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.towers.clip import EncoderOutput, as_encoder, load_encoder
 from hf_robust_vision.training import base
 from hf_robust_vision.training.base import AdversarialTrainer, Batch
@@ -268,11 +269,17 @@ class TestCollapse:
 
     def test_stops_and_names_the_last_good_checkpoint(self, clip_folder, tmp_path):
         trainer = self.collapsing(clip_folder, tmp_path, form="paper", save_strategy="steps", save_steps=1)
-        with pytest.raises(CollapseError, match=r"form='anchored'.*checkpoint-2") as caught:
+        with pytest.raises(CollapseError, match=r"type --form anchored.*checkpoint-2") as caught:
             trainer.train()
         assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
         assert not (tmp_path / "checkpoint-3").exists(), "a collapsed model must not be saved as a good one"
         assert "step 3" in str(caught.value)
+
+    def test_the_advice_is_the_methods_own(self, clip_folder, tmp_path):
+        """TeCoA has no `--form` (findings-code 6)."""
+        with pytest.raises(CollapseError, match="type a smaller --learning_rate") as caught:
+            self.collapsing(clip_folder, tmp_path, kind=TeCoATrainer).train()
+        assert "form" not in str(caught.value)
 
     def test_record_goes_on(self, clip_folder, tmp_path):
         trainer = self.collapsing(clip_folder, tmp_path, form="paper", on_collapse="record")
@@ -297,6 +304,40 @@ class TestCollapse:
             make_trainer(clip_folder, tmp_path, form="frozen", **(fast | {"learning_rate": 1e-3})).train()
 
 
+class TestWeightsThatAreNoNumbers:
+    """Findings-reliability 3 and 9: never trained on, never saved, never called good."""
+
+    @staticmethod
+    def breaking(clip_folder, output_dir, step, **changes):
+        class Breaker(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                if state.global_step == step:
+                    with torch.no_grad():
+                        model.visual_projection.weight[0, 0] = float("nan")
+
+        return make_trainer(clip_folder, output_dir, callbacks=[Breaker()], on_collapse="record", **changes)
+
+    @pytest.mark.parametrize("name", ["logit_scale", "text_projection.weight", "vision_model.post_layernorm.bias"])
+    def test_such_a_model_is_not_trained(self, name, clip_folder, tmp_path):
+        encoder = load_encoder(clip_folder)
+        with torch.no_grad():
+            encoder.get_parameter(name).fill_(float("inf"))
+        with pytest.raises(ValueError, match=rf"model to start from .* not finite \({name}\).*--model_name_or_path"):
+            SimCLIPTrainer(model=encoder, args=arguments(tmp_path), train_dataset=make_dataset(6))
+
+    def test_no_checkpoint_of_them_is_written(self, clip_folder, tmp_path):
+        trainer = self.breaking(clip_folder, tmp_path, 2, logging_steps=50, save_strategy="steps", save_steps=1)
+        with pytest.raises(
+            ValueError, match=r"after step 2 .*not finite \(visual_projection.weight\).*checkpoint-1\."
+        ):
+            trainer.train()
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+    def test_a_run_does_not_end_well_with_them(self, clip_folder, tmp_path):
+        with pytest.raises(ValueError, match=r"after step 3 .*not finite.*Last good checkpoint: None"):
+            self.breaking(clip_folder, tmp_path, 3, logging_steps=50).train()
+
+
 class TestConstruction:
     def test_normalised_images_stop_before_the_first_update(self, clip_folder, tmp_path):
         class Normalised(torch.utils.data.Dataset):
@@ -312,6 +353,42 @@ class TestConstruction:
         with pytest.raises(ValueError, match="do_normalize=False"):
             trainer.train()
         assert largest_gap(before, weights(trainer)) == 0
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"optim": "adamw_anyprecision"}, "--optim adamw_anyprecision .*torchdistx"),
+            ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr.*min_lr"),
+            ({"dataloader_drop_last": True, "per_device_train_batch_size": 25}, "no update would be made.* 24 images"),
+        ],
+    )
+    def test_what_could_not_make_an_update_is_refused_at_once(self, changes, said, clip_folder, tmp_path):
+        """Findings-reliability 1 and 8."""
+        with pytest.raises(ValueError, match=said):
+            make_trainer(clip_folder, tmp_path / "out", **changes)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_whole_batch_that_is_not_dropped_is_an_update(self, clip_folder, tmp_path):
+        trainer = make_trainer(
+            clip_folder, tmp_path, dataloader_drop_last=True, per_device_train_batch_size=24, max_steps=1
+        )
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+    def test_a_run_without_an_update_is_an_error(self, clip_folder, tmp_path):
+        """Whatever the reason: here a callback that stops before the first step."""
+
+        class Stop(TrainerCallback):
+            def on_epoch_begin(self, args, state, control, **kwargs):
+                control.should_training_stop = True
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                pytest.fail("a step was taken")
+
+        trainer = make_trainer(clip_folder, tmp_path, callbacks=[Stop()])
+        trainer._run_epoch = lambda **kwargs: None
+        with pytest.raises(ValueError, match="no update was made"):
+            trainer.train()
 
     def test_model_by_folder(self, clip_folder, processor, tmp_path):
         trainer = SimCLIPTrainer(

@@ -19,7 +19,7 @@ from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.methods.pmg_aft import PMGAFTTrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.methods.tima import TIMATrainer
-from hf_robust_vision.processes import part
+from hf_robust_vision.processes import PATIENCE, part
 from hf_robust_vision.training import base
 from hf_robust_vision.training.launchers import is_sharded
 from tests.conftest import make_dataset
@@ -71,7 +71,8 @@ def main(settings: dict) -> None:
     kill, kill_save = settings.pop("kill", None), settings.pop("kill_save", None)
     killed = settings.pop("kill_rank", 0) == int(os.environ.get("RANK", 0))
     measure, world = settings.pop("measure", False), settings.pop("world_size", 1)
-    if version := settings.pop("fsdp", 0):
+    version = settings.pop("fsdp", 0)
+    if version:
         shard_on_the_cpu(version)
     if kill_save is not None:
         kill_while_saving(kill_save)
@@ -83,6 +84,9 @@ def main(settings: dict) -> None:
     trainer = make_trainer(settings.pop("clip"), output, kind=kind, callbacks=callbacks, **settings)
     trainer.eval_dataset = make_dataset(measured, "validation", 100)
     assert trainer.args.world_size == world, (trainer.args.world_size, world)
+    if world > 1 and not version:  # findings-code 5; with FSDP the group is the one made above
+        group = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        assert group.options._timeout == PATIENCE, group.options._timeout
     trainer.train(resume_from_checkpoint=resume)
     rank = trainer.args.process_index
     sharded = is_sharded(trainer.model)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 from hf_robust_vision.attacks import L2Ball, LinfBall
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments
+from hf_robust_vision.methods.tima import TIMAArguments
+from hf_robust_vision.processes import PATIENCE
 from hf_robust_vision.training.config import Radius
 from tests.training.helpers import arguments
 
@@ -59,7 +62,27 @@ def test_layers_of_an_adapter_from_the_command_line():
         ({"attack_step_size": 0}, "attack_step_size must be a finite number above 0"),
         ({"attack_step_size": "inf"}, "attack_step_size must be a finite number"),  # findings-reliability 8
         ({"attack_step_size": 8}, "attack_step_size=8/255"),  # findings-reliability 8
-        ({"eval_protocol": "strong"}, r"unknown eval_protocol 'strong'.*quick"),
+        ({"attack_step_size": "nan"}, "attack_step_size must be a finite number"),
+        ({"attack_step_size": "inf", "attack_norm": "l2"}, "attack_step_size must be a finite number"),
+        ({"eval_attack_steps": 0}, "eval_attack_steps must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be finite, got inf"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0, got -1"),
+        ({"learning_rate": "1e-5"}, "learning_rate must be a number, got '1e-5'"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be finite"),
+        ({"warmup_steps": float("nan")}, "warmup_steps must be finite"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+        ({"max_steps": 0}, "no update would be made.*--max_steps 1"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "no update would be made"),
+        ({"max_steps": True}, "max_steps must be a whole number, got True"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5"),
+        ({"max_steps": -7}, "max_steps must be at least -1"),
+        ({"optim": "adam"}, "adam is not a valid OptimizerNames.*adamw_torch"),
+        ({"lr_scheduler_type": "cosin"}, "cosin is not a valid SchedulerType.*cosine"),
+        ({"eval_protocol": "strong"}, r"eval_protocol='strong' is not one of .*quick"),
         ({"on_collapse": "ignore"}, "'stop', 'record'"),
         ({"lora_r": 0}, "lora_r must be at least 1, got 0"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1"),
@@ -72,12 +95,43 @@ def test_layers_of_an_adapter_from_the_command_line():
         ({"feature": "cls"}, "'pooled', 'patch_tokens', 'both'"),
         ({"attack_distance": "l2"}, "'cosine', 'squared_l2'"),
         ({"anchor_weight": -1}, "anchor_weight must be at least 0"),
+        ({"anchor_weight": float("nan")}, "anchor_weight must be finite"),
         ({"form": "anchored", "anchor_weight": 0}, "--form paper"),
     ],
 )
 def test_refusals(changes, said, tmp_path):
+    """Findings-reliability 1, 8 and 9, and what lies beside them."""
     with pytest.raises(ValueError, match=said):
-        arguments(tmp_path, **changes)
+        arguments(tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["margin", "eta", "mhe_weight", "iakd_weight", "takd_weight"])
+def test_refusals_of_tima(name, tmp_path):
+    for value, said in ((-1.0, "at least 0"), (float("nan"), "finite")):
+        with pytest.raises(ValueError, match=f"{name} must be {said}"):
+            arguments(tmp_path, TIMAArguments, **{name: value})
+
+
+@pytest.mark.parametrize("line", ["a {x}", "a {", "a }", "a {} {x}", "a {{}}", "a {0}", "a {!r}", "a"])
+def test_templates_that_format_would_stumble_over(line, tmp_path):
+    """Findings-reliability 1 and 16."""
+    (tmp_path / "t.txt").write_text(f"a photo of a {{}}\n{line}\n")
+    with pytest.raises(ValueError, match=r't\.txt: a template needs one "\{\}" for the class name and no other brace'):
+        arguments(tmp_path / "out", templates=str(tmp_path / "t.txt"))
+
+
+def test_bf16_on_a_machine_without_an_accelerator(tmp_path, monkeypatch):
+    """`use_cpu` need not be typed where there is nothing else (findings-journey 8)."""
+    monkeypatch.setattr(getattr(torch, "accelerator", torch.cuda), "is_available", lambda: False)
+    args = arguments(tmp_path, bf16=True, use_cpu=False)
+    assert args.use_cpu
+    assert args.device.type == "cpu"
+
+
+def test_processes_wait_a_day(tmp_path):
+    """Findings-code 5: the first one may check its numbers for hours. run_training.py looks at two processes."""
+    assert arguments(tmp_path).ddp_timeout_delta == PATIENCE
 
 
 def test_an_l2_radius_may_be_over_one(tmp_path):
