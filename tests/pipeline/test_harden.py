@@ -178,7 +178,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("more", "said"),
         [
-            (["--attack_eps", "4"], "--attack_eps 4/255"),
+            (["--attack_eps", "4"], "--attack_eps=4/255"),
             (["--test_eps", "4"], "4/255"),
             (["--attack_norm", "l3"], "unknown norm 'l3'"),
             (["--test_protocol", "x"], "unknown protocol 'x'"),
@@ -201,7 +201,7 @@ class TestBadInput:
 
     def test_folder_without_images(self, refused, tmp_path):
         (tmp_path / "empty").mkdir()
-        refused("holds no images", data=tmp_path / "empty")
+        refused("has no folder .test. of class folders", data=tmp_path / "empty")
 
     def test_one_class(self, refused, image_folder, tmp_path):
         data = shutil.copytree(image_folder, tmp_path / "data")
@@ -232,7 +232,7 @@ class TestBadInput:
 
     def test_adapter(self, refused, tmp_path):
         (tmp_path / "m").mkdir()
-        (tmp_path / "m" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+        (tmp_path / "m" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "base"}')
         refused("adapter of 'base'", model=tmp_path / "m")
 
     def test_no_such_model(self, refused, tmp_path):
