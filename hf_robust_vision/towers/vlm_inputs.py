@@ -93,6 +93,9 @@ class SingleImageInputs(VLMInputs):
                 )
         super().__init__(vlm, processor.tokenizer, PixelTransform.from_image_processor(processor.image_processor))
         self.processor = processor
+        unknown, token = getattr(self.tokenizer, "unk_token_id", None), processor.image_token
+        if unknown is not None and self.tokenizer.convert_tokens_to_ids(token) == unknown:
+            raise ValueError(f"the tokenizer does not know the image token {token!r}: it belongs to another model.")
         self.keeps = "logits_to_keep" in inspect.signature(vlm.forward).parameters
         self.check()
 

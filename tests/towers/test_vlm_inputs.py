@@ -225,3 +225,11 @@ def test_protocol_refuses_what_it_does_not_know():
         VLMProtocol((0.1,), algorithm="fgsm")
     with pytest.raises(ValueError, match="unknown objectives \\['ce'\\]"):
         VLMProtocol((0.1,), objectives=("nll", "ce"))
+
+
+def test_a_tokenizer_that_does_not_know_the_image_token_is_refused(llava, monkeypatch):
+    """findings-swap 13: every prompt would hold an unknown word in the place of the image."""
+    processor = make_processor("llava")
+    monkeypatch.setattr(processor, "image_token", "<picture>")
+    with pytest.raises(ValueError, match="does not know the image token '<picture>'"):
+        vlm_inputs(llava, processor)

@@ -1,25 +1,26 @@
-"""Zero-shot classification of corrupted images: the families of ImageNet-C at their five severities.
-
-No attacker is at work here. The corruptions are those of the package `imagecorruptions-imaug`, a kept copy of the
-benchmark's own code; none of them is written anew.
-"""
+"""Zero-shot classification of corrupted images. No attacker is at work here."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import Attack, Objective, Protocol, make_ball
+from hf_robust_vision.data.corruptions import (
+    EXTRA_FAMILIES,
+    FAMILIES,
+    LIBRARY,
+    SEVERITIES,
+    check_choice,
+    corrupt,
+    library,
+)
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.evaluation.engine import RunSettings, evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, versions, wilson_interval
@@ -31,52 +32,6 @@ from .zero_shot import ZeroShot, bank_fields
 
 
 PROTOCOL = "imagenet-c"
-FAMILIES = (
-    "gaussian_noise", "shot_noise", "impulse_noise",
-    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
-    "snow", "frost", "fog", "brightness",
-    "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
-EXTRA_FAMILIES = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # the benchmark keeps them for validation
-SEVERITIES = (1, 2, 3, 4, 5)
-SMALLEST = 32  # edge in pixels below which the library refuses an image
-_LIBRARY = "imagecorruptions-imaug"
-
-
-def corrupt(image: Tensor, family: str, severity: int, *, seed: int = 0, sample: int | str = 0) -> Tensor:
-    """One corrupted image, always the same one for the same seed and sample id.
-
-    Args:
-        image: In [0, 1], shape (3, height, width), at least 32 pixels a side. The library takes it rounded to 8 bits.
-        family: One of `FAMILIES` or `EXTRA_FAMILIES`.
-        severity: 1 to 5.
-        seed: Of the run.
-        sample: Id of the image.
-
-    Returns:
-        In [0, 1], of the same shape, dtype and device.
-
-    Raises:
-        ModuleNotFoundError: If the library is not installed; the message is the line to type.
-        ValueError: If the family or the severity is unknown, or the image is too small.
-
-    Reference:
-        Hendrycks and Dietterich 2019, https://huggingface.co/papers/1903.12261.
-    """
-    library = _library()
-    _check_choice(library, [family], [severity])
-    if min(image.shape[-2:]) < SMALLEST:
-        raise ValueError(
-            f"corruptions need images of at least {SMALLEST} pixels a side, got {tuple(image.shape[-2:])}."
-        )
-    digest = hashlib.blake2b(f"{seed}/{sample}/{family}/{severity}".encode(), digest_size=4).digest()
-    draw = int.from_bytes(digest, "little")
-    pixels = (image.detach() * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    # Two families draw from a generator of their own, the others from numpy's global one.
-    own = {"seed": draw} if "seed" in inspect.signature(library.corruption_dict[family]).parameters else {}
-    with _numpy_seeded(draw):
-        found = library.corrupt(np.ascontiguousarray(pixels), severity=severity, corruption_name=family, **own)
-    return (torch.from_numpy(np.array(found)).permute(2, 0, 1).float() / 255).to(image)
 
 
 @dataclass
@@ -116,7 +71,7 @@ class Corruptions(Task):
     metric = "mean corruption accuracy"
 
     def __post_init__(self) -> None:
-        _check_choice(_library(), self.families, self.severities)
+        check_choice(self.families, self.severities)
         self.families = tuple(dict.fromkeys(self.families))
         self.classified = ZeroShot(self.model, self.bank, self.images)
         self.dataset, self.split = self.images.name, self.images.split
@@ -191,7 +146,7 @@ class Corruptions(Task):
 
     def identity(self) -> dict[str, Any]:
         """See `Task.identity`."""
-        own = {"corruptions": [self.families, sorted(self.severities), self.seed], "library": version(_LIBRARY)}
+        own = {"corruptions": [self.families, sorted(self.severities), self.seed], "library": version(LIBRARY)}
         return self.classified.identity() | own
 
     def fields(self) -> dict[str, Any]:
@@ -200,7 +155,7 @@ class Corruptions(Task):
         return bank_fields(self.bank) | {
             "left_out": missing,
             "norm": "severity",
-            "versions": versions() | {_LIBRARY: version(_LIBRARY)},
+            "versions": versions() | {LIBRARY: version(LIBRARY)},
         }
 
     def summaries(self, records: Sequence[SampleRecord]) -> dict[str, dict[str, Any]]:
@@ -253,40 +208,10 @@ def evaluate_corruptions(
         ValueError: As `Corruptions` and `evaluate`.
     """
     if families is None:
-        families = [name for name in FAMILIES if name in _library().corruption_dict]
+        families = [name for name in FAMILIES if name in library().corruption_dict]
     if device is not None:
         encoder.to(torch.device(device))
     task = Corruptions(encoder, bank, dataset, families, severities, seed)
     # Each severity is a corruption of its own: what fell at a lower one may stand at a higher one.
     how = RobustnessProtocol(Protocol(PROTOCOL, (), carry=False), (1.0,), batch_size=batch_size, seed=seed)
     return evaluate(task, how, model_name=model_name, **settings)
-
-
-def _library() -> Any:
-    try:
-        version(_LIBRARY)  # the unkept package of the same import name does not run beside a current numpy
-        import imagecorruptions
-    except (PackageNotFoundError, ModuleNotFoundError) as error:
-        raise ModuleNotFoundError(
-            f'corruptions need the package {_LIBRARY}: pip install "hf-robust-vision[corruptions]"'
-        ) from error
-    return imagecorruptions
-
-
-def _check_choice(library: Any, families: Sequence[str], severities: Sequence[int]) -> None:
-    known = [name for name in (*FAMILIES, *EXTRA_FAMILIES) if name in library.corruption_dict]
-    if not families or any(name not in known for name in families):
-        raise ValueError(f"unknown corruption in {list(families)}; choose out of {', '.join(known)}.")
-    if not severities or any(severity not in SEVERITIES for severity in severities):
-        raise ValueError(f"severities must be whole numbers from 1 to 5, got {list(severities)}.")
-
-
-@contextmanager
-def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Numpy's global generator, seeded and then put back."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

@@ -49,6 +49,8 @@ class VQA(VLMTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if bare := [sample.id for sample in self.samples if not plain(sample.answer)]:
+            raise ValueError(f"questions {bare[:5]} have no answer to be right or wrong about.")
         prompts = self.prompts(range(len(self.samples)))
         pairs = {(prompt, sample.answer) for prompt, sample in zip(prompts, self.samples)}
         lengths = [len(continuation(self.inputs.tokenizer, *pair)) for pair in sorted(pairs)]

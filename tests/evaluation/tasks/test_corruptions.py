@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from hf_robust_vision.data.corruptions import EXTRA_FAMILIES, FAMILIES, corrupt
 from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.samples import SampleStore
 from hf_robust_vision.evaluation.tasks import corruptions
-from hf_robust_vision.evaluation.tasks.corruptions import EXTRA_FAMILIES, FAMILIES, corrupt, evaluate_corruptions
+from hf_robust_vision.evaluation.tasks.corruptions import evaluate_corruptions
 from tests.conftest import SIZE
 
 

@@ -170,6 +170,12 @@ def test_killed_and_resumed_equals_unbroken(vlm, processor, questions, tmp_path)
     assert resumed.robust_accuracy == whole.robust_accuracy
 
 
+def test_a_question_without_an_answer_is_named(vlm, processor, questions):
+    """findings-swap 14."""
+    with pytest.raises(ValueError, match=rf"questions \[{questions[1].id}\] have no answer"):
+        measure(vlm, processor, [questions[0], replace(questions[1], answer=" ")], VLMProtocol((0.0,)))
+
+
 def test_blank_image_is_a_control(vlm, processor, questions):
     how = VLMProtocol((0.0,), steps=1, restarts=1)
     (seen,) = measure(vlm, processor, questions, how)
