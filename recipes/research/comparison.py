@@ -110,21 +110,6 @@ def table(content: Mapping[str, Any], group: str) -> str:
     return "\n".join(lines)
 
 
-def short_table(content: Mapping[str, Any], methods: Sequence[str], radii: Sequence[str]) -> str:
-    """A few methods at a few radii, both groups of classes in one row, as Markdown; the page has all of it."""
-    heads = [f"{group}, {name}" for group in ("seen", "unseen") for name in ("clean", *radii)]
-    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for method in methods:
-        rows = [row for row in content["rows"] if row["method"] == method]
-        cells = [
-            spread(column)
-            for row in rows
-            for column in (row["clean_accuracy"], *(row["robust_accuracy"][radius] for radius in radii))
-        ]
-        lines.append(f"| {rows[0]['label']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation in percent; the mean alone of a single value."""
     mean = f"{100 * statistics.mean(values):.1f}"

@@ -8,7 +8,6 @@ from comparison import (
     command_line,
     paired_interval,
     section,
-    short_table,
     spread,
     table,
     write_page,
@@ -120,12 +119,6 @@ def test_few_seeds_are_stretched_to_their_own_spread():
     differences = torch.tensor([[0.5] * 10, [0.0] * 10, [-0.5] * 10], dtype=torch.double)
     _, low, high = paired_interval(differences)
     assert (low, high) == pytest.approx((-0.5 * 1.5**0.5, 0.5 * 1.5**0.5))
-
-
-def test_short_table_has_both_groups_in_one_row():
-    lines = short_table(content(), ("tecoa",), ("8/255",)).splitlines()
-    assert lines[0] == "| method | seen, clean | seen, 8/255 | unseen, clean | unseen, 8/255 |"
-    assert lines[2:] == ["| TECOA | 60.0 ± 14.1 | 30.0 ± 7.1 | 60.0 ± 14.1 | 30.0 ± 7.1 |"]
 
 
 def test_a_page_names_no_folder_of_its_machine():
