@@ -20,6 +20,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import Required, Unpack
 
 from hf_robust_vision import __version__
 from hf_robust_vision.pixels import check_images
@@ -36,14 +37,16 @@ READERS = min(4, os.cpu_count() or 1)  # threads that decode images while the de
 
 
 class Output(TypedDict, total=False):
-    """Where an evaluation writes and what it says.
+    """What an evaluation is called, where it runs and writes.
 
     Keys:
+        model_name: "before", "after", or a path, for the results. Needed.
         samples_dir: Folder for `samples-*.jsonl`. A call that was interrupted goes on from there, and a repeated one
             measures nothing.
         progress: Show a bar on the main process.
     """
 
+    model_name: Required[str]
     samples_dir: str | Path | None
     progress: bool
 
@@ -59,15 +62,7 @@ class RunSettings(Output, total=False):
     save_images: Collection[SampleId]
 
 
-def evaluate(
-    task: Task,
-    how: RobustnessProtocol,
-    *,
-    model_name: str,
-    samples_dir: str | Path | None = None,
-    save_images: Collection[SampleId] = (),
-    progress: bool = True,
-) -> list[RobustnessResult]:
+def evaluate(task: Task, how: RobustnessProtocol, **settings: Unpack[RunSettings]) -> list[RobustnessResult]:
     """Measure a task, one result per metric and level.
 
     The samples are shared out over the processes of `torch.distributed`, and each is measured exactly once. Weights,
@@ -76,15 +71,16 @@ def evaluate(
     Args:
         task: What is measured.
         how: Attacks and radii.
-        model_name: "before", "after", or a path, for the results.
-        samples_dir: See `RunSettings`, as for the others.
-        save_images: Ids of samples.
-        progress: Show a bar.
+        settings: See `RunSettings`.
 
     Raises:
         ValueError: If two samples share an id, images have no folder to go to, the model gives values that are not
             finite, or it can not be attacked (float16, offloaded).
     """
+    if "model_name" not in settings:
+        raise TypeError('model_name= is missing: "before", "after" or a path, as results are to call the model.')
+    model_name, save_images = settings["model_name"], set(settings.get("save_images", ()))
+    samples_dir = settings.get("samples_dir")
     if save_images and samples_dir is None:
         raise ValueError("save_images needs a samples_dir to save them in.")
     if twice := [sample for sample, count in Counter(task.ids).items() if count > 1]:
@@ -109,7 +105,8 @@ def evaluate(
     saved = AdversarialImages((folder or Path()) / store.images)
     store.forget({sample for sample in save_images if sample not in saved})
     with attack_mode(task.model):
-        _Flow(task, how, levels, store, saved, set(save_images), f"{model_name}: {task.kind}", progress).run()
+        flow = _Flow(task, how, levels, store, saved, save_images, f"{model_name}: {task.kind}")
+        flow.run(show=settings.get("progress", True))
     records = store.gather(task.ids)
     results = []
     by_level = [[records[sample][place] for sample in task.ids] for place in range(len(levels))]
@@ -177,16 +174,16 @@ class _Flow:
     saved: AdversarialImages
     save: set[SampleId]
     label: str
-    show: bool
 
-    def run(self) -> None:
+    def run(self, *, show: bool) -> None:
+        """Measure what the store does not hold yet."""
         rank, world = rank_and_world()
         ids, known = self.task.ids, self.store.progress
         todo = [at for at in range(rank, len(ids), world) if ids[at] not in known or not known[ids[at]].done]
         self.size = self.how.batch_size
         self.waiting: dict[_Place, deque[_Flight]] = defaultdict(deque)
         source = prefetched(self.task.load, todo, ahead=2 * self.size)
-        self.bar = tqdm(total=len(todo), desc=self.label, disable=not self.show or rank > 0)
+        self.bar = tqdm(total=len(todo), desc=self.label, disable=not show or rank > 0)
         while True:
             full = [place for place, flights in self.waiting.items() if len(flights) >= self.size]
             if full:

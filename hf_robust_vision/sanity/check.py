@@ -139,15 +139,24 @@ def add_retrieval_sanity(
             add_sanity(own, {name: task}, _narrowed(how, int(k)).robustness(direction), **settings)
 
 
+class SurrogateSettings(SanitySettings, total=False):
+    """As `SanitySettings`, and another model for images of the same size.
+
+    Keys:
+        surrogate: The model.
+        surrogate_bank: Its classifier; by default the same.
+    """
+
+    surrogate: Encoder | None
+    surrogate_bank: TextBank | None
+
+
 def check_sanity(
     encoder: Encoder,
     bank: TextBank,
     dataset: LabelledImages,
     how: RobustnessProtocol,
-    *,
-    surrogate: Encoder | None = None,
-    surrogate_bank: TextBank | None = None,
-    **settings: Unpack[SanitySettings],
+    **settings: Unpack[SurrogateSettings],
 ) -> dict[str, Any]:
     """`check_task` of a zero-shot classification.
 
@@ -156,12 +165,24 @@ def check_sanity(
         bank: Its zero-shot classifier.
         dataset: What it was measured on.
         how: How it was measured.
-        surrogate: Another model for images of the same size.
-        surrogate_bank: Its classifier; by default the same `bank`.
-        settings: See `SanitySettings`.
+        settings: See `SurrogateSettings`.
     """
-    other = ZeroShot(surrogate, surrogate_bank or bank, dataset) if surrogate is not None else None
-    return check_task(ZeroShot(encoder, bank, dataset), how, surrogate=other, **settings)
+    rest: Any = dict(settings)
+    second, second_bank = rest.pop("surrogate", None), rest.pop("surrogate_bank", None)
+    other = ZeroShot(second, second_bank or bank, dataset) if second is not None else None
+    return check_task(ZeroShot(encoder, bank, dataset), how, surrogate=other, **rest)
+
+
+class RetrievalSanitySettings(SanitySettings, total=False):
+    """As `SanitySettings`, and what is searched.
+
+    Keys:
+        k: One of the protocol's, by default the smallest.
+        surrogate: Another model for images of the same size.
+    """
+
+    k: int | None
+    surrogate: CLIPEncoder | None
 
 
 def check_retrieval_sanity(
@@ -171,9 +192,7 @@ def check_retrieval_sanity(
     how: RetrievalProtocol,
     *,
     direction: str = "image_to_text",
-    k: int | None = None,
-    surrogate: CLIPEncoder | None = None,
-    **settings: Unpack[SanitySettings],
+    **settings: Unpack[RetrievalSanitySettings],
 ) -> dict[str, Any]:
     """`check_task` of a retrieval, in one direction at one k.
 
@@ -183,13 +202,13 @@ def check_retrieval_sanity(
         dataset: What it was measured on.
         how: How it was measured.
         direction: "image_to_text" or "text_to_image".
-        k: One of `how.ks`, by default the smallest.
-        surrogate: Another model.
-        settings: See `SanitySettings`.
+        settings: See `RetrievalSanitySettings`.
 
     Raises:
         ValueError: As `check_task`; or if there is no such direction or k.
     """
+    rest: Any = dict(settings)
+    k, surrogate = rest.pop("k", None), rest.pop("surrogate", None)
     if k is not None and k not in how.ks:
         raise ValueError(f"recall at {k} was not measured, only at {list(how.ks)}.")
     how = _narrowed(how, min(how.ks) if k is None else k)
@@ -197,7 +216,7 @@ def check_retrieval_sanity(
     other = (
         Retrieval(surrogate, tokenizer, dataset, direction, how.ks, how.batch_size) if surrogate is not None else None
     )
-    return check_task(task, how.robustness(direction), surrogate=other, **settings)
+    return check_task(task, how.robustness(direction), surrogate=other, **rest)
 
 
 def sanity_text(results: Sequence[RobustnessResult]) -> str:

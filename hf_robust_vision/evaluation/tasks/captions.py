@@ -179,17 +179,26 @@ class Captions(VLMTask):
         return {self.metric: summarize_scores(records)}
 
 
+class CaptionSettings(VLMSettings, total=False):
+    """As `VLMSettings`, and how captions are made, attacked and scored.
+
+    Keys:
+        metric: How captions are scored, by default `chrf()`.
+        attacked_references: How many references of a sample are attacked, one after the other; by default one.
+        max_new_tokens: Of a caption, 64 unless told otherwise.
+    """
+
+    metric: CaptionMetric | None
+    attacked_references: int
+    max_new_tokens: int
+
+
 def evaluate_captions(
     vlm: nn.Module,
     processor: Any,
     samples: Sequence[Captioned],
     how: VLMProtocol,
-    *,
-    prompt: str,
-    metric: CaptionMetric | None = None,
-    attacked_references: int = 1,
-    max_new_tokens: int = 64,
-    **settings: Unpack[VLMSettings],
+    **settings: Unpack[CaptionSettings],
 ) -> list[RobustnessResult]:
     """Mean score of generated captions on clean and on attacked images, one result per eps.
 
@@ -200,11 +209,7 @@ def evaluate_captions(
         processor: As in `evaluate_vqa`.
         samples: Images with their reference captions.
         how: Attacks and radii; `objectives=("nll",)` is the published attack.
-        prompt: With the image token, and "{}" for a sample's text, if it is to have one.
-        metric: How captions are scored, by default `chrf()`.
-        attacked_references: How many references of a sample are attacked, one after the other.
-        max_new_tokens: Of a caption.
-        settings: See `VLMSettings`.
+        settings: See `CaptionSettings`.
 
     Raises:
         TypeError: As `VLMTask`.
@@ -218,6 +223,5 @@ def evaluate_captions(
         precision, and from the clean image; its CIDEr needs corpus statistics and Java.
     """
     about, run = split_settings(settings)
-    own: dict[str, Any] = {"scored": metric or chrf(), "attacked_references": attacked_references}
-    own["max_new_tokens"] = max_new_tokens
-    return evaluate(Captions(vlm, processor, samples, prompt, **about, **own), how.robustness(), **run)
+    scored = about.pop("metric", None) or chrf()
+    return evaluate(Captions(vlm, processor, samples, **about, scored=scored), how.robustness(), **run)

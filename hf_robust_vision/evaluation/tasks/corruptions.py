@@ -176,18 +176,26 @@ class Corruptions(Task):
         return {self.metric: summary}
 
 
+class CorruptionSettings(RunSettings, total=False):
+    """As `RunSettings`, and what is done to the images.
+
+    Keys:
+        families: Out of `FAMILIES` and `EXTRA_FAMILIES`; by default those of `FAMILIES` that the library has.
+        severities: Out of 1 to 5; by default all.
+        seed: Of the corruptions.
+        batch_size: Images classified at once.
+        device: Where to run; by default where the encoder is.
+    """
+
+    families: Sequence[str] | None
+    severities: Sequence[int]
+    seed: int
+    batch_size: int
+    device: torch.device | str | None
+
+
 def evaluate_corruptions(
-    encoder: Encoder,
-    bank: TextBank,
-    dataset: LabelledImages,
-    *,
-    model_name: str,
-    families: Sequence[str] | None = None,
-    severities: Sequence[int] = SEVERITIES,
-    seed: int = 0,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    **settings: Unpack[RunSettings],
+    encoder: Encoder, bank: TextBank, dataset: LabelledImages, **settings: Unpack[CorruptionSettings]
 ) -> list[RobustnessResult]:
     """Accuracy on corrupted images, one result per severity.
 
@@ -195,23 +203,19 @@ def evaluate_corruptions(
         encoder: The model.
         bank: The zero-shot classifier.
         dataset: Labelled images of at least 32 pixels a side.
-        model_name: "before", "after", or a path, for the results.
-        families: Out of `FAMILIES` and `EXTRA_FAMILIES`; by default those of `FAMILIES` that the library has.
-        severities: Out of 1 to 5.
-        seed: Of the corruptions.
-        batch_size: Images classified at once.
-        device: Where to run; by default where the encoder is.
-        settings: See `RunSettings`.
+        settings: See `CorruptionSettings`.
 
     Raises:
         ModuleNotFoundError: If the library is not installed; the message is the line to type.
         ValueError: As `Corruptions` and `evaluate`.
     """
+    rest: Any = dict(settings)
+    families, device, seed = rest.pop("families", None), rest.pop("device", None), rest.pop("seed", 0)
     if families is None:
         families = [name for name in FAMILIES if name in library().corruption_dict]
     if device is not None:
         encoder.to(torch.device(device))
-    task = Corruptions(encoder, bank, dataset, families, severities, seed)
+    task = Corruptions(encoder, bank, dataset, families, rest.pop("severities", SEVERITIES), seed)
     # Each severity is a corruption of its own: what fell at a lower one may stand at a higher one.
-    how = RobustnessProtocol(Protocol(PROTOCOL, (), carry=False), (1.0,), batch_size=batch_size, seed=seed)
-    return evaluate(task, how, model_name=model_name, **settings)
+    once = Protocol(PROTOCOL, (), carry=False)
+    return evaluate(task, RobustnessProtocol(once, (1.0,), batch_size=rest.pop("batch_size", 64), seed=seed), **rest)

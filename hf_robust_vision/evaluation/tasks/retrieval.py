@@ -226,7 +226,6 @@ def evaluate_retrieval(
     dataset: CaptionedImages,
     how: RetrievalProtocol,
     *,
-    model_name: str,
     save_images: bool = False,
     **settings: Unpack[Output],
 ) -> list[RobustnessResult]:
@@ -240,7 +239,6 @@ def evaluate_retrieval(
         tokenizer: Of its text tower.
         dataset: Images with captions.
         how: Attacks, radii and ks.
-        model_name: "before", "after", or a path, for the results.
         save_images: Keep the images of all samples, for `remeasure_retrieval`.
         settings: See `Output`.
 
@@ -254,7 +252,7 @@ def evaluate_retrieval(
     for direction in DIRECTIONS:
         task = Retrieval(encoder, tokenizer, dataset, direction, how.ks, how.batch_size)
         keep = task.ids if save_images else ()
-        results += evaluate(task, how.robustness(direction), model_name=model_name, save_images=keep, **settings)
+        results += evaluate(task, how.robustness(direction), save_images=keep, **settings)
     return results
 
 

@@ -85,17 +85,25 @@ class ChosenText(VLMTask):
         return {self.metric: {"attack_success": said, **summarize(records)}}
 
 
+class TargetedSettings(VLMSettings, total=False):
+    """As `VLMSettings`, and what the model is asked to do.
+
+    Keys:
+        task: "vqa" (the default) or "caption".
+        max_new_tokens: Of the generated text, 64 unless told otherwise.
+    """
+
+    task: str
+    max_new_tokens: int
+
+
 def evaluate_targeted(
     vlm: nn.Module,
     processor: Any,
     samples: Sequence[Sample],
     target: str,
     how: VLMProtocol,
-    *,
-    prompt: str,
-    task: str = "vqa",
-    max_new_tokens: int = 64,
-    **settings: Unpack[VLMSettings],
+    **settings: Unpack[TargetedSettings],
 ) -> list[RobustnessResult]:
     """How often an attacker makes the model say a chosen text, one result per eps.
 
@@ -108,10 +116,7 @@ def evaluate_targeted(
         samples: Images with the texts that go into the prompt; questions will do.
         target: What the attacker wants to hear.
         how: Attacks and radii; "margin" raises the target's weakest token over the best other one.
-        prompt: With "{}" for a sample's text, if it is to have one, and the image token.
-        task: What the model is asked to do, "vqa" or "caption".
-        max_new_tokens: Of the generated text.
-        settings: See `VLMSettings`.
+        settings: See `TargetedSettings`.
 
     Raises:
         TypeError: As `VLMTask`.
@@ -121,8 +126,8 @@ def evaluate_targeted(
         Schlarmann et al. 2024, https://huggingface.co/papers/2402.12336, section 4.2.
     """
     about, run = split_settings(settings)
-    chosen: dict[str, Any] = {"target": target, "max_new_tokens": max_new_tokens, "asked": task}
-    return evaluate(ChosenText(vlm, processor, samples, prompt, **about, **chosen), how.robustness(), **run)
+    chosen = {"target": target, "asked": about.pop("task", "vqa")}
+    return evaluate(ChosenText(vlm, processor, samples, **about, **chosen), how.robustness(), **run)
 
 
 def check_target(tokenizer: Any, prompt: str, target: str, max_new_tokens: int) -> None:

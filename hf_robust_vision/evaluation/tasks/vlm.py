@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Required
 
 from hf_robust_vision.attacks import Attack, StartNoise
 from hf_robust_vision.attacks import Protocol as Attacks
@@ -84,16 +85,16 @@ class VLMSettings(RunSettings, total=False):
     """What every evaluation of a vision-language model takes beside model, processor, samples and protocol.
 
     Keys:
-        model_name: "before", "after" or a path. Needed.
+        prompt: With "{}" for a sample's text, if it is to have one, and the processor's image token. Needed.
         dataset: Name of the data. Needed.
         split: Of the data. Needed.
         group: Which samples these are.
         blank: Show a grey image instead (control: what is answerable without looking).
     """
 
-    model_name: str
-    dataset: str
-    split: str
+    prompt: Required[str]
+    dataset: Required[str]
+    split: Required[str]
     group: str
     blank: bool
 
@@ -207,7 +208,7 @@ class VLMTask(Task):
     stronger = "raise steps and restarts, attack both objectives"
 
 
-def split_settings(settings: VLMSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """What belongs to the task, and what to the run."""
-    own = {key: value for key, value in settings.items() if key in ("dataset", "split", "group", "blank")}
-    return own, {key: value for key, value in settings.items() if key not in own}
+    run = {key: value for key, value in settings.items() if key in RunSettings.__annotations__}
+    return {key: value for key, value in settings.items() if key not in run}, run

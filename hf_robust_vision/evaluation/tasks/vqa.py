@@ -146,8 +146,6 @@ def evaluate_vqa(
     processor: Any,
     questions: Sequence[Question],
     how: VLMProtocol,
-    *,
-    prompt: str,
     **settings: Unpack[VLMSettings],
 ) -> list[RobustnessResult]:
     """Share of questions answered rightly on clean and on attacked images, one result per eps.
@@ -159,7 +157,6 @@ def evaluate_vqa(
         processor: Its processor, or a `VLMInputs` of the model.
         questions: With ids that name them.
         how: Attacks and radii.
-        prompt: With "{}" for the question and the processor's image token.
         settings: See `VLMSettings`.
 
     Raises:
@@ -167,7 +164,7 @@ def evaluate_vqa(
         ValueError: As `VQA` and `evaluate`.
     """
     about, run = split_settings(settings)
-    return evaluate(VQA(vlm, processor, questions, prompt, **about), how.robustness(), **run)
+    return evaluate(VQA(vlm, processor, questions, **about), how.robustness(), **run)
 
 
 def remeasure_vqa(

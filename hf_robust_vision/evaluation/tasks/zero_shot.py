@@ -155,7 +155,6 @@ def evaluate_zero_shot(
     dataset: LabelledImages,
     how: RobustnessProtocol,
     *,
-    model_name: str,
     device: torch.device | str | None = None,
     **settings: Unpack[RunSettings],
 ) -> list[RobustnessResult]:
@@ -166,7 +165,6 @@ def evaluate_zero_shot(
         bank: The zero-shot classifier.
         dataset: Labelled images.
         how: Attacks and radii.
-        model_name: "before", "after", or a path, for the results.
         device: Where to run; by default where the encoder is.
         settings: See `RunSettings`.
 
@@ -175,7 +173,7 @@ def evaluate_zero_shot(
     """
     if device is not None:
         encoder.to(torch.device(device))
-    return evaluate(ZeroShot(encoder, bank, dataset), how, model_name=model_name, **settings)
+    return evaluate(ZeroShot(encoder, bank, dataset), how, **settings)
 
 
 def remeasure(
