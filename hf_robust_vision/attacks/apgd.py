@@ -31,15 +31,13 @@ def apgd(
     """Raise an objective inside a ball with the published step-size schedule, per image.
 
     Args:
-        objective: Images in [0, 1] to one loss per image.
-        images: Clean images in [0, 1], shape (batch, 3, height, width).
-        ball: Where the perturbation may go.
+        objective: As in `pgd`.
+        images: As in `pgd`.
+        ball: As in `pgd`.
         steps: Gradient steps per restart, after the first gradient at the start.
-        noise: Random start. None starts at the clean image: where the gradient is zero there (an embedding
-            distance to the model's own clean embedding) the attack never leaves it.
-        restarts: Independent starts, of which the best counts; more than one needs `noise`.
-        fooled: If given, an image that it flags is finished and leaves the batch. The objective must then offer
-            `take(rows)`.
+        noise: As in `pgd`.
+        restarts: As in `pgd`.
+        fooled: As in `pgd`.
         initial_step: First step size, as a multiple of eps.
 
     Returns:
@@ -53,16 +51,9 @@ def apgd(
         Croce and Hein 2020, https://huggingface.co/papers/2003.01690, algorithm 1.
     """
     check_settings(steps, restarts, noise)
-    if ball.eps == 0 or len(images) == 0:
-        return images.detach().clone()
-    images = images.detach()
-    keeper = Keeper(images, best=True)
-    guard = GradientGuard(images.device)
-    for restart in range(restarts):
-        rows = keeper.unfinished()
-        if len(rows) == 0:
-            break
-        run = Survivors(rows, objective, fooled, images, noise)
+    whole = Survivors(objective, fooled, images.detach(), noise)
+    keeper, guard = Keeper(whole.images), GradientGuard(images.device)
+    for restart, run in keeper.runs(whole, ball, restarts):
         _one_run(run, keeper, guard, ball, run.start(ball, restart), steps, initial_step * ball.eps)
     guard.report()
     return keeper.images
@@ -110,6 +101,7 @@ class _State:
     def move(self, ball: Ball, images: Tensor, momentum: float) -> Tensor:
         """The next iterate: a projected step, mixed with the previous move, projected again."""
         step = ball.project(self.current + self.step_size * ball.ascend(self.gradient), images)
+        # The last move may point out of the ball, so that even a mix of two points of the ball may lie outside.
         mixed = self.current + momentum * (step - self.current) + (1 - momentum) * (self.current - self.previous)
         return ball.project(mixed, images)
 
@@ -125,6 +117,8 @@ class _State:
 
     def check(self, window: int) -> None:
         """End of a window: where the loss oscillated or did not improve, halve the step and go back to the best."""
+        # A step that is too long jumps to and fro over a maximum, or circles it without a new best loss. One that was
+        # halved a window ago gets this window before it is called stalled.
         oscillated = self.rises <= RISE_SHARE * window
         stalled = ~self.halved_at_check & (self.loss_at_check >= self.best_loss)
         halve = oscillated | stalled
@@ -133,7 +127,7 @@ class _State:
         pick = halve.view(-1, 1, 1, 1)
         self.step_size = torch.where(pick, self.step_size / 2, self.step_size)
         self.current = torch.where(pick, self.best, self.current)
-        self.gradient = torch.where(pick, self.best_gradient, self.gradient)
+        self.gradient = torch.where(pick, self.best_gradient, self.gradient)  # kept, so that going back is free
 
 
 def _one_run(
@@ -141,6 +135,8 @@ def _one_run(
 ) -> None:
     losses, gradient = value_and_gradient(run.objective, start)
     state = _State.at(start.detach(), losses, guard(gradient), step_size)
+    # The first window is the longest: steps of 2 * eps look for a region first. Each later one is shorter, since the
+    # step inside it has less to explore.
     window, shortest, shorter = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
     since_check = 0
     scored = start
@@ -151,6 +147,7 @@ def _one_run(
                 return
             run.keep(going)
             state.keep(going)
+        # There is no move before the first one that it could be mixed with.
         scored = state.move(ball, run.images, 1.0 if step == 0 else MOMENTUM)
         losses, gradient = value_and_gradient(run.objective, scored)
         state.record(scored.detach(), losses, guard(gradient))

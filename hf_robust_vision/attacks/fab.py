@@ -10,7 +10,7 @@ from torch import Tensor
 from .balls import Ball
 from .noise import StartNoise
 from .objectives import Objective, Success
-from .search import GradientGuard, Survivors, check_settings, value_and_gradient
+from .search import GradientGuard, Keeper, Survivors, check_settings, value_and_gradient
 
 
 OVERSHOOT = 1.05  # how far beyond the linearised boundary a step goes
@@ -36,7 +36,7 @@ def fab(
     Args:
         objective: Images in [0, 1] to one value per image: below zero on this side of the boundary, above it beyond.
             It must offer `take(rows)`.
-        images: Clean images in [0, 1], shape (batch, 3, height, width).
+        images: As in `pgd`.
         ball: What is near enough; its `eps` does not steer the search.
         fooled: What counts as fooled.
         steps: Gradient steps per restart.
@@ -58,57 +58,30 @@ def fab(
     check_settings(steps, restarts, noise)
     if fooled is None:
         raise ValueError("fab looks for the nearest image that fools: it needs to be told what fools (fooled=).")
-    if ball.eps == 0 or len(images) == 0:
-        return images.detach().clone()
-    search = _Search(images.detach(), ball, nearest)
-    guard = GradientGuard(images.device)
-    for restart in range(restarts):
-        run = Survivors(search.unfinished(), objective, fooled, search.clean, noise)
-        start = run.images if restart == 0 else (run.images + run.start(ball, restart)) / 2
-        _one_run(run, search, guard, start, steps)
+    whole = Survivors(objective, fooled, images.detach(), noise)
+    keeper, guard = Keeper(whole.images), GradientGuard(images.device)
+    for restart, run in keeper.runs(whole, ball, restarts):
+        current = run.images.clone() if restart == 0 else (run.images + run.start(ball, restart)) / 2
+        for _ in range(steps):
+            values, gradient = value_and_gradient(run.objective, current)
+            current = _step(current.detach(), run.images, values, guard(gradient), ball)
+            # With its graph kept: where nothing is fooled, `Logits` gives the next gradient without another pass.
+            with torch.enable_grad():
+                hits = cast(Success, run.fooled)(current.requires_grad_(True))
+            distance = ball.distance(current.detach(), run.images)
+            nearer = hits & (distance <= ball.eps) & (-distance > keeper.losses[run.rows])
+            going = keeper.keep(run, current, -distance, nearer, None if nearest else nearer)
+            if going is not None:
+                if len(going) == 0:
+                    break
+                run.keep(going)
+                current, hits = current.detach()[going], hits[going]
+            if bool(hits.any()):
+                # Back over the boundary: from beyond it no step finds anything nearer.
+                retreat = run.images + RETREAT * (current.detach() - run.images)
+                current = torch.where(hits.view(-1, 1, 1, 1), retreat, current.detach())
     guard.report()
-    return search.found
-
-
-class _Search:
-    """The nearest fooling image of each image so far, if it lies in the ball."""
-
-    def __init__(self, images: Tensor, ball: Ball, nearest: bool):
-        self.clean, self.ball, self.nearest = images, ball, nearest
-        self.found = images.clone()
-        self.distance = torch.full((len(images),), torch.inf, device=images.device, dtype=images.dtype)
-
-    def unfinished(self) -> Tensor:
-        """Rows that the search goes on with."""
-        open_rows = torch.ones_like(self.distance, dtype=torch.bool) if self.nearest else self.distance.isinf()
-        return open_rows.nonzero().flatten()
-
-    def offer(self, rows: Tensor, adversarial: Tensor, hits: Tensor) -> Tensor | None:
-        """Keep what fools and is nearer than before; say which of these rows go on, or None for all of them."""
-        distance = self.ball.distance(adversarial, self.clean[rows])
-        nearer = hits & (distance <= self.ball.eps) & (distance < self.distance[rows])
-        self.found[rows[nearer]] = adversarial[nearer]
-        self.distance[rows[nearer]] = distance[nearer]
-        return None if self.nearest or not bool(nearer.any()) else (~nearer).nonzero().flatten()
-
-
-def _one_run(run: Survivors, search: _Search, guard: GradientGuard, start: Tensor, steps: int) -> None:
-    current = start.clone()
-    for _ in range(steps):
-        if len(current) == 0:
-            return
-        values, gradient = value_and_gradient(run.objective, current)
-        current = _step(current.detach(), run.images, values, guard(gradient), search.ball)
-        # With its graph kept: where nothing is fooled, `Logits` gives the next gradient without another forward pass.
-        with torch.enable_grad():
-            hits = cast(Success, run.fooled)(current.requires_grad_(True))
-        going = search.offer(run.rows, current.detach(), hits)
-        if going is not None:
-            run.keep(going)
-            current, hits = current.detach()[going], hits[going]
-        if bool(hits.any()):
-            retreat = run.images + RETREAT * (current.detach() - run.images)
-            current = torch.where(hits.view(-1, 1, 1, 1), retreat, current.detach())
+    return keeper.images
 
 
 def _step(current: Tensor, images: Tensor, values: Tensor, gradient: Tensor, ball: Ball) -> Tensor:

@@ -68,8 +68,8 @@ class _PerSample:
 
 
 @dataclass(frozen=True)
-class CrossEntropy(_PerSample):
-    """Cross-entropy of the true class.
+class _OfClasses(_PerSample):
+    """Shared by objectives of a classifier.
 
     Args:
         logits: Images to logits, shape (batch, classes).
@@ -79,18 +79,28 @@ class CrossEntropy(_PerSample):
     logits: ImagesToLogits
     labels: Tensor
 
+
+@dataclass(frozen=True)
+class _Targeted(_OfClasses):
+    """Shared by objectives that pull towards a chosen class.
+
+    Args:
+        targets: Wanted classes, shape (batch,).
+    """
+
+    targets: Tensor
+
+
+class CrossEntropy(_OfClasses):
+    """Cross-entropy of the true class, from `logits` and `labels`."""
+
     def __call__(self, images: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
         return F.cross_entropy(self.logits(images), self.labels, reduction="none")
 
 
-@dataclass(frozen=True)
-class DLR(_PerSample):
-    """Difference of logits ratio, invariant to shift and scale of the logits.
-
-    Args:
-        logits: Images to logits of at least 3 classes.
-        labels: True classes, shape (batch,).
+class DLR(_OfClasses):
+    """Difference of logits ratio, invariant to shift and scale of the logits, from `logits` and `labels`.
 
     Raises:
         ValueError: If there are fewer than 3 classes, for which the ratio is not defined.
@@ -98,9 +108,6 @@ class DLR(_PerSample):
     Reference:
         Croce and Hein 2020, https://huggingface.co/papers/2003.01690, eq. 6.
     """
-
-    logits: ImagesToLogits
-    labels: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
@@ -110,14 +117,8 @@ class DLR(_PerSample):
         return -_margin(logits, self.labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 
 
-@dataclass(frozen=True)
-class TargetedDLR(_PerSample):
-    """Difference of logits ratio towards a chosen class.
-
-    Args:
-        logits: Images to logits of at least 4 classes.
-        labels: True classes, shape (batch,).
-        targets: Wanted classes, shape (batch,).
+class TargetedDLR(_Targeted):
+    """Difference of logits ratio towards a chosen class, from `logits`, `labels` and `targets`.
 
     Raises:
         ValueError: If there are fewer than 4 classes, for which the ratio is not defined.
@@ -125,10 +126,6 @@ class TargetedDLR(_PerSample):
     Reference:
         Croce and Hein 2020, https://huggingface.co/papers/2003.01690, eq. 7.
     """
-
-    logits: ImagesToLogits
-    labels: Tensor
-    targets: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
@@ -139,36 +136,16 @@ class TargetedDLR(_PerSample):
         return -(_pick(logits, self.labels) - _pick(logits, self.targets)) / spread
 
 
-@dataclass(frozen=True)
-class Margin(_PerSample):
-    """Highest wrong logit minus the true one: above zero where the image is misclassified.
-
-    Args:
-        logits: Images to logits, shape (batch, classes).
-        labels: True classes, shape (batch,).
-    """
-
-    logits: ImagesToLogits
-    labels: Tensor
+class Margin(_OfClasses):
+    """Highest wrong logit minus the true one: above zero where the image is misclassified."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
         return -_margin(self.logits(images), self.labels)
 
 
-@dataclass(frozen=True)
-class TargetedMargin(_PerSample):
-    """Logit of a chosen class minus the true one: zero on the boundary between the two.
-
-    Args:
-        logits: Images to logits, shape (batch, classes).
-        labels: True classes, shape (batch,).
-        targets: Wanted classes, shape (batch,).
-    """
-
-    logits: ImagesToLogits
-    labels: Tensor
-    targets: Tensor
+class TargetedMargin(_Targeted):
+    """Logit of a chosen class minus the true one: zero on the boundary between the two."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
@@ -205,17 +182,11 @@ def cosine_distance(features: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(features.flatten(1), target.flatten(1), dim=1)
 
 
-@dataclass(frozen=True)
-class Misclassified(_PerSample):
+class Misclassified(_OfClasses):
     """Success of an untargeted attack: the highest logit is not the true class.
 
-    Args:
-        logits: Images to logits; give the same `Logits` as to the objective and nothing is computed twice.
-        labels: True classes, shape (batch,).
+    Given the same `Logits` as the objective, it computes nothing twice.
     """
-
-    logits: ImagesToLogits
-    labels: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
         """Boolean flags, shape (batch,). A logit that is not a number counts as fooled by nobody."""

@@ -51,19 +51,14 @@ def pgd(
     size = default_step(steps, ball) if step_size is None else step_size
     if step_size is not None:
         check_length("step_size", step_size, ball.norm, zero=ball.eps == 0)
-    if ball.eps == 0 or len(images) == 0:
-        return images.detach().clone()
-    images = images.detach()
-    keeper = Keeper(images, best or restarts > 1 or fooled is not None)
+    whole = Survivors(objective, fooled, images.detach(), noise)
+    keeper = Keeper(whole.images, best or restarts > 1 or fooled is not None)
     guard = GradientGuard(images.device)
-    for restart in range(restarts):
-        rows = keeper.unfinished()
-        if len(rows) == 0:
-            break
-        run = Survivors(rows, objective, fooled, images, noise)
+    for restart, run in keeper.runs(whole, ball, restarts):
         adversarial = run.start(ball, restart)
         for _ in range(steps):
             losses, gradient = value_and_gradient(run.objective, adversarial)
+            # Before the step: this pass, which the gradient needs, scores the iterate that it starts from.
             going = keeper.offer(run, adversarial, losses)
             adversarial, gradient = adversarial.detach(), guard(gradient)
             if going is not None:
@@ -96,5 +91,6 @@ def fgsm(objective: Objective, images: Tensor, ball: Ball, *, noise: StartNoise 
         Goodfellow et al. 2015, https://huggingface.co/papers/1412.6572; with a random start Wong et al. 2020,
         https://huggingface.co/papers/2001.03994.
     """
+    # The default of one step, 1.25 * eps, is Wong et al.'s: longer than eps, so that the start does not hold it back.
     size = ball.eps if noise is None else None
     return pgd(objective, images, ball, steps=1, step_size=size, noise=noise, best=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +31,14 @@ from .search import check_count
 from .square import square
 
 
-OBJECTIVES: dict[str, Callable[[ImagesToLogits, Tensor], Objective]] = {
-    "cross-entropy": CrossEntropy,
-    "dlr": DLR,
-    "margin": Margin,
+# Of classification, with the fewest classes for which they are defined; other tasks have names of their own.
+OBJECTIVES: dict[str, tuple[Callable[..., Objective], int]] = {
+    "cross-entropy": (CrossEntropy, 2),
+    "dlr": (DLR, 3),
+    "margin": (Margin, 2),
+    "targeted-dlr": (TargetedDLR, 4),
+    "targeted-margin": (TargetedMargin, 2),
 }
-TARGETED: dict[str, Callable[[ImagesToLogits, Tensor, Tensor], Objective]] = {
-    "targeted-dlr": TargetedDLR,
-    "targeted-margin": TargetedMargin,
-}
-MIN_CLASSES = {"dlr": 3, "targeted-dlr": 4}  # two for all others
 ALGORITHMS = {"pgd": "PGD", "apgd": "APGD", "fab": "FAB", "square": "Square, black box,"}
 OWN_STEPS = {
     "apgd": "adaptive, first 2 * eps",
@@ -100,10 +98,6 @@ class Attack:
         times = f", {self.restarts} restarts" if self.restarts > 1 else ""
         return f"{self.name}: {ALGORITHMS[self.algorithm]} on {self.objective}, {count}{size}{aim}{times}"
 
-    def min_classes(self) -> int:
-        """The fewest classes for which the objective is defined."""
-        return MIN_CLASSES.get(self.objective, 2)
-
     def run(
         self, objective: Objective, images: Tensor, ball: Ball, noise: StartNoise, fooled: Success | None = None
     ) -> Tensor:
@@ -151,7 +145,7 @@ class Attack:
         """
         try:
             name, objective, steps, restarts = (row[key] for key in ("name", "objective", "steps", "restarts"))
-            targets = int(row["target"].split()[0]) if objective in TARGETED else 0
+            targets = int(row["target"].split()[0]) if objective.startswith("targeted-") else 0
             # An L2 ball has no use for the fixed step: its row holds relative_step * eps, which may be over 1.
             relative = row.get("relative_step")
             fixed = min(row["step_size"], 1.0) if relative is not None else None
@@ -174,7 +168,6 @@ class Protocol:
         attacks: Run in order, each only on the samples that the ones before left unfooled.
         carry: A sample that fell at a smaller radius has fallen at a larger one, and is not attacked again. False
             where the count after each attack is to be that attack's own at that radius.
-
     """
 
     name: str
@@ -199,8 +192,16 @@ class Protocol:
         Args:
             steps: Gradient steps of every attack that takes gradients.
             restarts: Independent runs of every attack.
-            queries: Looks at the model of every attack that takes no gradient.
+            queries: Of the model, of every attack that takes no gradient.
+
+        Raises:
+            ValueError: If a budget is none, or there is no attack that it could be of.
         """
+        for name, budget, searches in (("steps", steps, False), ("queries", queries, True)):
+            if budget is not None and not any((a.algorithm == "square") == searches for a in self.attacks):
+                raise ValueError(
+                    f"{name}={budget} changes nothing: protocol {self.name!r} has no attack that takes {name}."
+                )
         return replace(
             self, attacks=tuple(dict.fromkeys(_budgeted(a, steps, restarts, queries) for a in self.attacks))
         )
@@ -211,12 +212,11 @@ class Protocol:
         Raises:
             ValueError: If there are fewer than 2 classes, an objective is none of classification, or no attack is left.
         """
-        for attack in self.attacks:
-            _check(attack)
         if classes < 2:
             raise ValueError(f"a classification attack needs at least 2 classes, got {classes}.")
-        kept = [attack for attack in self.attacks if attack.min_classes() <= classes]
-        left_out = [attack.name for attack in self.attacks if attack.min_classes() > classes]
+        needs = {attack: _of_classes(attack)[1] for attack in self.attacks}
+        kept = [attack for attack, need in needs.items() if need <= classes]
+        left_out = [attack.name for attack, need in needs.items() if need > classes]
         if not kept:
             raise ValueError(f"no attack of protocol {self.name!r} can run with {classes} classes.")
         fitted = tuple(replace(a, targets=min(a.targets, classes - 1)) if a.targets else a for a in kept)
@@ -241,20 +241,22 @@ def classification_objective(
     Raises:
         ValueError: If there is no such objective, or it is targeted without targets or the reverse.
     """
-    _check(attack)
-    if attack.objective in OBJECTIVES:
-        return OBJECTIVES[attack.objective](logits, labels)
-    return TARGETED[attack.objective](logits, labels, cast(Tensor, targets))
+    make, _ = _of_classes(attack)
+    if bool(attack.targets) != (targets is not None):
+        raise ValueError(f"attack {attack.name!r}: {attack.objective} needs targets for each image, or takes none.")
+    return make(logits, labels) if targets is None else make(logits, labels, targets)
 
 
-def _check(attack: Attack) -> None:
-    if attack.objective not in OBJECTIVES | TARGETED:
-        raise ValueError(_unknown(attack, "objective", attack.objective, OBJECTIVES | TARGETED))
-    if (attack.objective in TARGETED) != bool(attack.targets) or (attack.algorithm == "fab" and not attack.targets):
+def _of_classes(attack: Attack) -> tuple[Callable[..., Objective], int]:
+    if attack.objective not in OBJECTIVES:
+        raise ValueError(_unknown(attack, "objective", attack.objective, OBJECTIVES))
+    targeted = attack.objective.startswith("targeted-")
+    if targeted != bool(attack.targets) or (attack.algorithm == "fab" and not targeted):
         raise ValueError(
             f"attack {attack.name!r}: {attack.algorithm} on {attack.objective} with targets={attack.targets} can not "
             "run; fab needs a targeted objective, a targeted objective needs targets, and others have none."
         )
+    return OBJECTIVES[attack.objective]
 
 
 def _unknown(attack: Attack, kind: str, got: str, known: Iterable[str]) -> str:

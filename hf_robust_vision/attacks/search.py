@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from copy import copy
 from numbers import Integral
 from typing import cast
 
@@ -28,6 +30,7 @@ class GradientGuard:
     def __call__(self, gradient: Tensor) -> Tensor:
         """The gradient with zeros in the place of what is not finite."""
         self._seen += len(gradient)
+        # Counted on the device: to look at it in every step would make the host wait.
         self._bad += (~gradient.isfinite()).flatten(1).any(1).sum()
         return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -50,8 +53,10 @@ def value_and_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Te
             raise ValueError(
                 f"an objective must give one loss per image, shape ({len(images)},), got {tuple(losses.shape)}."
             )
+        # Of the sum, not of the mean: an image's step must not depend on how many others are in the batch.
         (gradient,) = torch.autograd.grad(losses.sum(), images)
-    return losses.detach().float() if losses.dtype in (torch.half, torch.bfloat16) else losses.detach(), gradient
+    # APGD counts in the dtype of the losses, and bfloat16 can not count beyond 256.
+    return losses.detach().to(torch.promote_types(losses.dtype, torch.float32)), gradient
 
 
 def check_count(name: str, value: int) -> None:
@@ -69,15 +74,11 @@ def check_settings(steps: int, restarts: int, noise: StartNoise | None) -> None:
 
 
 class Survivors:
-    """The images that one restart still works on: their rows in the batch, and all that closes over them."""
+    """The images that a run still works on: their rows in the batch, and all that closes over them."""
 
-    def __init__(
-        self, rows: Tensor, objective: Objective, fooled: Success | None, images: Tensor, noise: StartNoise | None
-    ):
+    def __init__(self, objective: Objective, fooled: Success | None, images: Tensor, noise: StartNoise | None):
         self.rows = torch.arange(len(images), device=images.device)
         self.objective, self.fooled, self.images, self.noise = objective, fooled, images, noise
-        if len(rows) < len(images):
-            self.keep(rows)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some rows only."""
@@ -102,17 +103,24 @@ class Survivors:
 class Keeper:
     """Remembers, for every image, the adversarial image to return."""
 
-    def __init__(self, images: Tensor, best: bool):
+    def __init__(self, images: Tensor, best: bool = True):
         self.images = images.clone()
         self.best = best
-        self.losses = torch.full((len(images),), -torch.inf, device=images.device, dtype=torch.float64)
-        if images.device.type == "mps":  # no float64 there
-            self.losses = self.losses.float()
+        # So that losses of every precision are compared as they are; mps has no float64.
+        precision = torch.float32 if images.device.type == "mps" else torch.float64
+        self.losses = torch.full((len(images),), -torch.inf, device=images.device, dtype=precision)
         self.finished = torch.zeros(len(images), dtype=torch.bool, device=images.device)
 
-    def unfinished(self) -> Tensor:
-        """Rows that no restart has fooled yet."""
-        return (~self.finished).nonzero().flatten()
+    def runs(self, whole: Survivors, ball: Ball, restarts: int) -> Iterator[tuple[int, Survivors]]:
+        """The restarts, each on the images that none before it has finished; none where the ball is a point."""
+        for restart in range(restarts if ball.eps > 0 else 0):
+            rows = (~self.finished).nonzero().flatten()
+            if len(rows) == 0:
+                return
+            run = copy(whole)
+            if len(rows) < len(whole.rows):
+                run.keep(rows)
+            yield restart, run
 
     def offer(self, run: Survivors, adversarial: Tensor, losses: Tensor) -> Tensor | None:
         """Keep what is better or fooled; say which rows of the run go on, or None for all of them."""
@@ -120,14 +128,20 @@ class Keeper:
             return None
         hit = run.fooled(adversarial) if run.fooled is not None else None
         better = losses > self.losses[run.rows]
-        take = better if hit is None else better | hit
+        return self.keep(run, adversarial, losses, better if hit is None else better | hit, hit)
+
+    def keep(
+        self, run: Survivors, adversarial: Tensor, losses: Tensor, take: Tensor, done: Tensor | None
+    ) -> Tensor | None:
+        """Keep the rows of the run that are flagged by `take`, and end those flagged by `done`; see `offer`."""
         rows = run.rows[take]
         self.images[rows] = adversarial.detach()[take]
         self.losses[rows] = losses[take].to(self.losses.dtype)
-        if hit is None or not bool(hit.any()):
+        # Once a step the host waits for the device here: what has fallen costs no further step.
+        if done is None or not bool(done.any()):
             return None
-        self.finished[run.rows[hit]] = True
-        return (~hit).nonzero().flatten()
+        self.finished[run.rows[done]] = True
+        return (~done).nonzero().flatten()
 
     def offer_last(self, run: Survivors, adversarial: Tensor) -> None:
         """Score the last iterate of a run without its gradient, or simply keep it."""

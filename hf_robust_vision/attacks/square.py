@@ -18,7 +18,7 @@ from .search import Keeper, Survivors, check_count, check_settings
 FIRST_SHARE = 0.8  # of the image's area that the first squares cover
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # proposals after which that share is halved
 TILES = 5  # per side of the image, at the start in an L2 ball
-BLOCK = 100  # proposals whose random numbers are drawn at once
+BLOCK = 100  # proposals whose random numbers are drawn at once: one by one they would cost more than a small model
 
 
 def square(
@@ -39,12 +39,11 @@ def square(
     Args:
         objective: Images in [0, 1] to one loss per image, `Margin` in the paper. It needs no gradient.
         images: Clean images in [0, 1], shape (batch, channels, height, width).
-        ball: Where the perturbation may go.
+        ball: As in `pgd`.
         noise: Owner of the random numbers.
-        queries: Looks at the model per image and restart, the start among them.
-        restarts: Independent searches, of which the best counts.
-        fooled: If given, an image that it flags is finished and leaves the batch. The objective must then offer
-            `take(rows)`.
+        queries: Of the model, per image and restart; the start is one.
+        restarts: As in `pgd`.
+        fooled: As in `pgd`.
 
     Returns:
         Adversarial images in [0, 1] of the same shape, at most `ball.eps` away, detached.
@@ -58,17 +57,12 @@ def square(
     # Deviation: the paper stretches its schedule of sizes with the budget; the standard AutoAttack does not, nor do we.
     check_count("queries", queries)
     check_settings(queries, restarts, noise)
-    if ball.eps == 0 or len(images) == 0:
-        return images.detach().clone()
-    images = images.detach()
-    keeper = Keeper(images, best=True)
+    whole = Survivors(objective, fooled, images.detach(), noise)
+    keeper = Keeper(whole.images)
     squares = _L2Squares(ball) if ball.norm == "l2" else _LinfSquares(ball)
     with torch.no_grad():
-        for restart in range(restarts):
-            rows = keeper.unfinished()
-            if len(rows):
-                run = Survivors(rows, objective, fooled, images, noise)
-                _one_run(run, keeper, squares, queries, restart)
+        for restart, run in keeper.runs(whole, ball, restarts):
+            _one_run(run, keeper, squares, queries, restart)
     return keeper.images
 
 
@@ -135,6 +129,8 @@ class _LinfSquares(_Squares):
 
     def start(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Vertical stripes."""
+        # The paper's start: convolutional networks are weakest against them. They lie at the edge of the ball, as every
+        # later proposal does, so that no query is spent on small changes.
         return self.ball.project(images + self.ball.eps * _signs(numbers), images)
 
     def numbers(self, channels: int) -> int:
@@ -183,6 +179,7 @@ class _L2Squares(_Squares):
 
     def propose(self, best: Tensor, images: Tensor, side: int, numbers: Tensor) -> Tensor:
         """Add hills to the first window, with the budget of both windows and what the ball has left."""
+        # In an L2 ball a change has to be paid for: the second window is set back to the clean image.
         down, right = _offsets(numbers[:, :2], side, images)
         here = _inside(down, right, side)
         there = _inside(*_offsets(numbers[:, 2:4], side, images), side)
