@@ -202,19 +202,8 @@ def evaluate_captions(
 ) -> list[RobustnessResult]:
     """Mean score of generated captions on clean and on attacked images, one result per eps.
 
-    `clean_accuracy` and `robust_accuracy` of the results are these means, as fractions, with normal 95 % intervals.
-
-    Args:
-        vlm: As in `evaluate_vqa`.
-        processor: As in `evaluate_vqa`.
-        samples: Images with their reference captions.
-        how: Attacks and radii; `objectives=("nll",)` is the published attack.
-        settings: See `CaptionSettings`.
-
-    Raises:
-        TypeError: As `VLMTask`.
-        ValueError: As `Captions` and `evaluate`.
-        ModuleNotFoundError: If the default metric's library is not installed.
+    `clean_accuracy` and `robust_accuracy` of the results are these means, as fractions, with normal 95 % intervals. Of
+    `how`, `objectives=("nll",)` is the published attack. All else is as for `evaluate_vqa`; see `Captions`.
 
     Reference:
         Schlarmann et al. 2024, https://huggingface.co/papers/2402.12336, section 4.1.

@@ -204,10 +204,6 @@ def evaluate_corruptions(
         bank: The zero-shot classifier.
         dataset: Labelled images of at least 32 pixels a side.
         settings: See `CorruptionSettings`.
-
-    Raises:
-        ModuleNotFoundError: If the library is not installed; the message is the line to type.
-        ValueError: As `Corruptions` and `evaluate`.
     """
     rest: Any = dict(settings)
     families, device, seed = rest.pop("families", None), rest.pop("device", None), rest.pop("seed", 0)

@@ -244,9 +244,6 @@ def evaluate_retrieval(
 
     Returns:
         One result for each direction, k and eps; `metric` is such as "image_to_text_recall@1".
-
-    Raises:
-        ValueError: As `Retrieval` and `evaluate`.
     """
     results = []
     for direction in DIRECTIONS:
@@ -259,18 +256,7 @@ def evaluate_retrieval(
 def remeasure_retrieval(
     encoder: CLIPEncoder, tokenizer: Any, dataset: CaptionedImages, result: RobustnessResult, folder: str | Path
 ) -> Remeasured:
-    """Search with, or for, the saved images of a result again, without any attack, and compare with its records.
-
-    Args:
-        encoder: The model that was measured, in the dtype that it was measured in.
-        tokenizer: Of its text tower.
-        dataset: That was measured on.
-        result: Of `evaluate_retrieval`, with saved images.
-        folder: Where the `robustness.json` of the result lies.
-
-    Raises:
-        ValueError: If the model or the task is another, or no images were saved.
-    """
+    """Search with, or for, the saved images of a result of `evaluate_retrieval` again; see `measure_again`."""
     if result.task != Retrieval.task:
         raise ValueError(f"this measures retrieval results again, the given one is of the task {result.task!r}.")
     direction, _, k = result.metric.partition("_recall@")

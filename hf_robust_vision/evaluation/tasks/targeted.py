@@ -108,19 +108,8 @@ def evaluate_targeted(
     """How often an attacker makes the model say a chosen text, one result per eps.
 
     `attack_success` of a result holds the attacker's rate on clean images (the control) and on attacked ones; the
-    accuracies are the shares of images that resist.
-
-    Args:
-        vlm: As in `evaluate_vqa`.
-        processor: As in `evaluate_vqa`.
-        samples: Images with the texts that go into the prompt; questions will do.
-        target: What the attacker wants to hear.
-        how: Attacks and radii; "margin" raises the target's weakest token over the best other one.
-        settings: See `TargetedSettings`.
-
-    Raises:
-        TypeError: As `VLMTask`.
-        ValueError: As `ChosenText` and `evaluate`.
+    accuracies are the shares of images that resist. Of the samples the texts go into the prompt; questions will do. All
+    else is as for `evaluate_vqa`; see `ChosenText`.
 
     Reference:
         Schlarmann et al. 2024, https://huggingface.co/papers/2402.12336, section 4.2.

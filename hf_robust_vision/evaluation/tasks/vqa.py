@@ -158,10 +158,6 @@ def evaluate_vqa(
         questions: With ids that name them.
         how: Attacks and radii.
         settings: See `VLMSettings`.
-
-    Raises:
-        TypeError: As `VQA`.
-        ValueError: As `VQA` and `evaluate`.
     """
     about, run = split_settings(settings)
     return evaluate(VQA(vlm, processor, questions, **about), how.robustness(), **run)
@@ -170,18 +166,7 @@ def evaluate_vqa(
 def remeasure_vqa(
     vlm: nn.Module, processor: Any, questions: Sequence[Question], result: RobustnessResult, folder: str | Path
 ) -> Remeasured:
-    """Ask the saved images of a result of `evaluate_vqa` again, without any attack, and compare with its records.
-
-    Args:
-        vlm: The model that was measured, in the dtype that it was measured in.
-        processor: As there.
-        questions: As there.
-        result: With saved images.
-        folder: Where the `robustness.json` of the result lies.
-
-    Raises:
-        ValueError: If the model or the task is another, or no images were saved.
-    """
+    """Ask about the saved images of a result of `evaluate_vqa` again; see `measure_again`."""
     prompt = str((result.generation or {}).get("prompt"))
     if result.task != VQA.task or (result.generation or {}).get("target") is not None:
         raise ValueError(f"this measures vqa results again, the given one is of the task {result.task!r}.")

@@ -167,9 +167,6 @@ def evaluate_zero_shot(
         how: Attacks and radii.
         device: Where to run; by default where the encoder is.
         settings: See `RunSettings`.
-
-    Raises:
-        ValueError: As `ZeroShot` and `evaluate`.
     """
     if device is not None:
         encoder.to(torch.device(device))
@@ -179,7 +176,7 @@ def evaluate_zero_shot(
 def remeasure(
     encoder: Encoder, bank: TextBank, result: RobustnessResult, folder: str | Path, *, batch_size: int = 64
 ) -> Remeasured:
-    """Classify the saved images of a zero-shot result again, without any attack, and compare with what was reported.
+    """Classify the saved images of a zero-shot result again; see `measure_again`.
 
     Args:
         encoder: The model that was measured, in the dtype that it was measured in.
@@ -189,7 +186,7 @@ def remeasure(
         batch_size: Images classified at once.
 
     Raises:
-        ValueError: If the model or the classifier is another, or no images were saved.
+        ValueError: As `measure_again`, or if the classifier is another.
     """
     if bank.template_hash != result.template_hash:
         raise ValueError("the bank has other class names or templates than the result; build it from the result's.")
