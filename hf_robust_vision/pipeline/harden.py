@@ -75,9 +75,7 @@ class PipelineArguments(DataArguments):
 
     def __post_init__(self) -> None:
         self.test_eps = [Radius(eps) for eps in self.test_eps]
-        get_protocol(self.test_protocol)
-        if self.test_restarts is not None and self.test_restarts < 1:
-            raise ValueError(f"test_restarts must be at least 1, got {self.test_restarts}.")
+        get_protocol(self.test_protocol, steps=self.test_steps, restarts=self.test_restarts, queries=self.test_queries)
 
 
 def parse(

@@ -188,6 +188,9 @@ class TestBadInput:
             (["--class_names", "nothing.txt"], "nothing.txt is not a file"),
             (["--resume_from_checkpoint", "true"], "no complete checkpoint"),
             (["--test_restarts", "0"], "restarts"),
+            (["--test_steps", "0"], "steps must be a whole number of at least 1"),  # findings-reliability 1 and 2
+            (["--test_protocol", "autoattack", "--test_queries", "-5"], "queries must be"),
+            (["--test_queries", "5"], "queries=5 changes nothing"),  # findings-reliability 8
         ],
         ids=lambda value: value[0] if isinstance(value, list) else "",
     )
