@@ -29,12 +29,14 @@ from hf_robust_vision.towers.clip import (
     freeze_unread,
     load_encoder,
     token_layer_of,
+    weights_sha256,
 )
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
+from hf_robust_vision.towers.weights import check_weights
 
 from .batch import Batch
-from .checkpoints import complete_checkpoint
-from .collapse import Spread, check_collapse, need_finite, warn_of_single_images
+from .checkpoints import Setting, complete_checkpoint
+from .collapse import Spread, check_collapse, warn_of_single_images
 from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
 from .layers import Reads, decay_learning_rates, freeze_first_blocks
@@ -95,8 +97,10 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         encoder = load_encoder(model) if isinstance(model, str) else as_encoder(model, _transform(processing_class))
         if has_adapter(encoder):
             raise ValueError("the model holds an adapter already; start from the model that it was trained on.")
-        need_finite(encoder, "the model to start from", "it is broken: name another --model_name_or_path.")
+        check_weights(encoder.state_dict(), "the model to start from")
         _need_updates(train_dataset, args)
+        sha256 = weights_sha256(encoder)
+        self.start = Setting(sha256, f"--model_name_or_path {encoder.name_or_path} (weights {sha256[:12]})")
         reads = self.reads(args)
         self.token_layer = token_layer_of(reads.feature, reads.token_layer)
         freeze_unread(encoder, **asdict(reads))
@@ -242,8 +246,12 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
 
     def check_health(self) -> None:
         """Stop a run whose weights are not finite, or whose embeddings collapsed in its last batch."""
-        what, hint = f"the model after step {self.state.global_step}", self._way_out("--max_grad_norm 1 or ")
-        need_finite(self.model, what, hint, self.accelerator.reduce)
+        shares = [getattr(value, "to_local", lambda v=value: v)() for value in self.model.parameters()]  # FSDP2's
+        broken = any(not value.isfinite().all() for value in shares)
+        # What one process has, all must see, or the others would wait for it.
+        if float(self.accelerator.reduce(shares[0].new_tensor(broken, dtype=torch.float32))):
+            hint = self._way_out("--max_grad_norm 1 or ")
+            raise ValueError(f"the weights are not finite after step {self.state.global_step}; {hint}")
         if self._last_images is not None:
             with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(self.model)):
                 embeds = encoder(self._last_images).image_embeds

@@ -1,18 +1,30 @@
-"""Which checkpoints were written to their end, and with which settings."""
+"""Which checkpoints were written to their end, and what a run that goes on from one has to find as it was.
+
+What says that a checkpoint is complete is its manifest, written last: the SHA-256 of its files, and its `Setting`s.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from hf_robust_vision.evaluation.results import write_atomically
 
 
-_MARKER = "checkpoint_complete"
-_SETTINGS = "method_settings.json"
+MANIFEST = "checkpoint_complete"
 _NUMBER = re.compile(r"^checkpoint-(\d+)$")
+
+
+class Setting(NamedTuple):
+    """Something that decides what is learnt: the value that counts, and what to type to have it."""
+
+    value: Any
+    typed: str
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -20,41 +32,89 @@ def is_checkpoint(folder: str | Path) -> bool:
     return _NUMBER.match(Path(folder).name) is not None
 
 
-def mark_complete(checkpoint: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+def mark_complete(checkpoint: str | Path, settings: Mapping[str, Setting]) -> None:
     """Say that every process has written its part of a checkpoint, and with which settings it was trained."""
-    if settings is not None:
-        (Path(checkpoint) / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-    (Path(checkpoint) / _MARKER).touch()
-
-
-def need_settings(checkpoint: str | Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint under other settings: what the run's record says would hold for a part of it.
-
-    Args:
-        checkpoint: A complete one; without a file of settings nothing is compared.
-        settings: What to type to its value, as `mark_complete` got it.
-
-    Raises:
-        ValueError: If a value differs.
-    """
-    file = Path(checkpoint) / _SETTINGS
-    old = json.loads(file.read_text()) if file.is_file() else {}
-    new = json.loads(json.dumps(settings))
-    if differing := [name for name, value in old.items() if name in new and new[name] != value]:
-        was, now = (", ".join(f"{name} {_typed(each[name])}" for name in differing) for each in (old, new))
-        raise ValueError(
-            f"{checkpoint} was trained with {was}, and this run has {now}; go on with {was}, or start anew in another "
-            "--output_dir."
-        )
-
-
-def _typed(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    folder = Path(checkpoint)
+    unmark(folder)
+    written = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = {file.relative_to(folder).as_posix(): _sha256(file) for file in written}
+    write_atomically(folder / MANIFEST, json.dumps({"files": files, "settings": settings}, indent=1) + "\n")
 
 
 def unmark(checkpoint: str | Path) -> None:
     """Say that a checkpoint is about to be written again."""
-    (Path(checkpoint) / _MARKER).unlink(missing_ok=True)
+    (Path(checkpoint) / MANIFEST).unlink(missing_ok=True)
+
+
+def complete_checkpoint(place: str | Path) -> str | None:
+    """The checkpoint itself if it is complete, or the last complete one of a run's folder; None if there is none.
+
+    A run that is killed while it saves leaves a folder that looks like the latest checkpoint and can not be loaded.
+    """
+    place = Path(place)
+    if (place / MANIFEST).is_file():
+        return str(place)
+    complete = _complete(place)
+    return str(complete[-1]) if complete else None
+
+
+def resumable_checkpoint(place: str | Path) -> str:
+    """As `complete_checkpoint`; it is whole.
+
+    Raises:
+        ValueError: If there is none, or one of its files is missing or damaged. The one before it is never taken
+            unasked: the message says how to ask.
+    """
+    found = complete_checkpoint(place)
+    if found is None:
+        raise ValueError(f"{place} holds no complete checkpoint to resume.")
+    if fault := fault_of(found):
+        run = Path(found).parent
+        earlier = [path for path in reversed(_complete(run)) if _step(path) < _step(Path(found))]
+        whole = next((path for path in earlier if fault_of(path) is None), None)
+        way = "no earlier one is whole: start anew in another --output_dir"
+        if whole is not None:
+            way = f"to go on from the one before it, type --resume_from_checkpoint {whole}"
+        raise ValueError(f"{fault}; {way}.")
+    return found
+
+
+def fault_of(checkpoint: str | Path) -> str | None:
+    """What is wrong with the files of a complete checkpoint; None for nothing."""
+    folder = Path(checkpoint)
+    try:
+        files = _manifest(folder)["files"]
+    except ValueError as error:
+        return str(error)
+    for name, sha256 in files.items():
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if _sha256(folder / name) != sha256:
+            return f"{folder / name} is damaged: it is not what was written"
+    # DeepSpeed and FSDP2 have other names for it than `Trainer`.
+    if not any("optim" in name for name in files):
+        return f"{folder} holds no optimizer, as --save_only_model true leaves it out"
+    return None
+
+
+def need_settings(checkpoint: str | Path, settings: Mapping[str, Setting]) -> None:
+    """Refuse to go on from a checkpoint under other settings: what the run's record says would hold for a part of it.
+
+    Args:
+        checkpoint: A complete one.
+        settings: Of this run. What the checkpoint does not know was added in a later version, and is not compared.
+
+    Raises:
+        ValueError: If a value differs.
+    """
+    old = {name: Setting(*value) for name, value in _manifest(Path(checkpoint))["settings"].items()}
+    new = {name: Setting(*value) for name, value in json.loads(json.dumps(settings)).items()}
+    if differing := [name for name in old if name in new and new[name].value != old[name].value]:
+        was, now = (", ".join(each[name].typed for name in differing) for each in (old, new))
+        raise ValueError(
+            f"{checkpoint} was trained with {was}, and this run has {now}; go on with {was}, or start anew in another "
+            "--output_dir."
+        )
 
 
 def rotate(run: str | Path, limit: int | None, *, best: str | None) -> None:
@@ -67,26 +127,39 @@ def rotate(run: str | Path, limit: int | None, *, best: str | None) -> None:
     """
     if limit is None or limit <= 0:
         return
-    kept = {Path(best).name} if best is not None else set()
-    complete = [path for path in _numbered(run) if (path / _MARKER).is_file()]
-    kept.add(complete[-1].name)
+    complete = _complete(Path(run))
+    kept = {complete[-1].name} | ({Path(best).name} if best is not None else set())
     spare = [path for path in complete if path.name not in kept]
     for path in spare[: max(len(complete) - limit, 0)]:
         shutil.rmtree(path)
 
 
-def complete_checkpoint(place: str | Path) -> str | None:
-    """The checkpoint itself if it is complete, or the last complete one of a run's folder; None if there is none.
-
-    A run that is killed while it saves leaves a folder that looks like the latest checkpoint and can not be loaded.
-    """
-    place = Path(place)
-    if (place / _MARKER).is_file():
-        return str(place)
-    complete = [path for path in _numbered(place) if (path / _MARKER).is_file()]
-    return str(complete[-1]) if complete else None
+def _complete(run: Path) -> list[Path]:
+    found = [path for path in run.glob("checkpoint-*") if is_checkpoint(path) and (path / MANIFEST).is_file()]
+    return sorted(found, key=_step)  # by number, not by letters
 
 
-def _numbered(run: str | Path) -> list[Path]:
-    found = [(int(match[1]), path) for path in Path(run).glob("checkpoint-*") if (match := _NUMBER.search(path.name))]
-    return [path for _, path in sorted(found)]
+def _step(checkpoint: Path) -> int:
+    match = _NUMBER.match(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if set(manifest) == {"files", "settings"} and all(isinstance(part, dict) for part in manifest.values()):
+            return manifest
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(
+        f"{checkpoint / MANIFEST} is no manifest: it is damaged, or of an earlier version of this package, which alone "
+        "can go on from it"
+    )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Noticing a run that is lost: all images drift to one embedding, which a Siamese loss rewards, or numbers are none."""
+"""Noticing that all images drift to one embedding, which a Siamese loss rewards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 # Share of the original's spread (one minus mean pairwise cosine) below which embeddings count as collapsed. On the
@@ -56,25 +56,6 @@ def warn_of_single_images(images: int) -> None:
             "per_device_train_batch_size of 2 or more to notice it.",
             stacklevel=3,
         )
-
-
-def need_finite(model: nn.Module, what: str, hint: str, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
-    """Refuse weights that are not finite; every process must ask.
-
-    Args:
-        model: Whose state is looked at, under FSDP2 this process's share of it.
-        what: They are, for the message.
-        hint: What to type.
-        total: Sums a tensor over the processes, so that all of them stop.
-
-    Raises:
-        ValueError: If a weight is not finite.
-    """
-    shares = {name: getattr(value, "to_local", lambda v=value: v)() for name, value in model.state_dict().items()}
-    broken = [name for name, value in shares.items() if not value.isfinite().all()]
-    if float(total(next(model.parameters()).new_tensor(len(broken), dtype=torch.float32))):
-        named = f" ({', '.join(broken[:3])}{', ...' * (len(broken) > 3)})" if broken else ""
-        raise ValueError(f"{what} holds weights that are not finite{named}; {hint}")
 
 
 def check_collapse(pairwise: float, original: float, on_collapse: str, step: int, hint: str) -> None:

@@ -18,6 +18,8 @@ from hf_robust_vision.attacks import PROTOCOLS, Ball, check_length, make_ball
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.processes import PATIENCE, need_a_gpu_each
 
+from .checkpoints import Setting
+
 
 # The least that a number may be. A NaN is below nothing, so it would pass every comparison that is written by hand.
 WHOLE = {
@@ -27,7 +29,12 @@ WHOLE = {
 }  # fmt: skip
 REAL = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "adam_epsilon")
 MAY_CHANGE = ("eval_protocol", "eval_attack_steps", "eval_eps", "on_collapse", "matmul_precision", "cache_targets_mb")
-OPTIMISATION = ("learning_rate", "weight_decay", "max_grad_norm", "seed")
+OPTIMISATION = (
+    "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "weight_decay", "max_grad_norm",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "seed", "data_seed", "dataloader_drop_last",
+)  # fmt: skip
+# Schedules that do not look at the end: such a run may be trained for longer.
+ENDLESS = ("constant", "constant_with_warmup", "reduce_lr_on_plateau")
 
 
 class Radius(float):
@@ -197,15 +204,25 @@ class AdversarialTrainingArguments(TrainingArguments):
         shared = {item.name for item in fields(AdversarialTrainingArguments)}
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shared}
 
-    def method_settings(self) -> dict[str, Any]:
-        """What to type to its value, for all that decides what is learnt: it may not change where a run goes on."""
+    def run_settings(self) -> dict[str, Setting]:
+        """All arguments that decide what is learnt: they may not change where a run goes on."""
         free = {item.name for item in fields(TrainingArguments)} | set(MAY_CHANGE)
-        own = [item.name for item in fields(self) if item.name not in free]
-        return {f"--{name}": getattr(self, name) for name in (*own, *OPTIMISATION)}
+        names = [*(item.name for item in fields(self) if item.name not in free), *OPTIMISATION]
+        if getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) not in ENDLESS:
+            names += ["max_steps"] if self.max_steps > 0 else ["max_steps", "num_train_epochs"]
+        values = {name: getattr(self, name) for name in names}
+        return {name: Setting(value, f"--{name} {_typed(value)}") for name, value in values.items()}
 
     def attack_ball(self) -> Ball:
         """The set that the training attack may move in."""
         return make_ball(self.attack_norm, self.attack_eps)
+
+
+def _typed(value: Any) -> str:
+    """A value as a command line would have it."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_typed, value))
+    return str(value).lower() if isinstance(value, bool) else str(getattr(value, "value", value))
 
 
 def need_number(holder: Any, name: str, least: float = 0, *, whole: bool = False) -> None:

@@ -1,17 +1,23 @@
-"""Checkpoints that a run goes on from: when one is written, and what has to be the same."""
+"""Checkpoints that a run goes on from: when one is written, and what has to be the same when it goes on."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from hf_robust_vision.data.fingerprint import fingerprint
+from hf_robust_vision.towers.weights import check_weights
+
 from .adapter_checkpoints import AdapterTrainer
-from .checkpoints import complete_checkpoint, mark_complete, need_settings, rotate, unmark
+from .checkpoints import Setting, fault_of, mark_complete, need_settings, resumable_checkpoint, rotate, unmark
 from .config import AdversarialTrainingArguments
 
 
@@ -20,6 +26,7 @@ class ResumableTrainer(AdapterTrainer):
 
     method: ClassVar[str]
     args: AdversarialTrainingArguments
+    start: Setting  # the model to start from
     _seen: int
     _seen_at: float
 
@@ -31,30 +38,61 @@ class ResumableTrainer(AdapterTrainer):
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
 
         Raises:
-            ValueError: If there is no complete checkpoint to go on from, it was trained with other settings of method,
-                attack, loss or optimiser, or the run ends without an update or with weights that are not finite.
+            ValueError: If `need_resumable` refuses the checkpoint, or the run ends without an update or with weights
+                that are not finite.
         """
-        if resume_from_checkpoint:
-            place = self.args.output_dir if resume_from_checkpoint is True else str(resume_from_checkpoint)
-            found = complete_checkpoint(place)
-            if found is None:
-                raise ValueError(f"{place} holds no complete checkpoint; start without resume_from_checkpoint.")
-            self.check_adapter(found)
-            need_settings(found, self._settings())
-            resume_from_checkpoint = found
-            if (state := TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))) and self._is_over(
-                state
-            ):
-                return self._take_up(found, state)
-        self._seen, self._seen_at = 0, time.time()  # not since the construction: a measurement may lie between
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        found, state = self.need_resumable(resume_from_checkpoint) if resume_from_checkpoint else (None, None)
+        if found is not None and state is not None and self._is_over(state):
+            output = self._take_up(found, state)
+        else:
+            self._seen, self._seen_at = 0, time.time()  # not since the construction: a measurement may lie between
+            output = super().train(resume_from_checkpoint=found, **kwargs)
         if self.state.global_step == 0:
             raise ValueError("no update was made, so there is nothing to save.")
         self.check_health()
         return output
 
-    def _settings(self) -> dict[str, Any]:
-        return {"method": self.method} | self.args.method_settings()
+    def need_resumable(self, resume: str | bool) -> tuple[str, TrainerState]:
+        """The checkpoint that a run goes on from, and its state; whatever would make it another run is refused.
+
+        Args:
+            resume: True for the last complete one of `output_dir`, or its folder, or that of a run.
+
+        Raises:
+            ValueError: If there is none, a file of it is missing or damaged, or model, data, method, schedule, batch or
+                precision are not those that it was trained with.
+        """
+        found = resumable_checkpoint(self.args.output_dir if resume is True else str(resume))
+        self.check_adapter(found)
+        need_settings(found, self._settings())
+        state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
+        best = state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and (fault := fault_of(best)):
+            raise ValueError(f"the best checkpoint so far can not be loaded at the end: {fault}.")
+        return found, state
+
+    def _settings(self) -> dict[str, Setting]:
+        args, world = self.args, self.args.world_size
+        each, steps = args.train_batch_size, args.gradient_accumulation_steps
+        # Images and start noise go by sample, so that processes and accumulation share out an update as they like.
+        # Of a stream each process, and each of its workers, reads other images.
+        shares: Any = each * steps * world
+        if isinstance(self.train_dataset, IterableDataset):
+            shares = [each, steps, world, args.dataloader_num_workers]
+        batch = f"--per_device_train_batch_size {each} --gradient_accumulation_steps {steps} in {world} processes"
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        return {
+            "method": Setting(self.method, f"method {self.method}"),
+            "model": self.start,
+            "data": _data_setting(self.train_dataset),
+            "batch": Setting(shares, batch),
+            "precision": Setting(bf16, f"--bf16 {str(bf16).lower()}"),
+        } | args.run_settings()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # which loads after it has shared the weights out
+            check_weights(self.model.state_dict(), resume_from_checkpoint)
 
     def _is_over(self, state: TrainerState) -> bool:
         wanted = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
@@ -84,3 +122,13 @@ class ResumableTrainer(AdapterTrainer):
         if self.args.should_save:
             mark_complete(folder, self._settings())
             rotate(run_dir, limit, best=self.state.best_model_checkpoint)
+
+
+def _data_setting(dataset: Any) -> Setting:
+    """Of a stream only its names are known."""
+    name, split = getattr(dataset, "name", type(dataset).__name__), getattr(dataset, "split", None)
+    size = len(dataset) if hasattr(dataset, "__len__") else None
+    value = [split, size, getattr(dataset, "class_names", None), getattr(dataset, "ids", None)]
+    value += [fingerprint(dataset.rows) if hasattr(dataset, "rows") else name]
+    sha256 = hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+    return Setting(sha256, f"--dataset_name {name} (split {split}, {size} images, {sha256[:12]})")

@@ -322,19 +322,17 @@ class TestWeightsThatAreNoNumbers:
         encoder = load_encoder(clip_folder)
         with torch.no_grad():
             encoder.get_parameter(name).fill_(float("inf"))
-        with pytest.raises(ValueError, match=rf"model to start from .* not finite \({name}\).*--model_name_or_path"):
+        with pytest.raises(ValueError, match=f"model to start from holds NaN or infinity in {name}"):
             SimCLIPTrainer(model=encoder, args=arguments(tmp_path), train_dataset=make_dataset(6))
 
     def test_no_checkpoint_of_them_is_written(self, clip_folder, tmp_path):
         trainer = self.breaking(clip_folder, tmp_path, 2, logging_steps=50, save_strategy="steps", save_steps=1)
-        with pytest.raises(
-            ValueError, match=r"after step 2 .*not finite \(visual_projection.weight\).*checkpoint-1\."
-        ):
+        with pytest.raises(ValueError, match=r"not finite after step 2;.*Last good checkpoint: .*checkpoint-1\."):
             trainer.train()
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
     def test_a_run_does_not_end_well_with_them(self, clip_folder, tmp_path):
-        with pytest.raises(ValueError, match=r"after step 3 .*not finite.*Last good checkpoint: None"):
+        with pytest.raises(ValueError, match="not finite after step 3;.*Last good checkpoint: None"):
             self.breaking(clip_folder, tmp_path, 3, logging_steps=50).train()
 
 

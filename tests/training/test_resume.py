@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.methods.tima import TIMATrainer
-from hf_robust_vision.training.checkpoints import complete_checkpoint, mark_complete, rotate
+from hf_robust_vision.training.checkpoints import MANIFEST, complete_checkpoint, mark_complete, rotate
+from tests.conftest import build_clip, build_processor, make_dataset
 from tests.training.helpers import largest_gap, make_stream, make_trainer, weights
 from tests.training.ranks import final, said, start
 
@@ -82,6 +87,7 @@ def test_resume_within_an_epoch_and_a_limit(clip_folder, tmp_path):
 def test_other_settings_than_those_of_the_checkpoint_are_refused(over, clip_folder, tmp_path):
     """A record that says margin 0.2 of a run that had 0.1 until its second step would be wrong."""
     settings = {"kind": TIMATrainer, "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "margin": 0.1}
+    settings |= {"lr_scheduler_type": "constant"}  # which does not look at the end
     make_trainer(clip_folder, tmp_path, **settings).train()
     steps = {"max_steps": 2 if over else 3}
     for other, typed in (({"margin": 0.2}, "--margin 0.1"), ({"attack_eps": 0.5}, f"--attack_eps {1 / 255}")):
@@ -92,7 +98,8 @@ def test_other_settings_than_those_of_the_checkpoint_are_refused(over, clip_fold
             trainer.train(resume_from_checkpoint=True)
         assert largest_gap(weights(trainer), before) == 0
     with pytest.raises(ValueError, match="trained with method TIMA, and this run has method TeCoA"):
-        make_trainer(clip_folder, tmp_path, kind=TeCoATrainer, **steps).train(resume_from_checkpoint=True)
+        other = {"kind": TeCoATrainer, "lr_scheduler_type": "constant"} | steps
+        make_trainer(clip_folder, tmp_path, **other).train(resume_from_checkpoint=True)
     free = {"save_steps": 1, "eval_attack_steps": 1, "logging_steps": 2}
     again = make_trainer(clip_folder, tmp_path, **(settings | steps | free))
     again.train(resume_from_checkpoint=True)
@@ -122,7 +129,7 @@ def test_a_checkpoint_that_is_written_again_is_not_complete_meanwhile(clip_folde
 def test_rotation_keeps_the_latest_and_the_best(tmp_path):
     for number in (2, 4, 6, 10):
         (tmp_path / f"checkpoint-{number}").mkdir()
-        mark_complete(tmp_path / f"checkpoint-{number}")
+        mark_complete(tmp_path / f"checkpoint-{number}", {})
     (tmp_path / "checkpoint-8").mkdir()  # half-written: not counted, not touched
     rotate(tmp_path, 2, best=str(tmp_path / "checkpoint-2"))
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-8", "checkpoint-10"}
@@ -136,13 +143,13 @@ def test_which_checkpoint_is_complete(tmp_path):
         (tmp_path / f"checkpoint-{number}").mkdir()
     assert complete_checkpoint(tmp_path) is None
     for number in (2, 9):
-        mark_complete(tmp_path / f"checkpoint-{number}")
+        mark_complete(tmp_path / f"checkpoint-{number}", {})
     assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
-    mark_complete(tmp_path / "checkpoint-10")  # by number, not by letters
+    mark_complete(tmp_path / "checkpoint-10", {})  # by number, not by letters
     assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert complete_checkpoint(tmp_path / "checkpoint-2") == str(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-99-backup").mkdir()
-    mark_complete(tmp_path / "checkpoint-99-backup")
+    mark_complete(tmp_path / "checkpoint-99-backup", {})
     assert complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
@@ -152,3 +159,152 @@ def test_nothing_to_resume_is_said(clip_folder, tmp_path):
     for place in (True, str(tmp_path / "checkpoint-4")):
         with pytest.raises(ValueError, match="no complete checkpoint"):
             trainer.train(resume_from_checkpoint=place)
+
+
+def relabelled(count=24):
+    data = make_dataset(count)
+    data.rows[-1] = data.rows[-1] | {"label": 0}
+    return data
+
+
+OTHERS = {
+    "model": ({"clip": build_clip}, "--model_name_or_path"),
+    "images": ({"train": lambda: make_dataset(24, start=1)}, "--dataset_name tiny"),
+    "number of images": ({"train": lambda: make_dataset(25)}, "--dataset_name tiny (split train, 24 images, "),
+    "labels": ({"train": relabelled}, "--dataset_name tiny"),
+    "split": ({"train": lambda: make_dataset(24, "validation")}, "--dataset_name tiny (split train, "),
+    "schedule": ({"lr_scheduler_type": "linear"}, "--lr_scheduler_type cosine"),
+    "end of the schedule": ({"max_steps": 7}, "--max_steps 6"),
+    "epochs for steps": ({"max_steps": -1, "num_train_epochs": 2}, "--max_steps 6"),
+    "warm-up": ({"warmup_steps": 2}, "--warmup_steps 0"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, "--gradient_accumulation_steps 1 in 1 processes"),
+    "batch": ({"per_device_train_batch_size": 4}, "--per_device_train_batch_size 6"),
+    "precision": ({"bf16": True}, "--bf16 false"),
+    "optimizer": ({"optim": "sgd"}, "--optim adamw_torch"),
+    "momentum": ({"adam_beta1": 0.8}, "--adam_beta1 0.9"),
+    "seed": ({"seed": 1}, "--seed 0"),
+}
+
+
+@pytest.fixture(scope="module")
+def six_steps(clip_folder, tmp_path_factory):
+    """A finished run with checkpoints 2, 4 and 6, to be copied."""
+    output = tmp_path_factory.mktemp("six") / "run"
+    trainer = make_trainer(clip_folder, output, **RUN)
+    trainer.train()
+    return output, weights(trainer)
+
+
+@pytest.fixture
+def run(six_steps, tmp_path):
+    return shutil.copytree(six_steps[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_whatever_would_make_it_another_run_is_refused(name, clip_folder, run, tmp_path):
+    """Findings-reliability 5: named with the old value, the new one and what to type; and nothing is changed."""
+    changes, typed = OTHERS[name]
+    changes, folder = dict(changes), clip_folder
+    if changes.pop("clip", None):
+        folder = tmp_path / "other"
+        build_clip(vision_init=4.0).save_pretrained(folder)
+        build_processor().save_pretrained(folder)
+    if "train" in changes:
+        changes["train"] = changes["train"]()
+    again = make_trainer(folder, run, **(RUN | changes))
+    before = weights(again)
+    for resume in (True, str(run / "checkpoint-2")):
+        said = f"was trained with (.*){re.escape(typed)}(.*), and this run has (.*); go on with (.*), or start anew"
+        with pytest.raises(ValueError, match=said):
+            again.train(resume_from_checkpoint=resume)
+    assert largest_gap(weights(again), before) == 0
+
+
+def test_an_update_may_be_shared_out_in_another_way(clip_folder, run, six_steps):
+    settings = RUN | {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    again = make_trainer(clip_folder, run, **settings)
+    again.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert largest_gap(weights(again), six_steps[1]) < 1e-3  # two steps of at most 1e-3 in which Adam may round apart
+
+
+def test_a_stream_may_not(clip_folder, tmp_path):
+    """Its images would come in another order."""
+    settings = RUN | {"train": make_stream(10), "per_device_train_batch_size": 2}
+    make_trainer(clip_folder, tmp_path, **settings).train()
+    other = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "train": make_stream(10)}
+    with pytest.raises(ValueError, match="--per_device_train_batch_size 2 --gradient_accumulation_steps 1"):
+        make_trainer(clip_folder, tmp_path, **(settings | other)).train(resume_from_checkpoint=True)
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json")
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_it(name, harm, clip_folder, run, six_steps):
+    """Findings-reliability 5 and 10: one flipped bit is enough, and nothing else is taken unasked."""
+    file = run / "checkpoint-6" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content if harm == "flipped" else content[: len(content) // 2])
+    if harm == "gone":
+        file.unlink()
+    said = f"{file} is {'missing' if harm == 'gone' else 'damaged'}"
+    way = f"type --resume_from_checkpoint {run / 'checkpoint-4'}"
+    again = make_trainer(clip_folder, run, **RUN)
+    for resume in (True, str(run), str(run / "checkpoint-6")):
+        with pytest.raises(ValueError, match=f"{re.escape(said)}.*{re.escape(way)}"):
+            again.train(resume_from_checkpoint=resume)
+    if name == FILES[0] and harm == "flipped":
+        again.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+        assert largest_gap(weights(again), six_steps[1]) == 0
+
+
+def test_the_one_before_is_whole_or_not_named(clip_folder, run):
+    for number in (4, 6):
+        (run / f"checkpoint-{number}" / "optimizer.pt").write_bytes(b"")
+    again = make_trainer(clip_folder, run, **RUN)
+    with pytest.raises(ValueError, match=re.escape(f"type --resume_from_checkpoint {run / 'checkpoint-2'}.")):
+        again.train(resume_from_checkpoint=True)
+    (run / "checkpoint-2" / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match="checkpoint-6.optimizer.pt is damaged.*no earlier one is whole: start anew"):
+        again.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"files": [], "settings": {}}', "null", "\udcff"])
+def test_a_checkpoint_without_a_manifest_is_refused(content, clip_folder, run):
+    """Earlier versions left an empty file: such a checkpoint can not be told from a damaged one."""
+    (run / "checkpoint-6" / MANIFEST).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"checkpoint-6/{MANIFEST} is no manifest.*earlier version.*checkpoint-4"):
+        make_trainer(clip_folder, run, **RUN).train(resume_from_checkpoint=True)
+
+
+def test_the_best_checkpoint_must_be_there_to_be_loaded_at_the_end(clip_folder, run):
+    state = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())
+    state["best_model_checkpoint"] = str(run / "checkpoint-2")
+    (run / "checkpoint-6" / "trainer_state.json").write_text(json.dumps(state))
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    again = make_trainer(clip_folder, run, **RUN, **best, metric_for_best_model="robust_accuracy")
+    mark_complete(run / "checkpoint-6", again._settings())
+    (run / "checkpoint-2" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"best checkpoint so far .*checkpoint-2/model.safetensors is missing"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_weights_alone_are_nothing_to_go_on_from(clip_folder, tmp_path):
+    """The optimizer would start anew, and nothing would say so."""
+    settings = RUN | {"save_only_model": True, "max_steps": 2}
+    make_trainer(clip_folder, tmp_path, **settings).train()
+    with pytest.raises(ValueError, match="checkpoint-2 holds no optimizer, as --save_only_model true"):
+        make_trainer(clip_folder, tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_weights_that_are_no_numbers_is_refused(clip_folder, run):
+    """Findings-reliability 9: resumed from it, a run called it the last good one."""
+    state = load_file(run / "checkpoint-6" / "model.safetensors")
+    state["visual_projection.weight"][0] = torch.nan
+    save_file(state, run / "checkpoint-6" / "model.safetensors", metadata={"format": "pt"})
+    again = make_trainer(clip_folder, run, **RUN)
+    mark_complete(run / "checkpoint-6", again._settings())
+    with pytest.raises(ValueError, match=r"checkpoint-6 holds NaN or infinity in visual_projection.weight"):
+        again.train(resume_from_checkpoint=True)
