@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
 
+from hf_robust_vision.towers.clip import load_image_processor, load_tokenizer
 from hf_robust_vision.towers.weights import load_state_dict
 
 from .open_clip import PROJECTION, clip_state, hf_to_openclip
 from .source import load_model
+from .swap import swap_vision_encoder
 from .towers import find_towers
 
 
@@ -39,29 +40,28 @@ def convert_checkpoint(
         num_attention_heads: Refuse a base with another number of heads.
 
     Raises:
-        ValueError: If a setting or a shape differs, naming both; if the base lacks a weight; or if the file can not be
-            read safely.
+        ValueError: If a setting or a shape differs, naming both; if the base lacks a weight, its processor or its
+            tokenizer; or if the file can not be read safely. Nothing is written then.
     """
+    folder = _free(output)
     state = clip_state(load_state_dict(checkpoint))
-    model = load_model(base, whole=True)
-    config = model.config.vision_config
-    for name, wanted in (("hidden_act", hidden_act), ("num_attention_heads", num_attention_heads)):
-        if wanted is not None and getattr(config, name) != wanted:
-            raise ValueError(f"{base} has {name}={getattr(config, name)!r}, wanted {wanted!r}; name another --base.")
-    projection = state.pop(PROJECTION, None)
-    _check_shapes(state, model.vision_model.state_dict(), str(checkpoint), base)
-    model.vision_model.load_state_dict(state, strict=True)
-    if projection is None:
+    if PROJECTION not in state:
         raise ValueError(
             f"{checkpoint} has no projection (`proj`); its embeddings would not match the text of {base}."
         )
-    _check_shapes({PROJECTION: projection}, {PROJECTION: model.visual_projection.weight}, str(checkpoint), base)
-    with torch.no_grad():
-        model.visual_projection.weight.copy_(projection)
-    folder = Path(output)
-    model.save_pretrained(folder)
-    AutoImageProcessor.from_pretrained(base).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    model, *processors = load_model(base, whole=True), load_image_processor(base), load_tokenizer(base)
+    for name, wanted in (("hidden_act", hidden_act), ("num_attention_heads", num_attention_heads)):
+        if wanted is not None and getattr(model.config.vision_config, name) != wanted:
+            found = getattr(model.config.vision_config, name)
+            raise ValueError(f"{base} has {name}={found!r}, wanted {wanted!r}; name another --base.")
+    try:
+        swap_vision_encoder(model, state)
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint} is no fine-tuned {base}; name the --base that it started from. {error}"
+        ) from error
+    for part in (model, *processors):
+        part.save_pretrained(folder)
     return folder
 
 
@@ -81,6 +81,9 @@ def export_open_clip(model_folder: str, output: str | Path) -> str:
             f"{model_folder} has no projection ({PROJECTION}), which open_clip's tower ends in: name the CLIPModel that "
             "the tower belongs to, or export with --to v4."
         )
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder; wanted a .pt file to write.")
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: value.detach().clone() for name, value in hf_to_openclip(state).items()}, output)
     quick = config.hidden_act == "quick_gelu"
     heads = config.num_attention_heads
@@ -110,14 +113,14 @@ def export_v4(model_folder: str, output: str | Path) -> str:
     Raises:
         ValueError: If the folder holds another model, or lacks a weight.
     """
-    folder = Path(output)
+    folder = _free(output)
     own, weights = _vision_half(model_folder)
+    processor = load_image_processor(model_folder).to_dict()
     state = {f"vision_model.{name}": value.contiguous() for name, value in weights.items() if name != PROJECTION}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = own.to_dict() | {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-    processor = AutoImageProcessor.from_pretrained(model_folder).to_dict()
     # transformers 4 reads this file, and knows the class by the name that it had there.
     processor |= {"image_processor_type": "CLIPImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2, default=str) + "\n")
@@ -130,12 +133,8 @@ def _vision_half(model_folder: str) -> tuple[Any, dict[str, Tensor]]:
     return tower.module.config, tower.clip_state()
 
 
-def _check_shapes(state: dict[str, Tensor], wanted: dict[str, Any], got_name: str, wanted_name: str) -> None:
-    for name, tensor in wanted.items():
-        if name not in state:
-            raise ValueError(f"{got_name} lacks {name}, which {wanted_name} has: another depth or another model.")
-        if state[name].shape != tensor.shape:
-            shapes = f"{tuple(state[name].shape)} in {got_name}, {tuple(tensor.shape)} in {wanted_name}"
-            raise ValueError(f"{name} has shape {shapes}; name the --base that was fine-tuned.")
-    if stray := sorted(set(state) - set(wanted)):
-        raise ValueError(f"{got_name} holds {len(stray)} weights that {wanted_name} lacks: {stray[:3]}.")
+def _free(output: str | Path) -> Path:
+    """The folder to write; it is made when everything is known to be fine."""
+    if Path(output).is_file():
+        raise ValueError(f"--output {output} is a file; wanted a folder to write.")
+    return Path(output)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+
+# One for all models: two wrappers may hold the same tower, and a swap takes seconds.
+LOCK = threading.RLock()
+
+PROVENANCE = "robust_vision_swap"  # the key in the VLM's config
 
 _ABSENT: Any = object()
 _SIGNATURE = "_robust_vision_swap"  # the attribute of a module that was changed
@@ -19,8 +26,7 @@ class Journal:
     """
 
     def __init__(self) -> None:
-        self._weights: list[tuple[nn.Parameter, Tensor]] = []
-        self._values: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], object]] = []
         self._signature, self._signed = object(), list[nn.Module]()
 
     def sign(self, module: nn.Module) -> None:
@@ -35,36 +41,61 @@ class Journal:
 
     def copy(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Copy `value` into `parameter`, which keeps its dtype, device, flags and hooks."""
-        self._weights.append((parameter, parameter.detach().cpu().clone()))
+        old = parameter.detach().cpu().clone()
+        self._undo.append(lambda: parameter.copy_(old))
         with torch.no_grad():
             parameter.copy_(value)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute; a dict's key is set with the same call."""
-        if isinstance(owner, dict):
-            self._values.append((owner, name, owner.get(name, _ABSENT)))
-            owner[name] = value
-            return
-        self._values.append((owner, name, getattr(owner, name, _ABSENT)))
+        """Set an attribute; a tensor that is brought back follows the model to where it is by then."""
+        old = getattr(owner, name, _ABSENT)
+
+        def undo() -> None:
+            now = getattr(owner, name, None)
+            if old is _ABSENT:
+                vars(owner).pop(name, None)
+                return
+            if isinstance(old, Tensor) and isinstance(now, Tensor):
+                old.data = old.data.to(device=now.device, dtype=now.dtype)
+            setattr(owner, name, old)
+
+        self._undo.append(undo)
         setattr(owner, name, value)
 
+    def record(self, config: Any, towers: dict[str, dict[str, Any]]) -> None:
+        """Write into a config where the weights of some towers come from; those of its other towers stay.
+
+        Each tower goes its own way back: towers may be swapped by several calls, and restored in any order.
+
+        Args:
+            config: Of the VLM.
+            towers: What is to be known of each, by its path.
+        """
+        old = provenance(config)
+
+        def undo() -> None:
+            now = provenance(config).items()
+            _write(config, {p: old.get(p) if p in towers else told for p, told in now if p not in towers or p in old})
+
+        self._undo.append(undo)
+        _write(config, old | towers)
+
     def undo(self) -> None:
-        """Take everything back and forget it; weights follow the model to where it is now."""
-        while self._values:
-            owner, name, value = self._values.pop()
-            if isinstance(owner, dict):
-                owner.pop(name) if value is _ABSENT else owner.update({name: value})
-            elif value is _ABSENT:
-                if hasattr(owner, name):
-                    delattr(owner, name)
-            else:
-                now = getattr(owner, name, None)
-                if isinstance(value, nn.Parameter) and isinstance(now, Tensor):
-                    value.data = value.data.to(device=now.device, dtype=now.dtype)
-                elif isinstance(value, Tensor) and isinstance(now, Tensor):
-                    value = value.to(now.device)
-                setattr(owner, name, value)
+        """Take everything back and forget it."""
         with torch.no_grad():
-            while self._weights:
-                parameter, old = self._weights.pop()
-                parameter.copy_(old)
+            while self._undo:
+                self._undo.pop()()
+
+
+def provenance(config: Any) -> dict[str, dict[str, Any]]:
+    """Where the towers' weights come from, by the path of the tower, as the config of a swapped VLM tells it."""
+    told = getattr(config, PROVENANCE, None) or {"towers": []}
+    shared = {name: value for name, value in told.items() if name != "towers"}  # as earlier versions wrote it
+    return {tower["path"]: shared | tower for tower in told["towers"]}
+
+
+def _write(config: Any, towers: dict[str, Any]) -> None:
+    if towers:
+        setattr(config, PROVENANCE, {"towers": list(towers.values())})
+    else:
+        vars(config).pop(PROVENANCE, None)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPVisionModel
 from transformers.activations import ACT2FN
 
 from hf_robust_vision.towers.clip import attack_mode
@@ -14,8 +15,6 @@ from hf_robust_vision.towers.clip import attack_mode
 from .journal import Journal
 from .open_clip import PROJECTION, clip_keys, hf_to_openclip, openclip_to_hf, square_side
 
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _ACTIVATIONS = {
     "QuickGELU": "quick_gelu",
@@ -59,6 +58,8 @@ class Tower:
         layers_read: Which of `tokens` the model reads, or None where that is not known.
     """
 
+    told_by = "the config"
+
     def __init__(
         self,
         path: str,
@@ -81,22 +82,26 @@ class Tower:
                 of two activations are too close to tell them apart.
         """
         told = Geometry.of(self.module.config)
-        for place, block in enumerate(self.blocks):
-            layer: Any = block
-            module = layer.mlp.activation_fn
-            same = type(module) is type(ACT2FN[told.hidden_act]) if told.hidden_act in ACT2FN else False
-            found = {
-                "hidden_act": told.hidden_act if same else _ACTIVATIONS.get(type(module).__name__, repr(module)),
-                "num_attention_heads": layer.self_attn.num_heads,
-                "layer_norm_eps": layer.layer_norm1.eps,
-            }
-            for name, value in found.items():
-                if value != getattr(told, name):
-                    raise ValueError(
-                        f"{self}: the config says {name}={getattr(told, name)!r}, block {place} computes with {value!r}: "
-                        f"set config.{name} to what the tower computes, or load the model anew from its config."
-                    )
+        same = type(ACT2FN[told.hidden_act]) if told.hidden_act in ACT2FN else None  # some have two names
+
+        def act(module: nn.Module) -> str:
+            return told.hidden_act if type(module) is same else _act(module)
+
+        blocks: list[Any] = list(self.blocks)
+        self._agree(told, [(act(block.mlp.activation_fn), block.self_attn.num_heads) for block in blocks])
         return told
+
+    def _agree(self, told: Geometry, found: list[tuple[str, int]]) -> None:
+        """Compare activation and heads of each block, and the epsilon of each norm, with what is told of the tower."""
+        names = ("hidden_act", "num_attention_heads")
+        seen = [(f"block {i}", name, value) for i, block in enumerate(found) for name, value in zip(names, block)]
+        norms = [(path, norm) for path, norm in self.module.named_modules() if isinstance(norm, nn.LayerNorm)]
+        for place, name, value in [*seen, *((path, "layer_norm_eps", norm.eps) for path, norm in norms)]:
+            if value != getattr(told, name):
+                raise ValueError(
+                    f"{self}: {self.told_by} says {name}={getattr(told, name)!r}, {place} computes with {value!r}: "
+                    "make the two agree, or load the model anew."
+                )
 
     @property
     def patch_weight(self) -> Tensor:
@@ -139,26 +144,42 @@ class Tower:
         idle = [f"encoder.layers.{i}." for i in range(max(self.layers_read), len(self.blocks))]
         return [name for name in self.weights() if name.startswith((*idle, "post_layernorm.", PROJECTION))]
 
-    @torch.no_grad()
     def tokens(self, pixel_values: Tensor) -> list[Tensor]:
-        """What enters the first block and what leaves each block, each of shape (batch, 1 + patches, width).
+        """What enters the first block and what leaves each block; entry i is `hidden_states[i]` of a `CLIPVisionModel`.
 
-        Entry i is `hidden_states[i]` of a `CLIPVisionModel`. The forward method is called past `torch.compile`, whose
-        graphs do not see new hooks.
+        Returns:
+            Tensors of shape (batch, 1 + patches, width).
+
+        Raises:
+            ValueError: If the tower can not run on its own.
         """
+        return self.run(pixel_values)[0]
+
+    @torch.no_grad()
+    def run(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Its `tokens`, and what a `CLIPVisionModel` hands to its caller; other classes hand over other things."""
         caught: list[Tensor] = []
 
         def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
             caught.append(output[0] if isinstance(output, tuple) else output)
 
         hooks = [module.register_forward_hook(catch) for module in (self.first, *self.blocks)]
+        plain, tower = isinstance(self.module, CLIPVisionModel), cast(Any, self.module)
+        settings = {"output_hidden_states": True} if plain else {}
         try:
             with attack_mode(self.module):
-                self.module.forward(pixel_values.to(self.patch_weight))
+                # A call with the tower's own hooks, but past `torch.compile`, whose graphs do not see new ones.
+                output = tower._call_impl(pixel_values.to(self.patch_weight), **settings)
+        except RuntimeError as error:
+            dtypes = " and ".join(sorted({str(weight.dtype) for weight in self.weights().values()}))
+            raise ValueError(
+                f"{self}, whose weights are of {dtypes}, can not run on its own: bring it to one dtype and device, or "
+                f"pass verify=False. ({str(error)[:120].splitlines()[0]})"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
-        return caught
+        return caught, [*output.hidden_states, output.last_hidden_state, output.pooler_output] if plain else []
 
     def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
         """Switch activation, heads and image size; new positions are left for the weights to fill.
@@ -195,25 +216,30 @@ class Tower:
 class OpenClipTower(Tower):
     """An open_clip vision transformer inside a model, recognised by its shape: open_clip is never imported."""
 
+    told_by = "the first block"
+
     @property
     def geometry(self) -> Geometry:
         """Sizes and settings, from the modules, for there is no config."""
         module: Any = self.module
         block: Any = self.blocks[0]
-        activation = type(block.mlp.gelu).__name__
-        if activation not in _ACTIVATIONS or getattr(block.mlp.gelu, "approximate", "none") != "none":
+        activation = _act(block.mlp.gelu)
+        if activation not in _ACTIVATIONS.values() or getattr(block.mlp.gelu, "approximate", "none") != "none":
             raise ValueError(f"{self}: activation {block.mlp.gelu} is neither GELU nor QuickGELU.")
         patch = module.conv1.kernel_size[0]
-        return Geometry(
+        told = Geometry(
             hidden_size=module.conv1.out_channels,
             num_hidden_layers=len(self.blocks),
             intermediate_size=block.mlp.c_fc.out_features,
             patch_size=patch,
             image_size=patch * square_side(len(module.positional_embedding) - 1),
             num_attention_heads=block.attn.num_heads,
-            hidden_act=_ACTIVATIONS[activation],
+            hidden_act=activation,
             layer_norm_eps=block.ln_1.eps,
         )
+        blocks: list[Any] = list(self.blocks)
+        self._agree(told, [(_act(block.mlp.gelu), block.attn.num_heads) for block in blocks])
+        return told
 
     @property
     def patch_weight(self) -> Tensor:
@@ -247,12 +273,12 @@ class OpenClipTower(Tower):
         """The projection, where the model reads tokens; whether they are normalised depends on open_clip's version."""
         return ["proj"] if self.layers_read is not None else []
 
-    def tokens(self, pixel_values: Tensor) -> list[Tensor]:
-        """As `Tower.tokens`; older versions of open_clip put the batch second."""
-        first, *rest = super().tokens(pixel_values)
+    def run(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """As `Tower.run`; older versions of open_clip put the batch second."""
+        (first, *rest), given = super().run(pixel_values)
         if not getattr(self.module.transformer, "batch_first", False):
             rest = [tokens.transpose(0, 1) for tokens in rest]
-        return [first, *rest]
+        return [first, *rest], given
 
     def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
         """Switch activation and heads; the image size stays, because nothing tells the caller's own transform."""
@@ -273,3 +299,7 @@ def tell_config(config: Any, wanted: Geometry, journal: Journal) -> None:
 
 def _empty_rows(weight: nn.Parameter, rows: int) -> nn.Parameter:
     return nn.Parameter(weight.detach().new_zeros(rows, weight.shape[1]), requires_grad=weight.requires_grad)
+
+
+def _act(module: nn.Module) -> str:
+    return _ACTIVATIONS.get(type(module).__name__, repr(module))

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from .layouts import FLOATS, Geometry, OpenClipTower, Tower
+from hf_robust_vision.towers.weights import check_weights
+
+from .layouts import Geometry, OpenClipTower, Tower
 from .open_clip import POSITIONS, PROJECTION, interpolate_positions
 from .source import Source, processor_pixels, reference_tower
 
@@ -36,7 +37,7 @@ class Plan:
         old: Its geometry before.
         new: Its geometry afterwards.
         state: The new weights under the tower's own names, in its dtype.
-        reference: The source itself, with the same weights.
+        reference: A plain CLIP tower with these weights, which the source was found equal to.
     """
 
     tower: Tower
@@ -78,8 +79,11 @@ def make_plan(
         new = replace(new, image_size=old.image_size)
     _check_shapes(tower, state)
     weights = tower.weights()
-    own = {name: value.to(weights[name]) for name, value in tower.rename(state).items()}
-    _check_finite(source, own)
+    check_weights(source.state, source.name)
+    own = {}
+    for name, value in tower.rename(state).items():
+        check_weights({name: value}, source.name, weights[name].dtype)
+        own[name] = value.to(weights[name])
     reference = reference_tower({name: value.to(tower.patch_weight) for name, value in state.items()}, new)
     return Plan(tower, old, new, own, reference)
 
@@ -187,15 +191,3 @@ def _check_shapes(tower: Tower, state: dict[str, Tensor]) -> None:
         if name not in state or state[name].shape != weight.shape:
             got = tuple(state[name].shape) if name in state else "absent"
             raise ValueError(f"{tower}: {name} has shape {tuple(weight.shape)}, in the source it is {got}.")
-
-
-def _check_finite(source: Source, weights: dict[str, Tensor]) -> None:
-    strange = {str(value.dtype) for value in source.state.values() if value.dtype not in FLOATS}
-    if strange:
-        raise ValueError(f"source has weights of {sorted(strange)}: dequantise it first.")
-    clean = all(bool(torch.isfinite(value).all()) for value in source.state.values())
-    for name, value in weights.items():
-        if not bool(torch.isfinite(value).all()):
-            cause = "overflows" if clean else "holds NaN or infinity"
-            advice = "convert the VLM to bfloat16 or float32" if clean else "take another checkpoint"
-            raise ValueError(f"source weight {name} {cause} in {value.dtype}: {advice}.")

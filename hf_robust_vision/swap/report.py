@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .journal import Journal
+from .journal import LOCK, Journal
 
 
 REPORT_NAME = "swap_report.json"
@@ -71,34 +71,40 @@ class SwapReport:
         fields = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {"schema": 1, **fields, "towers": [asdict(tower) for tower in self.towers]}
 
-    def provenance(self) -> dict[str, Any]:
-        """The part that is written into the VLM's config."""
-        towers = [
-            {"path": tower.path, "sha256_before": tower.sha256_before, "sha256_after": tower.sha256_after}
-            for tower in self.towers
-        ]
+    def provenance(self) -> dict[str, dict[str, Any]]:
+        """The part that is written into the VLM's config: an entry a tower, by its path."""
         kept = {name: getattr(self, name) for name in ("source", "resize", "image_size", "versions")}
-        return {**kept, "towers": towers}
+        hashes = ("path", "sha256_before", "sha256_after")
+        return {tower.path: {name: getattr(tower, name) for name in hashes} | kept for tower in self.towers}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: without the way back, which would lead to copies of the towers, and leave the VLM as it is."""
+        return vars(self) | {"_journal": None}
 
     def save(self, path: str | Path) -> Path:
         """Write `swap_report.json` into a folder, usually that of the saved VLM, and return its path."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / REPORT_NAME
-        target.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        target.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return target
 
     def restore(self) -> None:
         """Bring the old tower back bit for bit, with its settings, its processor's sizes and the VLM's config.
 
         Raises:
-            RuntimeError: If it was brought back before, or another swap has changed the tower since.
+            RuntimeError: If it was brought back before, another swap has changed the tower since, or this is a copy.
         """
-        if self._journal is None:
-            raise RuntimeError("nothing to restore: the old tower was brought back already.")
-        if not self._journal.latest:
-            raise RuntimeError(
-                "another swap has changed the tower since: call restore() of the latest report first, then this one's."
-            )
-        self._journal.undo()
-        self._journal = None
+        with LOCK:
+            if self._journal is None:
+                raise RuntimeError(
+                    "nothing to restore: the old tower was brought back already, or this report is a copy, which has "
+                    "no way back: call restore() of the report that swap_vision_encoder returned."
+                )
+            if not self._journal.latest:
+                raise RuntimeError(
+                    "another swap has changed the tower since: call restore() of the latest report first, then this "
+                    "one's."
+                )
+            self._journal.undo()
+            self._journal = None

@@ -53,12 +53,14 @@ class Source:
         state: CLIP keys to tensors, `visual_projection.weight` among them if there is one.
         geometry: Sizes and settings, or None for a bare state dict, which does not tell the settings.
         pixels: Settings of the image processor, or None where unknown.
+        tower: The encoder itself, where the source is a model.
     """
 
     name: str
     state: dict[str, Tensor]
     geometry: Geometry | None = None
     pixels: PixelSettings | None = None
+    tower: Tower | None = None
 
     def completed(self, donor: Geometry, *, hidden_act: str | None, num_attention_heads: int | None) -> Geometry:
         """The whole geometry; the sizes are read from the weights, missing settings are those of `donor`."""
@@ -152,7 +154,7 @@ def _from_model(model: nn.Module, name: str, pixels: PixelSettings | None = None
         pixels = PixelSettings(
             tuple(transform.mean), tuple(transform.std), resample=transform.resample, size=transform.crop
         )
-    return Source(name, towers[0].clip_state(), towers[0].geometry, pixels)
+    return Source(name, towers[0].clip_state(), towers[0].geometry, pixels, towers[0])
 
 
 def load_model(name: str, *, whole: bool = False) -> Any:

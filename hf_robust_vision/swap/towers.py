@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from hf_robust_vision.towers.adapters import has_adapter
+from hf_robust_vision.towers.weights import FLOATS
 
-from .layouts import FLOATS, OpenClipTower, Tower
+from .layouts import OpenClipTower, Tower
 
 
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
@@ -31,8 +32,14 @@ def find_towers(model: nn.Module, towers: str | Sequence[str] = "all") -> list[T
         At least one tower, in the order of the modules.
 
     Raises:
+        TypeError: If it is no model, but the name of one.
         ValueError: If there is none, a path is not among those found, or the model is sharded.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"wanted a model, got {model!r:.80}: load it first, for instance with "
+            "AutoModelForImageTextToText.from_pretrained(...)."
+        )
     for path, module in model.named_modules():
         if type(module).__name__ in _SHARDED:
             raise ValueError(

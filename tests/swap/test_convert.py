@@ -121,7 +121,7 @@ def test_other_depth_is_refused(demo, tmp_path, capsys):
     weights = {name: value for name, value in weights.items() if "resblocks.3" not in name}
     torch.save(weights, tmp_path / "tower.pt")
     assert main(["convert", str(tmp_path / "tower.pt"), "--base", demo, "--output", str(tmp_path / "model")]) == 2
-    assert "another depth" in capsys.readouterr().err
+    assert "num_hidden_layers is 4 in the tower and 3 in the source" in capsys.readouterr().err
 
 
 def test_unknown_method_is_refused(capsys):

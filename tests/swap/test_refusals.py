@@ -90,7 +90,7 @@ def test_adapter_on_the_language_model_only(llava, clip):
     wrapped = peft.get_peft_model(llava, peft.LoraConfig(target_modules=r".*language_model.*\.v_proj"))
     report = swap_vision_encoder(wrapped, clip)
     assert report.towers[0].path == "base_model.model.model.vision_tower"
-    assert llava.config.robust_vision_swap["source"] == report.source
+    assert llava.config.robust_vision_swap["towers"][0]["source"] == report.source
 
 
 class PackedLinear(nn.Linear):
@@ -140,9 +140,13 @@ def test_wrong_prefix_and_unknown_keys(llava, clip):
 def test_weights_that_are_not_finite(llava, clip):
     weight = clip.vision_model.encoder.layers[1].mlp.fc1.weight
     weight.data[0, 0] = 1e6
-    assert_refused(llava.half(), clip, ["layers.1.mlp.fc1.weight", "overflows", "torch.float16", "bfloat16"])
+    assert_refused(
+        llava.half(),
+        clip,
+        ["layers.1.mlp.fc1.weight of a CLIPModel in memory", "overflows", "torch.float16", "bfloat16"],
+    )
     weight.data[0, 0] = float("nan")
-    assert_refused(llava.float(), clip, ["NaN"])
+    assert_refused(llava.float(), clip, ["NaN", "layers.1.mlp.fc1.weight"])
 
 
 def test_source_that_is_quantised(llava, clip):
@@ -238,6 +242,7 @@ def test_other_resize_and_size_of_the_processor_are_told(llava, clip, tmp_path):
     """They do not keep the swap from being right."""
     clip.save_pretrained(tmp_path)
     CLIPImageProcessor(crop_size=SIZE).save_pretrained(tmp_path)
+    swap_vision_encoder(llava, tmp_path)  # from here on the tower is no stranger
     same = swap_vision_encoder(llava, tmp_path, processor=CLIPImageProcessor(crop_size=SIZE))
     assert same.warnings == []
     other = swap_vision_encoder(llava, tmp_path, processor=CLIPImageProcessor(crop_size=48, resample=2))
@@ -309,6 +314,6 @@ def test_module_that_its_config_does_not_describe_is_refused(llava, clip, name, 
     else:
         layer.layer_norm1.eps = 1e-3
     before = weights_sha256(model)
-    with pytest.raises(ValueError, match=f"the config says {name}=.* block 1 computes with .*: set config.{name}"):
+    with pytest.raises(ValueError, match=f"the config says {name}=.* .*1.* computes with .*: make the two agree"):
         swap_vision_encoder(llava, clip)
     assert weights_sha256(model) == before
