@@ -105,6 +105,7 @@ class LinfBall(Ball):
 
     def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """Clip every pixel to within `eps` of the image and to [0, 1]."""
+        # Against fixed bounds: a difference that is cut and added again would be rounded anew in every step, and creep.
         nearby = torch.minimum(torch.maximum(adversarial, images - self.eps), images + self.eps)
         return nearby.clamp(0, 1)
 

@@ -51,6 +51,7 @@ class Logits:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, classes)."""
+        # The version counts writes in place, after which the same tensor holds other images.
         stale = self._images is not images or self._version != images._version
         if stale or self._logits is None or (images.requires_grad and not self._logits.requires_grad):
             self._logits = self.function(images)
@@ -113,6 +114,7 @@ class DLR(_OfClasses):
         """One loss per image, shape (batch,)."""
         logits = self.logits(images)
         _need_classes(logits, 3, "DLR")
+        # The divisor takes away the scale of the logits, by which a model can make the gradient of cross-entropy vanish.
         ordered = logits.sort(dim=1, descending=True).values
         return -_margin(logits, self.labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 

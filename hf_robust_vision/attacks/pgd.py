@@ -67,7 +67,7 @@ def pgd(
                 if len(going) == 0:
                     break
             adversarial = ball.project(adversarial + size * ball.ascend(gradient), run.images)
-        else:
+        else:  # not after a break: a run whose images have all fallen has no last iterate
             keeper.offer_last(run, adversarial)
     guard.report()
     return keeper.images

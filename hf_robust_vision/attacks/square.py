@@ -174,7 +174,8 @@ class _L2Squares(_Squares):
         return 5 + channels
 
     def side(self, wanted: float, most: int) -> int:
-        """Odd, and at least three pixels where the image has them."""
+        """At least three pixels where the image has them."""
+        # Odd, so that a hill has a middle.
         return min(max(round(wanted), 3) | 1, most)
 
     def propose(self, best: Tensor, images: Tensor, side: int, numbers: Tensor) -> Tensor:
@@ -202,6 +203,7 @@ def _signs(numbers: Tensor) -> Tensor:
 def _offsets(corner: Tensor, side: int, images: Tensor) -> tuple[Tensor, Tensor]:
     """How far each row, and each column, of each image lies below and right of its square's corner."""
     sizes = images.shape[2:]
+    # One number of [0, 1) chooses among all corners where the square fits; rounding may make the last one too many.
     places = [(corner[:, i] * (size - side + 1)).long().clamp_max(size - side) for i, size in enumerate(sizes)]
     down, right = (torch.arange(size, device=images.device) - place[:, None] for size, place in zip(sizes, places))
     return down[:, :, None], right[:, None, :]

@@ -142,6 +142,7 @@ def test_linf_starts_fill_the_ball():
     assert stats.kstest(start.flatten().numpy(), stats.uniform(-0.1, 0.2).cdf).pvalue > 0.01
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_bits_are_the_same_on_a_gpu():
     ids = [0, "a", 2**40]

@@ -9,19 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from hf_robust_vision.attacks import LinfBall, StartNoise, get_protocol, run_protocol
+from hf_robust_vision.attacks import get_protocol
+from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_checkpoint, load_demo
 from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import TEMPLATES
+from hf_robust_vision.evaluation.results import load_samples
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.pipeline import harden as pipeline
 from hf_robust_vision.towers.clip import Encoder, attack_mode, load_encoder, load_tokenizer
-from hf_robust_vision.towers.text_bank import make_text_bank
+from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 
 
 autoattack = pytest.importorskip("pyautoattack")
@@ -43,44 +48,45 @@ class Case(NamedTuple):
     """The rightly classified among some test images, in batches, and the model as a classifier."""
 
     encoder: Encoder
+    bank: TextBank
+    images: LabelledImages
     classify: Callable[[torch.Tensor], torch.Tensor]
-    batches: list[tuple[torch.Tensor, torch.Tensor, list[int]]]
+    batches: list[tuple[torch.Tensor, torch.Tensor]]
 
     @property
     def clean(self) -> int:
-        return sum(len(ids) for _, _, ids in self.batches)
+        return len(self.images)
 
 
 def load(folder: Path, count: int) -> Case:
     encoder = load_encoder(folder)
     bank = make_text_bank(encoder, load_tokenizer(folder), CLASS_NAMES, TEMPLATES["demo"])
-    items = list(seeded_subset(load_demo("test", encoder.transform), count, seed=0))
+    chosen = seeded_subset(load_demo("test", encoder.transform), count, seed=0)
+    items = list(chosen)
     images = torch.stack([item["images"] for item in items])
     labels = torch.tensor([item["labels"] for item in items])
-    ids = torch.tensor([item["ids"] for item in items])
     classify = bank.classify(lambda x: encoder(x).image_embeds)
     with attack_mode(encoder), torch.no_grad():
         right = torch.cat([classify(part).argmax(1) for part in images.split(100)]) == labels
-    parts = zip(images[right].split(100), labels[right].split(100), ids[right].split(100))
-    return Case(encoder, classify, [(batch, truth, names.tolist()) for batch, truth, names in parts])
+    parts = zip(images[right].split(100), labels[right].split(100))
+    return Case(encoder, bank, chosen.select(right.nonzero().flatten().tolist()), classify, list(parts))
 
 
 def ours(case: Case, name: str, eps: float, seed: int = 0, **budget) -> list[bool]:
     """A flag per image: robust."""
-    flags = []
-    with attack_mode(case.encoder):
-        for batch, truth, ids in case.batches:
-            noise = StartNoise(seed, ids)
-            outcome = run_protocol(get_protocol(name, **budget), case.classify, batch, truth, LinfBall(eps), noise)
-            flags += [fooled is None for fooled in outcome.fooled_by]
-    return flags
+    how = RobustnessProtocol(get_protocol(name, **budget), (eps,), batch_size=100, seed=seed)
+    with TemporaryDirectory() as folder:
+        settings = {"model_name": "ours", "samples_dir": folder, "progress": False}
+        (result,) = evaluate_zero_shot(case.encoder, case.bank, case.images, how, **settings)
+        robust = {record.id: record.robust_hit for record in load_samples(Path(folder) / result.samples)}
+    return [robust[sample] for sample in case.images.ids]
 
 
 def theirs(case: Case, attack: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], eps: float) -> list[bool]:
     """The same flags, from an attack that gives adversarial images."""
     flags = []
     with attack_mode(case.encoder):
-        for batch, truth, _ in case.batches:
+        for batch, truth in case.batches:
             found = attack(batch, truth)
             assert (found - batch).abs().max() <= eps + 1e-6
             with torch.no_grad():

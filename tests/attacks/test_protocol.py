@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from hf_robust_vision.attacks import (
     PROTOCOLS,
@@ -20,12 +21,12 @@ from hf_robust_vision.attacks import (
     fab,
     get_protocol,
     pgd,
-    run_protocol,
     square,
 )
-from hf_robust_vision.attacks import (
-    protocol as suite,
-)
+from hf_robust_vision.evaluation.engine import evaluate
+from hf_robust_vision.evaluation.results import load_samples
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from tests.evaluation.toy_task import BrighterHalf
 
 
 IMAGES = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -36,20 +37,42 @@ def linear_classifier(classes):
     return lambda images: (images.flatten(1) - 0.5) @ weight.T
 
 
+class Classifier(nn.Module):
+    """A function of images to logits, as a model."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        return self.function(images)
+
+
+@pytest.fixture
+def worst_case(tmp_path_factory):
+    """Records of a protocol's attacks on a classifier, one an image, in order."""
+
+    def run(protocol, classify, images, ball, labels=None):
+        folder, how = tmp_path_factory.mktemp("records"), RobustnessProtocol(protocol, (ball.eps,), ball.norm)
+        task = BrighterHalf(Classifier(classify), images, labels=labels)
+        (result,) = evaluate(task, how, model_name="linear", samples_dir=folder, progress=False)
+        return sorted(load_samples(folder / result.samples), key=lambda record: record.id)
+
+    return run
+
+
 @pytest.mark.parametrize("name", list(PROTOCOLS))
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
 @pytest.mark.parametrize("ball", [LinfBall(0.05), L2Ball(0.3)], ids=["linf", "l2"])
-def test_every_protocol_runs_with_few_classes(name, classes, ball):
-    classify = linear_classifier(classes)
-    labels = classify(IMAGES).argmax(1)
+def test_every_protocol_runs_with_few_classes(name, classes, ball, worst_case):
     queries = 20 if name == "autoattack" else None
     protocol, left_out = get_protocol(name, steps=5, queries=queries).for_classes(classes)
     assert left_out == (["apgd-dlr-targeted"] if name in ("robustvlm", "autoattack") and classes < 4 else [])
     assert all(attack.targets < classes for attack in protocol.attacks)
-    outcome = run_protocol(protocol, classify, IMAGES, labels, ball, StartNoise(0, range(8)))
-    wrong = (classify(outcome.images).argmax(1) != labels).tolist()
-    assert [name is not None for name in outcome.fooled_by] == wrong
-    assert (ball.distance(outcome.images, IMAGES) <= ball.eps + 1e-6).all()
+    records = worst_case(protocol, linear_classifier(classes), IMAGES, ball)
+    names = {attack.name for attack in protocol.attacks}
+    assert all(record.fooled_by in (names if record.adversarial != record.label else {None}) for record in records)
+    assert any(record.fooled_by for record in records)
 
 
 def test_targets_are_cut_to_the_wrong_classes():
@@ -63,17 +86,15 @@ def test_one_class_is_no_classification():
         get_protocol("apgd-ce").for_classes(1)
 
 
-def test_worst_case_is_per_sample(monkeypatch):
+def test_worst_case_is_per_sample(monkeypatch, worst_case):
     """Two attacks, each good at one half of the batch: all are fooled, each by the attack that did it first."""
-    labels = torch.zeros(6, dtype=torch.long)
-    images = torch.full((6, 3, 2, 2), 0.5)
     met = []
 
     def classify(batch):
         lit = (batch[:, 0, 0, 0] > 0.5).float()
         return torch.stack([1 - lit, lit], 1)
 
-    def pretend(attack, logits, batch, labels, ball, noise):
+    def pretend(attack, objective, batch, ball, noise, fooled):
         met.append((attack.name, list(noise.ids)))
         found = batch.clone()
         for row, sample in enumerate(noise.ids):
@@ -81,22 +102,20 @@ def test_worst_case_is_per_sample(monkeypatch):
                 found[row, 0, 0, 0] += ball.eps
         return found
 
-    monkeypatch.setattr(suite, "attack_classes", pretend)
-    both = Protocol("both", (Attack("even"), Attack("odd")))
-    outcome = run_protocol(both, classify, images, labels, LinfBall(0.1), StartNoise(0, [0, 1, 2, 3, 4, 5]))
-    assert outcome.fooled_by == ["even", "odd", "even", "odd", "even", None]
+    monkeypatch.setattr(Attack, "run", pretend)
+    both, images = Protocol("both", (Attack("even"), Attack("odd"))), torch.full((6, 3, 2, 2), 0.5)
+    records = worst_case(both, classify, images, LinfBall(0.1), labels=[0] * 6)
+    assert [record.fooled_by for record in records] == ["even", "odd", "even", "odd", "even", None]
     assert met == [("even", [0, 1, 2, 3, 4, 5]), ("odd", [1, 3, 5])]  # only the survivors go on
-    assert classify(outcome.images).argmax(1).tolist() == [1, 1, 1, 1, 1, 0]
+    assert [record.adversarial for record in records] == [1, 1, 1, 1, 1, 0]
 
 
-def test_more_attacks_never_raise_robust_accuracy():
-    classify = linear_classifier(6)
-    labels = classify(IMAGES).argmax(1)
+def test_more_attacks_never_raise_robust_accuracy(worst_case):
     survivors = []
     for name in ("apgd-ce", "robustvlm"):
         protocol, _ = get_protocol(name, steps=10).for_classes(6)
-        outcome = run_protocol(protocol, classify, IMAGES, labels, LinfBall(0.02), StartNoise(0, range(8)))
-        survivors.append({i for i, fooled in enumerate(outcome.fooled_by) if fooled is None})
+        records = worst_case(protocol, linear_classifier(6), IMAGES, LinfBall(0.02))
+        survivors.append({record.id for record in records if record.robust_hit})
     assert survivors[1] <= survivors[0]
 
 
@@ -135,7 +154,7 @@ def test_autoattack_is_the_standard_version():
     assert (square.steps, square.restarts) == (theirs.square.n_queries, theirs.square.n_restarts)
 
 
-def test_tecoa_counts_are_those_of_each_attack_alone():
+def test_tecoa_counts_are_those_of_each_attack_alone(worst_case):
     """One start and one step size: what falls in the first steps of the long attack falls in the short one."""
     generator = torch.Generator().manual_seed(4)
     first, last = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((48, 64), (64, 4)))
@@ -144,29 +163,25 @@ def test_tecoa_counts_are_those_of_each_attack_alone():
     def classify(x):
         return torch.sin((x.double().flatten(1) - 0.5) @ first / 10) @ last
 
-    labels, protocol, ball = classify(images).argmax(1), get_protocol("tecoa"), LinfBall(32 / 255)
-    together = run_protocol(protocol, classify, images, labels, ball, StartNoise(0, range(24))).fooled_by
+    protocol, ball = get_protocol("tecoa"), LinfBall(32 / 255)
+    together = worst_case(protocol, classify, images, ball)
     fallen = set()
     for attack in protocol.attacks:
-        alone = run_protocol(Protocol("one", (attack,)), classify, images, labels, ball, StartNoise(0, range(24)))
-        fallen |= {i for i, name in enumerate(together) if name == attack.name}
-        assert {i for i, name in enumerate(alone.fooled_by) if name} == fallen
-    assert set(together) == {"pgd-10", "pgd-20", "pgd-100", None}
+        alone = worst_case(Protocol("one", (attack,)), classify, images, ball)
+        fallen |= {record.id for record in together if record.fooled_by == attack.name}
+        assert {record.id for record in alone if record.fooled_by} == fallen
+    assert {record.fooled_by for record in together} == {"pgd-10", "pgd-20", "pgd-100", None}
 
 
-def test_later_attacks_meet_survivors_only_and_never_lose_the_stronger_image():
+def test_later_attacks_meet_survivors_only_and_never_lose_the_stronger_image(worst_case):
     """FAB gives back the clean image where it finds none: what an earlier attack left nearer to a mistake is kept."""
-    classify = linear_classifier(5)
-    labels = classify(IMAGES).argmax(1)
-    ball = LinfBall(0.003)
     first, both = get_protocol("apgd-ce", steps=5), get_protocol("autoattack", steps=5, queries=10)
-    margins = []
-    for protocol in (first, both.for_classes(5)[0]):
-        outcome = run_protocol(protocol, classify, IMAGES, labels, ball, StartNoise(0, range(8)))
-        logits = classify(outcome.images)
-        margins.append(logits.scatter(1, labels[:, None], -torch.inf).amax(1) - logits[range(8), labels])
-        assert None in outcome.fooled_by
-    assert (margins[1] >= margins[0]).all()
+    one, all_ = (
+        worst_case(protocol, linear_classifier(5), IMAGES, LinfBall(0.003))
+        for protocol in (first, both.for_classes(5)[0])
+    )
+    assert None in {record.fooled_by for record in all_}
+    assert all(after.score >= before.score for before, after in zip(one, all_))
 
 
 @pytest.mark.parametrize(
