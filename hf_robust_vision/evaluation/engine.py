@@ -104,7 +104,7 @@ def evaluate(task: Task, how: RobustnessProtocol, **settings: Unpack[RunSettings
     )
     saved = AdversarialImages((folder or Path()) / store.images)
     store.forget({sample for sample in save_images if sample not in saved})
-    with attack_mode(task.model):
+    with attack_mode(task.model):  # `judge` and `aim` rely on it: no dropout, no gradient of a parameter
         flow = _Flow(task, how, levels, store, saved, save_images, f"{model_name}: {task.kind}")
         flow.run(show=settings.get("progress", True))
     records = store.gather(task.ids)
@@ -181,6 +181,8 @@ class _Flow:
         ids, known = self.task.ids, self.store.progress
         todo = [at for at in range(rank, len(ids), world) if ids[at] not in known or not known[ids[at]].done]
         self.size = self.how.batch_size
+        # Samples wait per search, not per batch. Without it the last searches, which few samples reach, would run on
+        # one or two images at a time: most of the time of a strong protocol.
         self.waiting: dict[_Place, deque[_Flight]] = defaultdict(deque)
         source = prefetched(self.task.load, todo, ahead=2 * self.size)
         self.bar = tqdm(total=len(todo), desc=self.label, disable=not show or rank > 0)
@@ -222,6 +224,7 @@ class _Flow:
 
     def _attack(self, place: _Place) -> None:
         """One search on the samples that wait for it."""
+        # Start noise belongs to the sample, so it does not matter with whom a sample shares the batch.
         start, queue = time.time(), self.waiting[place]
         flights = [queue.popleft() for _ in range(min(self.size, len(queue)))]
         level, stage = self.levels[place[0]], self.levels[place[0]].stages[place[1]]
@@ -269,6 +272,8 @@ class _Flow:
                 return {sample: Progress([*flight.behind, flight.record], flight.stage, flight.harm)}
             flight.behind.append(flight.record)
             flight.level, flight.stage = flight.level + 1, 0
+            # The smaller ball lies inside the larger one: what was found there counts here, unless the protocol wants
+            # each radius measured on its own.
             if not self.how.protocol.carry:
                 flight.record = self.task.first(flight.place, flight.clean)
                 flight.harm = flight.clean.harm
@@ -297,6 +302,7 @@ def _order(place: _Place) -> tuple[int, int]:
 
 def prefetched(load: Callable[[int], Tensor], places: Sequence[int], *, ahead: int) -> Iterator[tuple[int, Tensor]]:
     """Places with their images, in order, decoded by threads up to `ahead` images before they are asked for."""
+    # Threads, not worker processes: decoding and resizing release the interpreter's lock, and nothing is copied.
     with ThreadPoolExecutor(READERS) as pool:
         coming: deque[tuple[int, Future[Tensor]]] = deque()
         for place in places:

@@ -141,6 +141,7 @@ class SampleStore:
                         continue
                     records = [SampleRecord(**record) for record in values["records"]]
                     state = Progress(records, values["stage"], float(values["harm"]))
+                # Only the last line of a killed process can be torn, and it is the only copy of its batch.
                 except (ValueError, TypeError, KeyError):
                     continue  # cut off when the process was killed; the sample is measured again
                 self._check(file, records)

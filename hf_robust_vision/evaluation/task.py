@@ -309,6 +309,7 @@ def after_each_attack(
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
     """What decides a model's answers: weights, config, and the modules themselves, which no config need describe."""
+    # Two models of equal weights differ by what no weight holds: an activation, an epsilon, a hook's own module.
     config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     modules = hashlib.sha256(repr(model).encode()).hexdigest()[:16]

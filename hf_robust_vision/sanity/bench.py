@@ -62,7 +62,10 @@ class Trial:
     def fooled(self) -> Success:
         """Where an attack may stop."""
         fooled = self._aim(self.task.loss)[1]
-        assert fooled is not None
+        if fooled is None:
+            raise ValueError(
+                f"a {self.task.task} has a score and no success: there is nothing that checks could count."
+            )
         return fooled
 
     def scores(self, images: Tensor) -> Tensor:
