@@ -22,12 +22,9 @@ from .pgd import fgsm, pgd
 from .protocol import (
     PROTOCOLS,
     Attack,
-    Outcome,
     Protocol,
-    attack_classes,
     classification_objective,
     get_protocol,
-    run_protocol,
 )
 from .search import NonFiniteGradientWarning
 from .square import square
@@ -47,14 +44,12 @@ __all__ = [
     "Misclassified",
     "NonFiniteGradientWarning",
     "Objective",
-    "Outcome",
     "Protocol",
     "StartNoise",
     "Success",
     "TargetedDLR",
     "TargetedMargin",
     "apgd",
-    "attack_classes",
     "check_length",
     "classification_objective",
     "cosine_distance",
@@ -63,7 +58,6 @@ __all__ = [
     "get_protocol",
     "make_ball",
     "pgd",
-    "run_protocol",
     "square",
     "squared_l2",
 ]

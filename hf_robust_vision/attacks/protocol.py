@@ -1,4 +1,4 @@
-"""What an attack is, for every task; named protocols of them, and the worst case over one per sample."""
+"""What an attack is, for every task, and named protocols of them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from .objectives import (
     DLR,
     CrossEntropy,
     ImagesToLogits,
-    Logits,
     Margin,
-    Misclassified,
     Objective,
     Success,
     TargetedDLR,
@@ -222,10 +220,6 @@ class Protocol:
         fitted = tuple(replace(a, targets=min(a.targets, classes - 1)) if a.targets else a for a in kept)
         return replace(self, attacks=fitted), left_out
 
-    def describe(self, ball: Ball, *, resolution: int, seed: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-        """The attacks as plain dictionaries, for a result."""
-        return [attack.describe(ball, resolution=resolution, seed=seed, dtype=dtype) for attack in self.attacks]
-
 
 def classification_objective(
     attack: Attack, logits: ImagesToLogits, labels: Tensor, targets: Tensor | None = None
@@ -312,77 +306,3 @@ def get_protocol(
     if name not in PROTOCOLS:
         raise ValueError(f"unknown protocol {name!r}; choose one of {', '.join(map(repr, PROTOCOLS))}.")
     return PROTOCOLS[name].with_budget(steps, restarts, queries)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a protocol did to a batch.
-
-    Args:
-        images: Adversarial images in [0, 1]: a fooling one where there is one, else the one of the highest margin
-            (the strongest wrong logit minus the true one) that an attack ended with.
-        fooled_by: The name of the attack that fooled each sample, or None.
-    """
-
-    images: Tensor
-    fooled_by: list[str | None]
-
-
-def run_protocol(
-    protocol: Protocol,
-    classify: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    ball: Ball,
-    noise: StartNoise,
-) -> Outcome:
-    """Attack a batch of rightly classified images with every attack of a protocol, worst case per sample.
-
-    Args:
-        protocol: The attacks; it must fit the number of classes (`Protocol.for_classes`).
-        classify: Images in [0, 1] to logits, shape (batch, classes).
-        images: Clean images in [0, 1].
-        labels: True classes, shape (batch,).
-        ball: Where the perturbation may go.
-        noise: Owner of the random starts.
-    """
-    adversarial = images.clone()
-    margins = torch.full((len(images),), -torch.inf, device=images.device)
-    fooled_by: list[str | None] = [None] * len(images)
-    for attack in protocol.attacks:
-        rows = torch.tensor([i for i, name in enumerate(fooled_by) if name is None], dtype=torch.long)
-        if len(rows) == 0 or ball.eps == 0:
-            break
-        rows = rows.to(images.device)
-        logits, truth = Logits(classify), labels[rows]
-        found = attack_classes(attack, logits, images[rows], truth, ball, noise.take(rows))
-        with torch.no_grad():
-            hits, margin = Misclassified(logits, truth)(found), Margin(logits, truth)(found).float()
-        better = hits | (margin > margins[rows])
-        adversarial[rows[better]], margins[rows[better]] = found[better], margin[better]
-        for row in rows[hits].tolist():
-            fooled_by[row] = attack.name
-    return Outcome(adversarial, fooled_by)
-
-
-def attack_classes(
-    attack: Attack, logits: Logits, images: Tensor, labels: Tensor, ball: Ball, noise: StartNoise
-) -> Tensor:
-    """Adversarial images away from the true class, or towards each of the strongest wrong ones in turn."""
-    ranking = None
-    if attack.targets:
-        with torch.no_grad():
-            ranking = logits(images).scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
-    found = images.clone()
-    rows = torch.arange(len(images), device=images.device)
-    for rank in range(max(attack.targets, 1)):
-        if rank:
-            with torch.no_grad():
-                rows = rows[~Misclassified(logits, labels[rows])(found[rows])]
-        if len(rows) == 0:
-            break
-        truth = labels[rows]
-        targets = ranking[rows, rank] if ranking is not None else None
-        objective = classification_objective(attack, logits, truth, targets)
-        found[rows] = attack.run(objective, images[rows], ball, noise.take(rows), Misclassified(logits, truth))
-    return found

@@ -32,6 +32,10 @@ from tests.evaluation.toy_task import BrighterHalf
 IMAGES = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
+def described(protocol, ball, **about):
+    return [attack.describe(ball, **about) for attack in protocol.attacks]
+
+
 def linear_classifier(classes):
     weight = torch.randn(classes, 48, generator=torch.Generator().manual_seed(2))
     return lambda images: (images.flatten(1) - 0.5) @ weight.T
@@ -247,9 +251,9 @@ def test_budgets_that_do_nothing_are_refused():
 )
 def test_a_record_says_how_to_repeat_it(protocol, ball):
     """findings-code 2: what a result holds gives back the attacks, whatever the budget was, also by way of JSON."""
-    rows = protocol.describe(ball, resolution=224, seed=3, dtype=torch.float32)
+    rows = described(protocol, ball, resolution=224, seed=3, dtype=torch.float32)
     again = Protocol.from_rows(protocol.name, json.loads(json.dumps(rows)), carry=protocol.carry)
-    assert again.describe(ball, resolution=224, seed=3, dtype=torch.float32) == rows
+    assert described(again, ball, resolution=224, seed=3, dtype=torch.float32) == rows
     if ball.norm == "linf":
         assert again == protocol
 
@@ -326,20 +330,21 @@ def test_unknown_protocol():
 
 
 def test_description_is_complete():
-    rows = get_protocol("robustvlm").describe(LinfBall(4 / 255), resolution=224, seed=3, dtype=torch.bfloat16)
+    rows = described(get_protocol("robustvlm"), LinfBall(4 / 255), resolution=224, seed=3, dtype=torch.bfloat16)
     wanted = {"name", "objective", "target", "steps", "step_size", "restarts", "resolution", "seed", "dtype"}
     assert all(wanted <= set(row) for row in rows)
     assert rows[0]["target"] is None
     assert rows[1]["target"].startswith("9 ")
     assert (rows[0]["dtype"], rows[0]["seed"], rows[0]["resolution"]) == ("bfloat16", 3, 224)
-    (quick,) = get_protocol("quick").describe(LinfBall(0.1), resolution=32, seed=0, dtype=torch.float32)
+    (quick,) = described(get_protocol("quick"), LinfBall(0.1), resolution=32, seed=0, dtype=torch.float32)
     assert quick["step_size"] == pytest.approx(0.025)
     for name in PROTOCOLS:
         for ball in (LinfBall(4 / 255), L2Ball(0.5)):
-            rows = get_protocol(name).describe(ball, resolution=32, seed=0, dtype=torch.float32)
+            rows = described(get_protocol(name), ball, resolution=32, seed=0, dtype=torch.float32)
             assert all(wanted <= set(row) for row in rows)
             json.dumps(rows)
     tecoa = [
-        get_protocol("tecoa").describe(b, resolution=32, seed=0, dtype=torch.float32)[0] for b in (ball, LinfBall(0.1))
+        described(get_protocol("tecoa"), b, resolution=32, seed=0, dtype=torch.float32)[0]
+        for b in (ball, LinfBall(0.1))
     ]
     assert [row["step_size"] for row in tecoa] == [0.25 * 0.5, 1 / 255]
