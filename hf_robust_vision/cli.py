@@ -190,7 +190,7 @@ def _remeasure(args: argparse.Namespace) -> int:
     from hf_robust_vision.evaluation.results import load_results, pretty_eps
     from hf_robust_vision.evaluation.tasks.zero_shot import remeasure
     from hf_robust_vision.pipeline.measure import bank_of, load_model
-    from hf_robust_vision.towers.clip import weights_sha256
+    from hf_robust_vision.towers.base import weights_sha256
 
     path, agree = Path(args.results), True
     encoder, folder = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))

@@ -25,7 +25,7 @@ from typing_extensions import Required, Unpack
 from hf_robust_vision import __version__
 from hf_robust_vision.pixels import check_images
 from hf_robust_vision.processes import rank_and_world
-from hf_robust_vision.towers.clip import attack_mode
+from hf_robust_vision.towers.base import attack_mode
 
 from .images import AdversarialImages
 from .results import RobustnessResult, SampleRecord, versions

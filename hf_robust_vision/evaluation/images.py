@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_robust_vision.attacks import make_ball
 from hf_robust_vision.pixels import check_images
-from hf_robust_vision.towers.clip import attack_mode, weights_sha256
+from hf_robust_vision.towers.base import attack_mode, weights_sha256
 
 from .results import RobustnessResult, SampleRecord, load_samples
 from .task import Batch, SampleId, Task

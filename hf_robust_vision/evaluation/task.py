@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.attacks import Attack, Ball, Objective, Protocol, StartNoise, Success, make_ball
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 from .results import SampleRecord, summarize
 

@@ -23,14 +23,8 @@ from hf_robust_vision.towers.adapters import (
     WEIGHTS_FILE,
     holds_adapter,
 )
-from hf_robust_vision.towers.clip import (
-    CLIPEncoder,
-    load_encoder,
-    load_image_processor,
-    load_tokenizer,
-    vision_half,
-    weights_sha256,
-)
+from hf_robust_vision.towers.base import weights_sha256
+from hf_robust_vision.towers.clip import CLIPEncoder, load_encoder, load_image_processor, load_tokenizer, vision_half
 
 from .card import eval_results, hardened, is_hub_id, set_kind
 from .usage import KINDS, replace_usage, usage_block

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_robust_vision.attacks import cosine_distance
-from hf_robust_vision.towers.clip import FEATURES, EncoderOutput, Reference
+from hf_robust_vision.towers.base import EncoderOutput
+from hf_robust_vision.towers.clip import FEATURES
+from hf_robust_vision.towers.reference import Reference
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.config import AdversarialTrainingArguments, one_of
 from hf_robust_vision.training.layers import Reads

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.activations import ACT2FN
 
-from hf_robust_vision.towers.clip import attack_mode
+from hf_robust_vision.towers.base import attack_mode
 
 from .journal import Journal
 from .open_clip import PROJECTION, clip_keys, hf_to_openclip, openclip_to_hf, square_side

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from hf_robust_vision.pixels import OPENAI_MEAN, OPENAI_STD, PixelTransform
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 from .journal import LOCK, Journal
 from .layouts import Tower, tell_config

@@ -7,10 +7,7 @@ Its state dict and its saved folder are those of a stock `CLIPModel`.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +21,16 @@ from transformers import (
     CLIPVisionModelWithProjection,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
 
 from hf_robust_vision.pixels import PixelTransform
 
 from .adapters import CONFIG_FILE, has_adapter, holds_adapter, merge_into, original_of, refuse_adapter, save_adapter
+from .base import EncoderOutput, attack_mode
 from .weights import load_pretrained, local_or_hub
 
 
 FEATURES = ("pooled", "patch_tokens", "both")
 DEFAULT_TOKEN_LAYER = -2  # the layer that LLaVA reads
-
-
-@dataclass
-class EncoderOutput(ModelOutput):
-    """What one forward pass gives a loss; what was not asked for is None.
-
-    Args:
-        image_embeds: Projected class-token embeddings, not normalised, shape (batch, dim).
-        patch_tokens: Patch tokens of the layer asked for, class token cut, shape (batch, patches, width).
-        text_embeds: Projected embeddings of the prompts, not normalised, shape (prompts, dim).
-    """
-
-    image_embeds: Tensor = None  # type: ignore[assignment]
-    patch_tokens: Tensor = None  # type: ignore[assignment]
-    text_embeds: Tensor = None  # type: ignore[assignment]
 
 
 class _EncoderMixin:
@@ -299,64 +281,6 @@ def freeze_unread(encoder: Encoder, *, feature: str = "pooled", token_layer: int
         encoder.text_projection.requires_grad_(True)
 
 
-class Reference:
-    """The original model: images in [0, 1] to its features, without gradient.
-
-    Args:
-        encoder: Copied and frozen.
-        token_layer: Also give the patch tokens of this layer.
-        share_weights: Copy the modules only, around the weights of `encoder` itself: the original of a model whose
-            adapter, added afterwards, is all that trains.
-    """
-
-    def __init__(self, encoder: Encoder, token_layer: int | None = None, *, share_weights: bool = False):
-        shared = {id(parameter): parameter for parameter in encoder.parameters()} if share_weights else {}
-        self.encoder = copy.deepcopy(encoder, shared).eval()
-        if not share_weights:
-            self.encoder.requires_grad_(False)
-        self.token_layer = token_layer
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> EncoderOutput:
-        """Features of the original model; the copy follows the images to their device once."""
-        # Shared weights move with the model that trains, the copy's own buffers do not.
-        tensors = [*self.encoder.parameters(), *self.encoder.buffers()]
-        if any(tensor.device != images.device for tensor in tensors):
-            self.encoder.to(images.device)
-        return self.encoder(images, token_layer=self.token_layer)
-
-
-@contextmanager
-def attack_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients, both restored at the end.
-
-    Under it a forward pass saves less for the backward pass (0.71 of the bytes were measured), and no `param.grad`
-    can be touched. The flags of every sub-module are restored one by one.
-    """
-    training = [module for module in model.modules() if module.training]
-    _show_shards(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for module in training:
-        module.training = False
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        _show_shards(model)  # or the learner's pass would find the gathered weights as the attack left them: frozen
-
-
-def _show_shards(model: nn.Module) -> None:
-    """Make the parameters of a model under FSDP2 its shards, whose flags count, and not what was gathered from them."""
-    for module in model.modules():
-        if callable(reshard := getattr(module, "reshard", None)):
-            reshard()
-
-
 def text_embeddings(model: CLIPModel, prompts: Mapping[str, Tensor]) -> Tensor:
     """Projected text embeddings of tokenized prompts, not normalised, shape (prompts, dim)."""
     return model.text_projection(model.text_model(**prompts).pooler_output)
@@ -369,16 +293,3 @@ def image_embedder(encoder: Encoder) -> Callable[[Tensor], Tensor]:
     precision that it reports.
     """
     return lambda images: encoder.encode_images(images).image_embeds
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{tensor_sha256(tensor)}".encode())
-    return digest.hexdigest()
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a tensor."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

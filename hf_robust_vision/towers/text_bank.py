@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
-from .clip import attack_mode, text_embeddings
+from .base import attack_mode
+from .clip import text_embeddings
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,9 @@ from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform, check_images
 from hf_robust_vision.towers.adapters import add_adapter, has_adapter
-from hf_robust_vision.towers.clip import (
-    CLIPEncoder,
-    Encoder,
-    Reference,
-    as_encoder,
-    attack_mode,
-    freeze_unread,
-    load_encoder,
-    token_layer_of,
-    weights_sha256,
-)
+from hf_robust_vision.towers.base import attack_mode, weights_sha256
+from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, as_encoder, freeze_unread, load_encoder, token_layer_of
+from hf_robust_vision.towers.reference import Reference, TargetCache
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 from hf_robust_vision.towers.weights import check_weights
 
@@ -44,7 +36,6 @@ from .publishing import PublishWhenMeasured
 from .resume import ResumableTrainer
 from .speed import compile_in_place, matmul_precision
 from .streams import StreamTrainer
-from .targets import TargetCache
 
 
 class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):

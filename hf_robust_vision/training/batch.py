@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from hf_robust_vision.towers.clip import EncoderOutput
+from hf_robust_vision.towers.base import EncoderOutput
 
 
 @dataclass

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer, siamese_loss
-from hf_robust_vision.towers.clip import CLIPEncoder, as_encoder, attack_mode, freeze_unread
+from hf_robust_vision.towers.base import attack_mode
+from hf_robust_vision.towers.clip import CLIPEncoder, as_encoder, freeze_unread
 from hf_robust_vision.training.base import Batch
 
 

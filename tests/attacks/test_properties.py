@@ -20,7 +20,7 @@ from hf_robust_vision.attacks import (
     pgd,
     square,
 )
-from hf_robust_vision.towers.clip import attack_mode
+from hf_robust_vision.towers.base import attack_mode
 
 
 def towards_the_nearest_class(objective, images, ball, noise):

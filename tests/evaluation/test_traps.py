@@ -19,7 +19,7 @@ from hf_robust_vision.evaluation.tasks.retrieval import RetrievalProtocol, evalu
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.sanity.check import check_sanity
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.text_bank import make_text_bank
 from tests.conftest import SIZE, TEMPLATE, build_processor, picture
 from tests.towers.tiny_processors import PROMPT, Asked, make_processor, make_speaker

@@ -30,7 +30,7 @@ def stock_model(repo_id, **settings) -> dict:
     from huggingface_hub import hf_hub_download
     from transformers import CLIPModel, CLIPProcessor
 
-    from hf_robust_vision.towers.clip import weights_sha256
+    from hf_robust_vision.towers.base import weights_sha256
 
     model, info = CLIPModel.from_pretrained(repo_id, output_loading_info=True, **settings)
     CLIPProcessor.from_pretrained(repo_id, **settings)
@@ -44,7 +44,7 @@ def stock_model(repo_id, **settings) -> dict:
 
 def load(name, **settings) -> dict:
     from hf_robust_vision import load_robust_encoder
-    from hf_robust_vision.towers.clip import weights_sha256
+    from hf_robust_vision.towers.base import weights_sha256
 
     loaded = load_robust_encoder(name, **settings)
     return {

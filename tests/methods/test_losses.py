@@ -10,7 +10,8 @@ import torch
 from hf_robust_vision.attacks import cosine_distance, squared_l2
 from hf_robust_vision.methods.features import FeatureDistance, detached, split_output, token_variance
 from hf_robust_vision.methods.sim_clip import siamese_loss
-from hf_robust_vision.towers.clip import EncoderOutput, Reference
+from hf_robust_vision.towers.base import EncoderOutput
+from hf_robust_vision.towers.reference import Reference
 from hf_robust_vision.training.collapse import (
     CollapseError,
     check_collapse,

@@ -27,7 +27,7 @@ from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.methods.tima import TIMATrainer
 from hf_robust_vision.pipeline import harden as pipeline
 from hf_robust_vision.sanity import rivals
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 from tests.conftest import NAMES
 
 

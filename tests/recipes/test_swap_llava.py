@@ -19,7 +19,7 @@ from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.data.demo_questions import load_questions
 from hf_robust_vision.evaluation.results import SampleRecord, load_results
 from hf_robust_vision.swap import find_towers
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 
 pytest.importorskip("easy_vqa")

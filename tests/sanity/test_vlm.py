@@ -19,7 +19,7 @@ from hf_robust_vision.report.page import write_report
 from hf_robust_vision.sanity.bench import Bench, pick, right_on_grey
 from hf_robust_vision.sanity.check import check_task, sanity_text
 from hf_robust_vision.sanity.checks import same_answer
-from hf_robust_vision.towers.clip import attack_mode, weights_sha256
+from hf_robust_vision.towers.base import attack_mode, weights_sha256
 from hf_robust_vision.towers.vlm_inputs import vlm_inputs
 from tests.sanity.maskers import rounded_tower
 

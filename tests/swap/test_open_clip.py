@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from hf_robust_vision.swap import find_towers, hf_to_openclip, load_state_dict, openclip_to_hf, swap_vision_encoder
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 
 ACTS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_robust_vision.evaluation.tasks import AnswerLoss, answer_task
 from hf_robust_vision.swap import find_towers, hf_to_openclip, swap_vision_encoder
 from hf_robust_vision.swap.flamingo import FlamingoInputs
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 
 open_flamingo = pytest.importorskip("open_flamingo", reason="installed by .ci/run in an environment of its own")

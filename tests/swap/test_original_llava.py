@@ -12,7 +12,7 @@ from tiny_vlms import SIZE, TEXT, make_clip, randomise
 from transformers import CLIPImageProcessor
 
 from hf_robust_vision.swap import find_towers, swap_vision_encoder
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 
 original = pytest.importorskip(

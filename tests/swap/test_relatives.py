@@ -8,7 +8,7 @@ from relatives import GENERATE, RELATIVES, answer, make_relative
 from tiny_vlms import SIZE, make_clip
 
 from hf_robust_vision.swap import find_towers, swap_vision_encoder
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 
 def reload(model, folder):

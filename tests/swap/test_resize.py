@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_robust_vision.swap import interpolate_positions, swap_vision_encoder
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 
 BIG = 48

@@ -8,7 +8,8 @@ from tiny_vlms import FAMILY, logits, make_clip, vlm_inputs
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
 
 from hf_robust_vision.swap import find_towers, load_source, swap_vision_encoder
-from hf_robust_vision.towers.clip import as_encoder, weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
+from hf_robust_vision.towers.clip import as_encoder
 
 
 def with_projection(clip):

@@ -5,7 +5,7 @@ import torch
 from tiny_vlms import FAMILY, LAYERS, SIZE, logits, make_clip, make_vlm, vlm_inputs
 
 from hf_robust_vision.swap import find_towers, swap_vision_encoder
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 
 PATHS = {name: ["model.vision_tower"] for name in FAMILY} | {"video_llava": ["model.video_tower", "model.image_tower"]}

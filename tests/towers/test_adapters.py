@@ -16,7 +16,7 @@ from hf_robust_vision.evaluation.results import RobustnessResult, save_results
 from hf_robust_vision.swap import load_source
 from hf_robust_vision.swap.convert import export_open_clip, export_v4
 from hf_robust_vision.towers.adapters import merge_into
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 
 
 VISION = r"vision_model\..*\.(q_proj|v_proj)"

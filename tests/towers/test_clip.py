@@ -11,19 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
+from hf_robust_vision.towers.base import attack_mode, tensor_sha256, weights_sha256
 from hf_robust_vision.towers.clip import (
     CLIPEncoder,
     CLIPVisionEncoder,
-    Reference,
     as_encoder,
-    attack_mode,
     freeze_unread,
     load_encoder,
     load_tokenizer,
-    tensor_sha256,
     token_layer_of,
-    weights_sha256,
 )
+from hf_robust_vision.towers.reference import Reference
 from hf_robust_vision.towers.text_bank import make_text_bank
 from tests.conftest import NAMES, build_clip
 

@@ -11,7 +11,7 @@ from hf_robust_vision.evaluation.tasks import AnswerLoss, VLMProtocol, answer_ta
 from hf_robust_vision.evaluation.tasks.answers import pad_left, say
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.swap.flamingo import FlamingoInputs
-from hf_robust_vision.towers.clip import attack_mode, weights_sha256
+from hf_robust_vision.towers.base import attack_mode, weights_sha256
 from tests.swap.tiny_vlms import IMAGE_TOKEN, VIDEO_TOKEN, VOCAB
 from tests.towers.flamingo_stand_in import make_flamingo
 from tests.towers.tiny_processors import Asked, make_tokenizer

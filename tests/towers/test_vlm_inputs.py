@@ -10,7 +10,7 @@ import torch
 
 from hf_robust_vision.evaluation.tasks import VLMProtocol, answer_task, evaluate_vqa
 from hf_robust_vision.evaluation.tasks.answers import continuation, pad_left, say
-from hf_robust_vision.towers.clip import attack_mode, weights_sha256
+from hf_robust_vision.towers.base import attack_mode, weights_sha256
 from hf_robust_vision.towers.vlm_inputs import VLMInputs, vlm_inputs
 from tests.swap.tiny_vlms import FAMILY, SIZE, VOCAB, make_vlm
 from tests.towers.tiny_processors import (

@@ -25,7 +25,8 @@ from hf_robust_vision import (
 from hf_robust_vision.hub.card import is_hub_id
 from hf_robust_vision.pipeline import parse, run
 from hf_robust_vision.towers.adapters import add_adapter, has_adapter
-from hf_robust_vision.towers.clip import attack_mode, freeze_unread, weights_sha256
+from hf_robust_vision.towers.base import attack_mode, weights_sha256
+from hf_robust_vision.towers.clip import freeze_unread
 from tests.training.helpers import largest_gap, make_trainer, weights
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.evaluation.task import Batch
-from hf_robust_vision.towers.clip import attack_mode
+from hf_robust_vision.towers.base import attack_mode
 
 from .vlm import VLMProtocol
 from .vqa import VQA, Question

@@ -25,7 +25,8 @@ from hf_robust_vision.evaluation.engine import Output, evaluate
 from hf_robust_vision.evaluation.images import Remeasured, measure_again
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize_hits
 from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
-from hf_robust_vision.towers.clip import CLIPEncoder, attack_mode, image_embedder, tensor_sha256, text_embeddings
+from hf_robust_vision.towers.base import attack_mode, tensor_sha256
+from hf_robust_vision.towers.clip import CLIPEncoder, image_embedder, text_embeddings
 from hf_robust_vision.towers.text_bank import tokenize
 
 

@@ -23,7 +23,8 @@ from hf_robust_vision.evaluation.engine import RunSettings, evaluate
 from hf_robust_vision.evaluation.images import Remeasured, measure_again
 from hf_robust_vision.evaluation.results import RobustnessResult, load_samples
 from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
-from hf_robust_vision.towers.clip import Encoder, image_embedder, tensor_sha256
+from hf_robust_vision.towers.base import tensor_sha256
+from hf_robust_vision.towers.clip import Encoder, image_embedder
 from hf_robust_vision.towers.text_bank import TextBank
 
 

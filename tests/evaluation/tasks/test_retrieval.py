@@ -26,7 +26,7 @@ from hf_robust_vision.evaluation.tasks.retrieval import (
 )
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.report.page import write_report
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 from tests.conftest import NAMES, SIZE, picture
 
 

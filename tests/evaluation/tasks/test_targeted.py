@@ -20,7 +20,7 @@ from hf_robust_vision.evaluation.tasks import (
     answer_task,
     evaluate_targeted,
 )
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.vlm_inputs import vlm_inputs
 from tests.evaluation.journal import begun
 from tests.evaluation.tasks.test_vqa import Killed, lines

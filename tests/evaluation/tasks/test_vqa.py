@@ -22,7 +22,7 @@ from hf_robust_vision.evaluation.tasks import (
     evaluate_vqa,
     remeasure_vqa,
 )
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.vlm_inputs import vlm_inputs
 from tests.evaluation.journal import begun
 

@@ -13,7 +13,7 @@ from hf_robust_vision.evaluation.results import SampleRecord, summarize
 from hf_robust_vision.evaluation.samples import SampleStore
 from hf_robust_vision.evaluation.task import RobustnessProtocol, Verdict
 from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot, evaluate_zero_shot
-from hf_robust_vision.towers.clip import weights_sha256
+from hf_robust_vision.towers.base import weights_sha256
 from tests.conftest import NAMES
 
 

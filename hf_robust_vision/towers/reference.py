@@ -1,7 +1,8 @@
-"""Features of the original model, computed once a sample."""
+"""Features of the original model, and a memory of them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,38 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from hf_robust_vision.towers.clip import EncoderOutput
+from .base import EncoderOutput
+from .clip import Encoder
 
 
 _PROBES = 64  # pixels that tell an image that was seen before from a changed one
+
+
+class Reference:
+    """The original model: images in [0, 1] to its features, without gradient.
+
+    Args:
+        encoder: Copied and frozen.
+        token_layer: Also give the patch tokens of this layer.
+        share_weights: Copy the modules only, around the weights of `encoder` itself: the original of a model whose
+            adapter, added afterwards, is all that trains.
+    """
+
+    def __init__(self, encoder: Encoder, token_layer: int | None = None, *, share_weights: bool = False):
+        shared = {id(parameter): parameter for parameter in encoder.parameters()} if share_weights else {}
+        self.encoder = copy.deepcopy(encoder, shared).eval()
+        if not share_weights:
+            self.encoder.requires_grad_(False)
+        self.token_layer = token_layer
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> EncoderOutput:
+        """Features of the original model; the copy follows the images to their device once."""
+        # Shared weights move with the model that trains, the copy's own buffers do not.
+        tensors = [*self.encoder.parameters(), *self.encoder.buffers()]
+        if any(tensor.device != images.device for tensor in tensors):
+            self.encoder.to(images.device)
+        return self.encoder(images, token_layer=self.token_layer)
 
 
 class TargetCache:

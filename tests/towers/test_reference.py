@@ -7,8 +7,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_robust_vision import TeCoATrainer
-from hf_robust_vision.towers.clip import Reference
-from hf_robust_vision.training.targets import TargetCache
+from hf_robust_vision.towers.reference import Reference, TargetCache
 from tests.conftest import make_dataset
 from tests.training.helpers import largest_gap, make_trainer, weights
 
