@@ -28,8 +28,9 @@ def meet(device: str | None = None) -> str | None:
         The device: "cpu" where the launcher says so, else as given.
 
     Raises:
-        ValueError: If there are more processes on this machine than GPUs to run on.
+        ValueError: If there is no such device, or there are more processes on this machine than GPUs to run on.
     """
+    check_device(device)
     if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
         device = "cpu"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -40,6 +41,19 @@ def meet(device: str | None = None) -> str | None:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("gloo" if on_cpu else None, timeout=PATIENCE)
     return device
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ValueError: If it can not be used.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} can not be used ({reason}); type --device cpu.") from error
 
 
 def need_a_gpu_each(typed: str) -> None:
@@ -92,7 +106,7 @@ def announce(args: TrainingArguments) -> None:
     if args.process_index == 0:
         kind = args.distributed_state.distributed_type.value if args.distributed_state is not None else "NO"
         total = f"{world * each * accumulated} images ({world} x {each} x {accumulated})"
-        print(f"processes: {world} ({kind}), an update sees {total}", flush=True)
+        print(f"processes: {world} ({kind}), an update sees {total}\noutput: {args.output_dir}", flush=True)
 
 
 def part() -> None:

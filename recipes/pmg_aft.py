@@ -13,21 +13,17 @@ Every argument of the YAML file can be given on the command line, which wins.
 
 from __future__ import annotations
 
-import sys
-
 from hf_robust_vision.methods.pmg_aft import PMGAFTTrainer
-from hf_robust_vision.pipeline import USER_ERRORS, parse, run
+from hf_robust_vision.pipeline import parse, run
 from hf_robust_vision.processes import part
+from hf_robust_vision.terminal import user_errors
 
 
 def main() -> None:
-    """Parse, run, and turn bad input into one line."""
-    try:
-        options, args = parse(PMGAFTTrainer, demo_config="pmg_aft_demo")
-        run(PMGAFTTrainer, options, args)
+    """Parse and run; bad input ends in one line."""
+    with user_errors():
+        run(PMGAFTTrainer, *parse(PMGAFTTrainer, demo_config="pmg_aft_demo"))
         part()
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "pixels": set(),
     "processes": set(),
     "configs": set(),
+    "terminal": set(),
     "towers": {"pixels"},
     "data": {"processes", "pixels", "towers"},  # towers for class names only
     "swap": {"towers", "pixels"},
@@ -37,6 +38,7 @@ MAY_IMPORT = {
         "attacks",
         "pixels",
         "configs",
+        "terminal",
         "towers",
         "data",
         "evaluation",

@@ -1,6 +1,7 @@
 """Measure, harden, measure again, write it down: what recipes and the command line both call."""
 
-from .harden import USER_ERRORS, parse, run
+from .arguments import parse
+from .harden import run
 
 
-__all__ = ["USER_ERRORS", "parse", "run"]
+__all__ = ["parse", "run"]

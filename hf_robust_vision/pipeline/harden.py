@@ -6,108 +6,33 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-import yaml
-from transformers import CLIPProcessor, HfArgumentParser, set_seed
+from transformers import CLIPProcessor, set_seed
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.configs import find_config
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import demo_checkpoint
+from hf_robust_vision.evaluation.engine import evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
 from hf_robust_vision.evaluation.task import RobustnessProtocol
-from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot, evaluate_zero_shot
+from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
 from hf_robust_vision.hub.card import write_card
-from hf_robust_vision.hub.push import PushError, VerificationError
+from hf_robust_vision.hub.push import VerificationError
 from hf_robust_vision.processes import announce, part
+from hf_robust_vision.report.page import write_report
 from hf_robust_vision.report.pictures import plot_curve
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.training.base import AdversarialTrainer
-from hf_robust_vision.training.collapse import CollapseError
-from hf_robust_vision.training.config import AdversarialTrainingArguments, Radius
+from hf_robust_vision.training.config import AdversarialTrainingArguments
 from hf_robust_vision.training.publishing import check_push
 
-from .run_data import DataArguments, load_splits
+from .arguments import PipelineArguments
+from .estimate import say_cost
+from .run_data import load_splits
 from .run_folder import check_folder, clear
-
-
-# What a user can mend: shown as one line, not as a traceback.
-USER_ERRORS = (ValueError, ModuleNotFoundError, CollapseError, PushError)
-
-
-@dataclass
-class PipelineArguments(DataArguments):
-    """What to harden, on which data, and how to measure it; the data are those of `DataArguments`.
-
-    Args:
-        model_name_or_path: Folder or Hub id of a CLIP model; by default the demo model.
-        model_revision: Branch, tag or commit of the model.
-        test_protocol: Attacks of the reported numbers.
-        test_steps: Gradient steps of those attacks; by default the protocol's.
-        test_queries: Looks at the model of a black-box attack among them; by default the protocol's.
-        test_eps: Radii of those attacks.
-        test_restarts: Restarts of each attack at `attack_eps`; by default, and at the other radii, the protocol's.
-        sanity: Check the reported numbers for gradient masking; the answers go into every result.
-        overwrite: Delete what an earlier run left in `output_dir`.
-        measure: Measure before and after; with false the recipe only trains.
-        cpu_threads: Threads of each process on a CPU. `accelerate launch` sets one; 0 shares the cores out evenly.
-    """
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    test_protocol: str = field(default="robustvlm", metadata={"help": "Attacks of the reported numbers."})
-    test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks."})
-    test_queries: int | None = field(default=None, metadata={"help": "Queries of its black-box attack."})
-    test_eps: list[Radius] = field(
-        default_factory=lambda: [Radius("2/255"), Radius("4/255"), Radius("8/255")],
-        metadata={"help": "Radii of the reported numbers."},
-    )
-    test_restarts: int | None = field(default=None, metadata={"help": "Restarts at attack_eps."})
-    sanity: bool = field(default=False, metadata={"help": "Check the numbers for gradient masking."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir."})
-    measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
-    cpu_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU; 0: all cores."})
-
-    def __post_init__(self) -> None:
-        self.test_eps = [Radius(eps) for eps in self.test_eps]
-        get_protocol(self.test_protocol, steps=self.test_steps, restarts=self.test_restarts, queries=self.test_queries)
-
-
-def parse(
-    trainer_class: type[AdversarialTrainer], argv: Sequence[str] | None = None, demo_config: str | None = None
-) -> tuple[PipelineArguments, AdversarialTrainingArguments]:
-    """Read the command line and, with `--config FILE`, a YAML file of the same names; the command line wins.
-
-    Args:
-        trainer_class: Its arguments are read.
-        argv: Words of the command line; by default those of the process.
-        demo_config: Read where neither a config, a model nor a dataset is named.
-
-    Raises:
-        ValueError: If the file holds a name that is no argument.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser((PipelineArguments, trainer_class.args_class), allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of the arguments below, or the name of a shipped one.")
-    known, _ = parser.parse_known_args(words)
-    config = known.config
-    if config is None and known.model_name_or_path is None and known.dataset_name is None:
-        config = demo_config
-    if config is not None:
-        values = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
-        names = {action.dest for action in parser._actions}
-        if stray := sorted(set(values) - names):
-            raise ValueError(f"{config}: {stray} are no arguments of {trainer_class.__name__}.")
-        parser.set_defaults(**{key: _typed(parser, key, value) for key, value in values.items()})
-    namespace = parser.parse_args(words)
-    del namespace.config
-    pipeline, training = parser.parse_dict(vars(namespace), allow_extra_keys=True)
-    return cast(PipelineArguments, pipeline), cast(AdversarialTrainingArguments, training)
 
 
 def run(
@@ -186,6 +111,7 @@ def run(
             print(sanity_text(results))
             _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
+        print(*write_report([output], output), sep="\n")
     if args.push_to_hub and test is not None:
         _push(trainer, test)
     return results
@@ -234,25 +160,15 @@ def _cell(result: RobustnessResult, kind: str) -> str:
     return f"{100 * getattr(result, f'{kind}_accuracy'):6.1f} % ({100 * low:5.1f} to {100 * high:5.1f})"
 
 
-def _typed(parser: HfArgumentParser, key: str, value: Any) -> Any:
-    """A YAML value as the command line would read it: `1e-5` and `4/255` are texts there."""
-    action = next(action for action in parser._actions if action.dest == key)
-    if action.type is None or value is None:
-        return value
-    convert = action.type
-    if action.nargs == "+" and not isinstance(value, list):
-        value = [value]
-    return [convert(item) for item in value] if isinstance(value, list) else convert(value)
-
-
 def _measure(
     trainer: AdversarialTrainer, encoder: Encoder, test: LabelledImages, how: RobustnessProtocol, model: str
 ) -> list[RobustnessResult]:
     encoder.to(trainer.args.device)
-    bank = trainer.text_bank(test, encoder)
+    task = ZeroShot(encoder, trainer.text_bank(test, encoder), test)
     if trainer.args.should_save and model == "before":
         print(how, flush=True)
-    return evaluate_zero_shot(encoder, bank, test, how, model_name=model, samples_dir=trainer.args.output_dir)
+        say_cost(task, how, "--max_test_samples N", models=2)
+    return evaluate(task, how, model_name=model, samples_dir=trainer.args.output_dir)
 
 
 def _write(

@@ -6,26 +6,32 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, TypedDict, cast
 
 import torch
+from typing_extensions import Unpack
 
 from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
 from hf_robust_vision.data.demo import demo_checkpoint, load_demo
 from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import get_templates, read_class_names
-from hf_robust_vision.evaluation.results import RobustnessResult, add_results
+from hf_robust_vision.evaluation.engine import evaluate
+from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, add_results, load_results
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.corruptions import evaluate_corruptions
-from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot, evaluate_zero_shot
+from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.processes import barrier, meet, rank_and_world
-from hf_robust_vision.sanity.check import add_sanity
+from hf_robust_vision.processes import barrier, meet, part, rank_and_world
+from hf_robust_vision.report.page import results_text, write_report
+from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.clip import CLIPEncoder, load_encoder, load_tokenizer
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 
+from .estimate import say_cost
+
 
 DEMO_MODEL = "demo-clip"
+MAX_RESOLUTION = 4096  # a batch of larger images fits nowhere
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class EvaluationSet:
             images are fitted to the tower first and attacked at its size.
         max_samples: Seeded subset; all by default.
         skip_corrupt: Count and leave out images that can not be decoded.
+
+    Raises:
+        ValueError: If a value is of another type, or makes no sense.
     """
 
     dataset: str | None = None
@@ -61,6 +70,13 @@ class EvaluationSet:
     resolution: int | None = None
     max_samples: int | None = None
     skip_corrupt: bool = False
+
+    def __post_init__(self) -> None:
+        for name, most in (("max_samples", None), ("resolution", MAX_RESOLUTION)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and 1 <= value <= (most or value)):
+                limit = f" and at most {most}" if most else ""
+                raise ValueError(f"{name} must be a whole number of at least 1{limit}, got {value!r}.")
 
     def load(self, transform: PixelTransform) -> tuple[LabelledImages, tuple[str, ...]]:
         """The images, fitted to a tower (or to `resolution`), and the prompt templates.
@@ -118,21 +134,40 @@ class EvaluationSet:
         return images.select([index for index in range(len(images)) if index not in broken])
 
 
+class Measuring(TypedDict, total=False):
+    """What else a measurement is told.
+
+    Keys:
+        name: What results call the model; by default its id, or the name of its folder.
+        revision: Branch, tag or commit of the model.
+        device: Where to run; by default a GPU where there is one.
+        dtype: Precision of the model under attack; by default float32.
+        examples: Samples of each dataset whose images are kept for the report, spread evenly over it; by default none.
+        save_adversarial: Keep the images of all samples.
+        sanity: Check the numbers for gradient masking (`check_sanity`).
+        samples: How many samples those checks look at.
+        surrogate: Folder or Hub id of the model whose adversarial images they carry over, or "demo-clip".
+        corruptions: Measure accuracy on corrupted images, too (`evaluate_corruptions`).
+    """
+
+    name: str | None
+    revision: str | None
+    device: str | None
+    dtype: torch.dtype
+    examples: int
+    save_adversarial: bool
+    sanity: bool
+    samples: int | None
+    surrogate: str | None
+    corruptions: bool
+
+
 def measure_model(
     model: str,
     sets: Sequence[EvaluationSet],
     how: RobustnessProtocol,
     output_dir: str | Path,
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    examples: int = 0,
-    save_adversarial: bool = False,
-    sanity: bool = False,
-    surrogate: str | None = None,
-    corruptions: bool = False,
+    **settings: Unpack[Measuring],
 ) -> list[RobustnessResult]:
     """Measure a model on datasets and add the results to `output_dir/robustness.json`, one dataset at a time.
 
@@ -145,65 +180,70 @@ def measure_model(
         sets: What to measure on.
         how: Attacks and radii.
         output_dir: For `robustness.json` and the samples files.
-        name: What results call the model; by default its id, or the name of its folder.
-        revision: Branch, tag or commit of the model.
-        device: Where to run; by default a GPU where there is one.
-        dtype: Precision of the model under attack.
-        examples: Samples of each dataset whose images are kept for the report, spread evenly over it.
-        save_adversarial: Keep the images of all samples.
-        sanity: Check the numbers for gradient masking (`check_sanity`).
-        surrogate: Folder or Hub id of the model whose adversarial images that check carries over, or "demo-clip".
-        corruptions: Measure accuracy on corrupted images, too (`evaluate_corruptions`).
+        settings: See `Measuring`.
 
     Returns:
         The results of this call.
 
     Raises:
-        ValueError: If a model or a dataset can not be read or used, or there is a surrogate and nothing to check.
+        ValueError: If a model, a dataset or the results in `output_dir` can not be read or used, or something is asked
+            for checks that are not made.
     """
-    if surrogate is not None and not sanity:
-        raise ValueError(f"the surrogate {surrogate} serves the sanity checks only; ask for them, too (--sanity).")
-    device = meet(device)
-    encoder, folder = load_model(model, revision=revision, device=device, dtype=dtype)
-    tokenizer = load_tokenizer(folder, revision=revision)
+    surrogate, dtype = settings.get("surrogate"), settings.get("dtype", torch.float32)
+    for flag in ("surrogate", "samples"):
+        if settings.get(flag) is not None and not settings.get("sanity"):
+            raise ValueError(f"--{flag} {settings[flag]} serves the sanity checks only; ask for them, too (--sanity).")
+    device = meet(settings.get("device"))
+    if (Path(output_dir) / RESULTS_FILE).exists():
+        load_results(output_dir)  # which could not be added to: good to know before hours of measuring
+    encoder, folder = load_model(model, revision=settings.get("revision"), device=device, dtype=dtype)
+    tokenizer = load_tokenizer(folder, revision=settings.get("revision"))
     other = load_model(surrogate, device=device, dtype=dtype) if surrogate is not None else None
-    opened = [part.load(encoder.transform) for part in sets]
-    label, results = name or (Path(model).resolve().name if Path(model).is_dir() else model), []
+    opened = [one.load(encoder.transform) for one in sets]
+    label = settings.get("name") or (Path(model).resolve().name if Path(model).is_dir() else model)
+    results = []
     for images, templates in opened:
-        count = len(images) if save_adversarial else min(examples, len(images))
-        bank = make_text_bank(encoder, tokenizer, images.class_names, templates)
-        attacked = evaluate_zero_shot(
-            encoder,
-            bank,
-            images,
-            how,
-            model_name=label,
-            samples_dir=output_dir,
-            save_images={images.ids[place * len(images) // count] for place in range(count)},
-        )
+        task = ZeroShot(encoder, make_text_bank(encoder, tokenizer, images.class_names, templates), images)
+        say_cost(task, how, "--max_samples N, or a protocol with fewer steps")
+        whole = settings.get("save_adversarial", False)
+        count = len(images) if whole else min(settings.get("examples", 0), len(images))
+        kept = {images.ids[place * len(images) // count] for place in range(count)}
+        shared: dict[str, Any] = {"model_name": label, "samples_dir": output_dir}
+        attacked = evaluate(task, how, save_images=kept, **shared)
         corrupted = []
-        if corruptions:
-            corrupted = evaluate_corruptions(
-                encoder,
-                bank,
-                images,
-                model_name=label,
-                seed=how.seed,
-                batch_size=how.batch_size,
-                samples_dir=output_dir,
-            )
+        if settings.get("corruptions"):
+            shared |= {"seed": how.seed, "batch_size": how.batch_size}
+            corrupted = evaluate_corruptions(encoder, task.bank, images, **shared)
         if rank_and_world()[0] == 0:
             add_results(attacked + corrupted, output_dir)  # before the checks, which may take hours
-            if sanity:
-                tasks = {label: ZeroShot(encoder, bank, images)}
+            if settings.get("sanity"):
+                tasks = {label: task}
                 if other is not None:
                     second = make_text_bank(other[0], load_tokenizer(other[1]), images.class_names, templates)
                     tasks[f"{surrogate} (surrogate)"] = ZeroShot(other[0], second, images)
-                add_sanity(attacked, tasks, how)
+                samples = settings.get("samples")
+                add_sanity(attacked, tasks, how, **({} if samples is None else {"samples": samples}))
                 add_results(attacked, output_dir)
         barrier()
         results += attacked + corrupted
     return results
+
+
+def measure_and_report(
+    model: str,
+    sets: Sequence[EvaluationSet],
+    how: RobustnessProtocol,
+    output_dir: str | Path,
+    **settings: Unpack[Measuring],
+) -> None:
+    """As `measure_model`; then the processes part, and the first one prints the numbers and writes the report."""
+    results = measure_model(model, sets, how, output_dir, **settings)
+    if rank_and_world()[0] == 0:
+        print(how, results_text(results), sep="\n")
+        if settings.get("sanity"):
+            print(sanity_text(results))
+        print(*write_report([output_dir], output_dir, examples=settings.get("examples", 4)), sep="\n")
+    part()
 
 
 def load_model(

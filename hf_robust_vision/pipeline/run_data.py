@@ -39,7 +39,10 @@ class DataArguments:
             their own files is downloaded.
         skip_corrupt: Count and leave out images that can not be decoded.
         max_validation_samples: Seeded subset of the validation split; all of it by default.
-        max_test_samples: Seeded subset of the test split; all of it by default.
+        max_test_samples: Seeded subset of the test split, which is measured twice at full strength; 0 for all of it.
+
+    Raises:
+        ValueError: If a number makes no sense.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset or folder; default: the demo."})
@@ -54,7 +57,15 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Stream the training split."})
     skip_corrupt: bool = field(default=False, metadata={"help": "Count and leave out broken images."})
     max_validation_samples: int | None = field(default=None, metadata={"help": "Seeded subset of validation."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Seeded subset of the test split."})
+    max_test_samples: int = field(
+        default=500, metadata={"help": "Seeded subset of the test split; 0: all of it, which may take days."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("validation_size", "max_validation_samples", "max_test_samples"):
+            value, least = getattr(self, name), 0 if name == "max_test_samples" else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def load_splits(
@@ -90,11 +101,16 @@ def load_splits(
         if options.validation_split is not None:
             validation = cast(LabelledImages, _load(options, options.validation_split, transform))
         else:
-            whole = cast(LabelledImages, train)
-            train, validation = split_off(whole, options.validation_size, seed=seed, name="validation")
+            train, validation = split_off(
+                cast(LabelledImages, train), options.validation_size, seed=seed, name="validation"
+            )
     validation = seeded_subset(validation, options.max_validation_samples, seed=0)
     if test is not None:
-        test = seeded_subset(test, options.max_test_samples, seed=0)
+        whole, test = len(test), seeded_subset(test, options.max_test_samples or None, seed=0)
+        if len(test) < whole and rank_and_world()[0] == 0:
+            print(
+                f"measured on {len(test)} of {whole} images of {test.split}; for all: --max_test_samples 0", flush=True
+            )
     check_disjoint(*(part for part in (train, validation, test) if isinstance(part, LabelledImages)))
     if isinstance(train, LabelledImages):
         train = _without_broken(train, options.skip_corrupt)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from hf_robust_vision import pipeline
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_checkpoint, load_demo
@@ -24,7 +25,6 @@ from hf_robust_vision.evaluation.results import load_samples
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
-from hf_robust_vision.pipeline import harden as pipeline
 from hf_robust_vision.towers.base import attack_mode
 from hf_robust_vision.towers.clip import Encoder, load_encoder, load_tokenizer
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank

@@ -80,12 +80,12 @@ def run_usage(card: str) -> str:
 def recipe(words) -> list:
     """A recipe from parse to push: what it printed, and the error that ended it."""
     from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
-    from hf_robust_vision.pipeline import USER_ERRORS, parse, run
+    from hf_robust_vision.pipeline import parse, run
 
     said, error = io.StringIO(), None
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             run(SimCLIPTrainer, *parse(SimCLIPTrainer, words))
-        except USER_ERRORS as caught:
+        except (ValueError, OSError) as caught:
             error = str(caught)
     return [said.getvalue(), error]

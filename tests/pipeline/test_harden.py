@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CLIPModel
 
+from hf_robust_vision import pipeline
 from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.evaluation.results import load_results
 from hf_robust_vision.methods.fare import FARETrainer
@@ -25,7 +26,6 @@ from hf_robust_vision.methods.pmg_aft import PMGAFTTrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.methods.tima import TIMATrainer
-from hf_robust_vision.pipeline import harden as pipeline
 from hf_robust_vision.sanity import rivals
 from hf_robust_vision.towers.base import weights_sha256
 from tests.conftest import NAMES
@@ -347,7 +347,7 @@ class TestConfigs:
         options, args = pipeline.parse(SimCLIPTrainer, ["--max_steps", "2"], demo)
         assert (options.max_test_samples, args.max_steps) == (128, 2)
         options, _ = pipeline.parse(SimCLIPTrainer, ["--model_name_or_path", "x", "--output_dir", "y"], demo)
-        assert options.max_test_samples is None
+        assert options.max_test_samples == 500
 
     def test_one_radius_needs_no_list(self, tmp_path):
         (tmp_path / "c.yaml").write_text("output_dir: a\ntest_eps: 8/255\n")

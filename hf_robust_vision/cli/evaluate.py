@@ -1,0 +1,84 @@
+"""`hf-robust-vision evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from hf_robust_vision.terminal import at_least
+
+
+def add(commands: Any) -> None:
+    """Its words."""
+    parser = commands.add_parser("evaluate", help="clean and robust zero-shot accuracy of a CLIP model, and a report")
+    parser.set_defaults(run=run)
+    parser.add_argument("--dataset", help="folder or Hub name; default: the demo")
+    parser.add_argument("--config", help="configuration of a Hub dataset")
+    parser.add_argument("--split", default="test", help="of the dataset")
+    parser.add_argument("--image_column", help="default: the one of images")
+    parser.add_argument("--label_column", default="label", help="column of the class")
+    parser.add_argument("--class_names", help="file of class names in label order, local or of the dataset")
+    parser.add_argument("--templates", help="template set, or a file, local or of the dataset; default: photo")
+    parser.add_argument(
+        "--resolution", type=at_least(1), help="attack square images of this size; default: the tower's"
+    )
+    parser.add_argument("--max_samples", type=at_least(1), help="seeded subset; default: all")
+    parser.add_argument("--skip_corrupt", action="store_true", help="leave out images that can not be decoded")
+    parser.add_argument("--protocol", default="robustvlm", help="named attacks; a wrong name lists them")
+    parser.add_argument("--steps", type=at_least(1), help="of every attack; default: the protocol's")
+    parser.add_argument("--restarts", type=at_least(1), help="of every attack; default: the protocol's")
+    parser.add_argument("--queries", type=at_least(1), help="of a black-box attack; default: the protocol's")
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the perturbation")
+    parser.add_argument(
+        "--eps", nargs="+", default=["1/255", "2/255", "4/255"], help="radii; default: 1/255 2/255 4/255"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images attacked at once")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the random starts")
+    parser.add_argument("--save_adversarial", action="store_true", help="keep the images of all samples")
+    parser.add_argument("--output_dir", default="outputs/evaluate", help="results are added to what it holds")
+    add_measuring(parser)
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """The words that do not depend on the data: `recipes/evaluate.py` has them, too."""
+    parser.add_argument("model", help='folder or Hub id of a CLIPModel, or "demo-clip"')
+    parser.add_argument("--name", help="what results call the model; default: its id or folder")
+    parser.add_argument("--revision", help="branch, tag or commit of the model")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
+    parser.add_argument("--save_examples", type=at_least(0), default=4, metavar="N", help="images kept to show")
+    parser.add_argument("--sanity", action="store_true", help="check the numbers for gradient masking")
+    parser.add_argument("--samples", type=at_least(1), metavar="N", help="of the sanity checks; default: 100")
+    parser.add_argument("--surrogate", help="model whose adversarial images the sanity checks try, too")
+    parser.add_argument("--corruptions", action="store_true", help="accuracy on corrupted images, too")
+
+
+def measuring(args: argparse.Namespace) -> Any:
+    """What `add_measuring` read, for `measure_and_report`."""
+    import torch
+
+    from hf_robust_vision.pipeline.measure import Measuring
+
+    values = {name: value for name, value in vars(args).items() if name in Measuring.__annotations__}
+    return values | {"dtype": getattr(torch, args.dtype), "examples": args.save_examples}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, report."""
+    from hf_robust_vision.attacks import get_protocol
+    from hf_robust_vision.evaluation.task import RobustnessProtocol
+    from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report
+    from hf_robust_vision.training.config import Radius
+
+    how = RobustnessProtocol(
+        get_protocol(args.protocol, steps=args.steps, restarts=args.restarts, queries=args.queries),
+        tuple(float(Radius(eps)) for eps in args.eps),
+        args.norm,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    names = {field.name for field in fields(EvaluationSet)} - {"name", "revision"}
+    data = EvaluationSet(**{name: value for name, value in vars(args).items() if name in names})
+    measure_and_report(args.model, [data], how, args.output_dir, **measuring(args))
+    return 0

@@ -1,0 +1,55 @@
+"""`hf-robust-vision push`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hf_robust_vision.terminal import at_least
+
+
+def add(commands: Any) -> None:
+    """Its words."""
+    push = commands.add_parser("push", help="publish a measured model folder on the Hub, with its card and numbers")
+    push.set_defaults(run=run)
+    push.add_argument(
+        "folder", help="what a recipe wrote, or a model with the results of `evaluate --output_dir` in it"
+    )
+    push.add_argument("repo_id", help="owner/name; the token is that of `hf auth login` or HF_TOKEN")
+    push.add_argument("--what", choices=("model", "tower", "adapter"), help="default: what the folder holds")
+    push.add_argument("--private", action="store_const", const=True, help="create a private repository")
+    push.add_argument("--revision", help="branch")
+    push.add_argument("--commit_message")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request")
+    push.add_argument("--base_model", help="Hub id of the original")
+    push.add_argument("--license", help="for the card, e.g. apache-2.0")
+    push.add_argument("--dry_run", action="store_true", help="check everything, upload nothing")
+    push.add_argument("--verify", action="store_true", help="download it again, compare every byte, measure again")
+    push.add_argument("--verify_samples", type=at_least(1), default=32, help="how many samples to measure again")
+    push.add_argument("--dataset", help="folder or name of the data measured on; default: the recorded name")
+    push.add_argument("--device", help="where to measure again, e.g. cuda; default: cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Publish; a model that was measured and has no card yet gets one first."""
+    from hf_robust_vision.hub.push import push_robust_encoder
+    from hf_robust_vision.processes import check_device
+
+    check_device(args.device)
+    folder = Path(args.folder)
+    if (folder / "robustness.json").is_file() and not (folder / "README.md").exists():
+        print(f"wrote {_write_card(folder, args)}")
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("command", "run", "folder", "repo_id")
+    }
+    print(push_robust_encoder(folder, args.repo_id, **settings))
+    return 0
+
+
+def _write_card(folder: Path, args: argparse.Namespace) -> Path:
+    from hf_robust_vision.evaluation.results import load_results
+    from hf_robust_vision.hub.card import write_card
+
+    settings = {"base_model": args.base_model, "license": args.license}
+    return write_card(folder, load_results(folder), model_name=args.repo_id.split("/")[-1], **settings)

@@ -1,0 +1,46 @@
+"""`hf-robust-vision remeasure`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Its words."""
+    parser = commands.add_parser("remeasure", help="classify saved adversarial images again, and compare")
+    parser.set_defaults(run=run)
+    parser.add_argument("model", help="the model that was measured")
+    parser.add_argument("results", help="robustness.json, or its folder")
+    parser.add_argument("--revision", help="branch, tag or commit of the model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that it was measured in")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare; 1 where a number does not come out again."""
+    import torch
+
+    from hf_robust_vision.evaluation.results import load_results, pretty_eps
+    from hf_robust_vision.evaluation.tasks.zero_shot import remeasure
+    from hf_robust_vision.pipeline.measure import bank_of, load_model
+    from hf_robust_vision.towers.base import weights_sha256
+
+    path, agree = Path(args.results), True
+    measured = load_results(path)
+    encoder, folder = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
+    sha256 = weights_sha256(encoder)
+    mine = [row for row in measured if row.task == "zero_shot" and row.model_sha256 == sha256]
+    results = [row for row in mine if row.images is not None]
+    if not results:
+        raise ValueError(f"{path} holds no result of {args.model} with saved images; measure with --save_adversarial.")
+    for result in results:
+        bank = bank_of(result, encoder, folder, args.revision)
+        again = remeasure(encoder, bank, result, path if path.is_dir() else path.parent)
+        agree = agree and not again.changed and not again.outside
+        print(
+            f"{result.dataset} ({result.split}), {result.protocol}, {result.norm} {pretty_eps(result)}: "
+            f"{100 * again.robust_accuracy:.1f} % of {again.num_samples} saved, reported {100 * again.reported:.1f} %; "
+            f"flags changed: {again.changed or 'none'}, outside the ball: {again.outside or 'none'}"
+        )
+    return 0 if agree else 1

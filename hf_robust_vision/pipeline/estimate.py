@@ -1,0 +1,73 @@
+"""What a measurement will cost, said before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Task
+from hf_robust_vision.processes import rank_and_world
+from hf_robust_vision.towers.base import attack_mode
+
+
+TIMED = 8  # images of the timed pass; a GPU is faster with a full batch, which makes the estimate a bound
+
+
+def say_cost(task: Task, how: RobustnessProtocol, fewer: str, *, models: int = 1) -> None:
+    """Print how many passes a measurement takes at most, and, by timing one, how long that is.
+
+    Args:
+        task: What will be measured.
+        how: Attacks and radii.
+        fewer: What to type for fewer images.
+        models: How many models will be measured so.
+    """
+    rank, world = rank_and_world()
+    if rank > 0:
+        return
+    how, _ = task.fit(how)
+    levels = task.levels(how)
+    each = sum(stage.attack.steps * stage.attack.restarts for level in levels for stage in level.stages)
+    if not each:
+        return
+    passes = each * len(task.ids) * models
+    seconds = passes * seconds_of_a_pass(task, levels) / world
+    # Flags such as --restarts multiply into one number: it is what the reader can compare.
+    print(
+        f"to measure: {models * len(task.ids):,} images x {each:,} attack steps over {len(levels)} radii = at most "
+        f"{passes:,} passes, about {pretty_seconds(seconds)} here; an image that has fallen is not attacked again. For "
+        f"fewer images: {fewer}",
+        flush=True,
+    )
+
+
+def seconds_of_a_pass(task: Task, levels: Sequence[Level]) -> float:
+    """Seconds that one image takes in one gradient step."""
+    stage = next(stage for level in levels for stage in level.stages)
+    places = tuple(range(min(TIMED, len(task.ids))))
+    size = task.load(0).shape
+    loaded = [(place, image) for place in places for image in [task.load(place)] if image.shape == size]
+    batch = Batch(
+        tuple(place for place, _ in loaded), torch.stack([image for _, image in loaded]).to(task.weight.device)
+    )
+    with attack_mode(task.model):
+        with torch.no_grad():
+            clean = tuple(task.judge(batch, batch.images))
+        batch = Batch(batch.places, batch.images, clean)
+        spent = 0.0
+        for _ in range(2):  # the first one warms up
+            start = time.perf_counter()
+            objective, _ = task.aim(stage, batch)
+            images = batch.images.clone().requires_grad_(True)
+            float(torch.autograd.grad(objective(images).sum(), images)[0].sum())  # waits for the device
+            spent = time.perf_counter() - start
+    return spent / len(loaded)
+
+
+def pretty_seconds(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
