@@ -66,7 +66,9 @@ def test_recipe_commands_parse(code, tmp_path, monkeypatch):
         assert (ROOT / recipe).is_file(), f"{recipe} does not exist"
         source = (ROOT / recipe).read_text()
         if "import parse, run" not in source:
-            shared = (ROOT / "hf_robust_vision" / "cli" / "evaluate.py").read_text() if "add_measuring" in source else ""
+            shared = (
+                (ROOT / "hf_robust_vision" / "cli" / "evaluate.py").read_text() if "add_measuring" in source else ""
+            )
             for word in words:
                 if word.startswith("--"):
                     assert f'"{word}"' in source + shared, f"{recipe} has no {word}"
