@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from hf_robust_vision.attacks import Protocol, get_protocol
+from hf_robust_vision.attacks import Protocol
 from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
 from hf_robust_vision.data.demo import DEMO_NAME, load_demo
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
+from .consistency import check_results
 from .results import RobustnessResult, SampleRecord
 from .task import RobustnessProtocol
 from .tasks.zero_shot import evaluate_zero_shot
+
+
+Records = Mapping[int | str, SampleRecord]
 
 
 @dataclass(frozen=True)
@@ -67,82 +70,29 @@ def repeat_zero_shot(
         batch_size: Images attacked at once.
 
     Raises:
-        ValueError: If there is nothing to repeat, the data is not what was measured on, or the protocol of that name is
-            another in this version.
+        ValueError: If there is nothing to repeat, the records do not fit the results, the data is not what was measured
+            on, or this version can not run the recorded attacks.
     """
     wanted = [result for result in results if result.task == "zero_shot" and result.samples is not None]
     if not wanted:
         raise ValueError("there is no zero-shot result with a samples file to measure again.")
-    runs = [_repeat(encoder, tokenizer, run, Path(folder), dataset, max_samples, batch_size) for run in _runs(wanted)]
-    differing = tuple(dict.fromkeys(sample for run in runs for sample in run.differing))
-    return Repeat(sum(run.samples for run in runs), sum(run.flags for run in runs), differing)
+    found = check_results(wanted, folder)
+    if missing := [result.samples for result in wanted if result.samples not in found]:
+        raise ValueError(f"{Path(folder) / str(missing[0])} is missing: the samples of a result lie beside it.")
+    repeats = []
+    for _, rows in groupby(sorted(wanted, key=lambda row: (row.run, row.level)), key=lambda row: row.run):
+        run = list(rows)
+        recorded = [{record.id: record for record in found[str(result.samples)]} for result in run]
+        kept = _evenly(list(recorded[0]), max_samples)
+        images = _select(_images(run[0], dataset, encoder.transform), run[0], {i: recorded[0][i] for i in kept})
+        repeats.append(_repeat(encoder, tokenizer, run, recorded, images, batch_size))
+    differing = tuple(dict.fromkeys(sample for repeat in repeats for sample in repeat.differing))
+    return Repeat(sum(repeat.samples for repeat in repeats), sum(repeat.flags for repeat in repeats), differing)
 
 
-def _runs(results: Sequence[RobustnessResult]) -> Iterator[list[RobustnessResult]]:
-    """The radii that were measured together: a sample that fell at one was not attacked again at the next."""
-
-    def run_of(result: RobustnessResult) -> tuple[str, ...]:
-        return result.dataset, result.split, result.group, result.protocol, result.norm, result.model
-
-    for _, run in groupby(sorted(results, key=run_of), key=run_of):
-        yield sorted(run, key=lambda result: result.eps)
-
-
-def _settings(result: RobustnessResult) -> list[dict[str, Any]]:
-    """The attacks without what they found."""
-    return [{name: value for name, value in row.items() if name != "robust_accuracy"} for row in result.attacks]
-
-
-def _repeat(
-    encoder: CLIPEncoder,
-    tokenizer: Any,
-    run: list[RobustnessResult],
-    folder: Path,
-    dataset: LabelledImages | str | Path | None,
-    max_samples: int | None,
-    batch_size: int,
-) -> Repeat:
-    recorded = [_read(folder / str(result.samples)) for result in run]
-    count = len(recorded[0])
-    kept = count if max_samples is None else min(max_samples, count)
-    ids = [list(recorded[0])[place * count // kept] for place in range(kept)]
-    images = _images(run[0], dataset, encoder.transform)
-    where = {sample: place for place, sample in enumerate(images.ids)}
-    labels = images.labels()
-    strange = [i for i in ids if int(i) not in where or labels[where[int(i)]] != recorded[0][i].label]
-    if strange or list(images.class_names) != run[0].class_names:
-        raise ValueError(
-            f"{images.name} ({images.split}) is not the data that was measured on: "
-            + (f"samples {strange[:5]} are missing or have other labels." if strange else "it has other class names.")
-        )
-    images = images.select([where[int(sample)] for sample in ids])
-    bank = make_text_bank(encoder, tokenizer, run[0].class_names, run[0].templates)
-    how = _protocol(run, batch_size)
-    with TemporaryDirectory() as place:
-        again = evaluate_zero_shot(encoder, bank, images, how, model_name="again", samples_dir=place, progress=False)
-        repeated = [_read(Path(place) / str(result.samples)) for result in again]
-    for old, new in zip(run, again, strict=True):
-        if _settings(old) != _settings(new):
-            raise ValueError(
-                f"the protocol {old.protocol!r} was recorded as {old.attacks}; this version and model run {new.attacks}."
-            )
-    differing = tuple(
-        sample
-        for sample in ids
-        if any(_flags(old[sample]) != _flags(new[sample]) for old, new in zip(recorded, repeated, strict=True))
-    )
-    return Repeat(len(ids), len(ids) * (1 + len(run)), differing)
-
-
-def _flags(record: SampleRecord) -> tuple[int | str, bool]:
-    return record.clean, record.robust_hit
-
-
-def _read(path: Path) -> dict[int | str, SampleRecord]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the samples of a result lie beside it.")
-    records = [SampleRecord(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {record.id: record for record in records}
+def _evenly(ids: list[int | str], most: int | None) -> list[int | str]:
+    kept = len(ids) if most is None else min(most, len(ids))
+    return [ids[place * len(ids) // kept] for place in range(kept)]
 
 
 def _images(
@@ -155,21 +105,61 @@ def _images(
     return cast(LabelledImages, load_labelled_images(dataset or result.dataset, result.split, transform))
 
 
-def _protocol(run: list[RobustnessResult], batch_size: int) -> RobustnessProtocol:
-    """The recorded steps and restarts on the protocol of that name; whether it fits is checked after the measurement."""
-    named = get_protocol(run[0].protocol)
-    steps = {row["name"]: row["steps"] for row in run[0].attacks}
-    own = {attack.name: attack.restarts for attack in named.attacks}
-    restarts = [
-        (result.eps, int(result.attacks[0]["restarts"]))
-        for result in run
-        if any(row["restarts"] != own.get(row["name"]) for row in result.attacks)
-    ]
+def _select(images: LabelledImages, result: RobustnessResult, records: Records) -> LabelledImages:
+    """The images of some records, in their order."""
+    where = {sample: place for place, sample in enumerate(images.ids)}
+    labels = images.labels()
+    strange = [i for i, row in records.items() if int(i) not in where or labels[where[int(i)]] != row.label]
+    if strange or list(images.class_names) != result.class_names:
+        raise ValueError(
+            f"{images.name} ({images.split}) is not the data that was measured on: "
+            + (f"samples {strange[:5]} are missing or have other labels." if strange else "it has other class names.")
+        )
+    return images.select([where[int(sample)] for sample in records])
+
+
+def _repeat(
+    encoder: CLIPEncoder,
+    tokenizer: Any,
+    run: Sequence[RobustnessResult],
+    recorded: Sequence[Records],
+    images: LabelledImages,
+    batch_size: int,
+) -> Repeat:
+    bank = make_text_bank(encoder, tokenizer, run[0].class_names, run[0].templates)
+    how = _protocol(run, batch_size)
+    with TemporaryDirectory() as place:
+        again = evaluate_zero_shot(encoder, bank, images, how, model_name="again", samples_dir=place, progress=False)
+        samples = check_results(again, place)
+    for old, new in zip(run, again, strict=True):
+        if _settings(old) != _settings(new):
+            raise ValueError(
+                f"the protocol {old.protocol!r} was recorded as {old.attacks}; this version and model run {new.attacks}."
+            )
+    repeated = [{record.id: record for record in samples[str(result.samples)]} for result in again]
+    differing = tuple(
+        sample
+        for sample in repeated[0]
+        if any(_flags(old[sample]) != _flags(new[sample]) for old, new in zip(recorded, repeated))
+    )
+    return Repeat(len(images), len(images) * (1 + len(run)), differing)
+
+
+def _settings(result: RobustnessResult) -> list[dict[str, Any]]:
+    """The attacks without what they found."""
+    return [{name: value for name, value in row.items() if name != "robust_accuracy"} for row in result.attacks]
+
+
+def _flags(record: SampleRecord) -> tuple[int | str, bool]:
+    return record.clean, record.robust_hit
+
+
+def _protocol(run: Sequence[RobustnessResult], batch_size: int) -> RobustnessProtocol:
+    """The recorded attacks; a radius with restarts of its own has as many of every attack."""
+    restarts = {result.eps: [int(row["restarts"]) for row in result.attacks] for result in run}
+    base = max(run, key=lambda result: len(set(restarts[result.eps])))
+    own = [(eps, counts[0]) for eps, counts in restarts.items() if counts != restarts[base.eps]]
+    protocol = Protocol.from_rows(base.protocol, base.attacks, base.carry)
     return RobustnessProtocol(
-        Protocol(named.name, tuple(replace(a, steps=steps.get(a.name, a.steps)) for a in named.attacks)),
-        tuple(result.eps for result in run),
-        run[0].norm,
-        tuple(restarts),
-        batch_size,
-        int(run[0].attacks[0]["seed"]),
+        protocol, tuple(restarts), base.norm, tuple(own), batch_size, int(base.attacks[0]["seed"])
     )

@@ -9,16 +9,19 @@ import os
 import platform
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_robust_vision import __version__
+
+from .typed import from_plain, read_json, read_text
 
 
 SCHEMA = 1
 RESULTS_FILE = "robustness.json"
+Read = TypeVar("Read", "SampleRecord", "RobustnessResult")
 
 
 @dataclass
@@ -45,6 +48,15 @@ class SampleRecord:
     fooled_by: str | None = None
     clean_score: float | None = None
 
+    @classmethod
+    def from_dict(cls, values: Any) -> SampleRecord:
+        """Read a line of a samples file.
+
+        Raises:
+            ValueError: If a field is missing or of another type.
+        """
+        return from_plain(cls, values)
+
     @property
     def clean_hit(self) -> bool:
         """Is the output on the clean image right?"""
@@ -61,7 +73,8 @@ class RobustnessResult:
     """Clean and robust accuracy of one model on one dataset under one protocol at one eps.
 
     Accuracies are fractions in [0, 1]. A Linf eps is in pixels in [0, 1], an L2 eps a Euclidean radius over the
-    [0, 1] image. The fields are those of `robustness.json`. Two metrics are no accuracies: of captions both values are
+    [0, 1] image; a corruption has a severity instead, the norm "none" and an eps of 0. `carry` says whether a sample that
+    fell at a smaller radius counts as fallen here. The fields are those of `robustness.json`. Two metrics are no accuracies: of captions both values are
     mean scores, and under "targeted_success" they are the shares of images on which the attacker's target is not said;
     `attack_success` then holds the attacker's own rates, "clean" (the control) and "attacked".
     """
@@ -78,6 +91,8 @@ class RobustnessResult:
     eps: float
     norm: str
     attacks: list[dict[str, Any]]
+    severity: int | None = None
+    carry: bool = True
     metric: str = "accuracy"
     group: str = "all"
     class_names: list[str] = field(default_factory=list)
@@ -96,20 +111,58 @@ class RobustnessResult:
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.norm == "severity":  # where earlier versions kept it
+            self.severity, self.eps, self.norm = int(self.eps), 0.0, "none"
+        for name, value in (("clean_accuracy", self.clean_accuracy), ("robust_accuracy", self.robust_accuracy)):
+            bounds = self.ci95.get(name, [])
+            if not 0 <= value <= 1 or len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
+                raise ValueError(f"{name} and its ci95 must be in [0, 1], got {value} and {bounds}.")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}: nothing was measured.")
+        if not 0 <= self.eps < math.inf or (self.norm == "linf" and self.eps > 1):
+            raise ValueError(f"eps must be a radius over pixels in [0, 1], got {self.eps}.")
+        if strange := [name for name in (self.samples, self.images) if name is not None and not _is_file_name(name)]:
+            raise ValueError(f"samples and images must be names in the results' own folder, got {strange[0]!r}.")
+        if not all(isinstance(row.get("name"), str) for row in self.attacks):
+            raise ValueError("an attack has no name.")
+
     @property
     def robust_name(self) -> str:
         """What trackers call the robust accuracy at this radius: "robust_accuracy_4_255", or "robust_accuracy_l2_0.5"."""
-        return f"robust_accuracy_{f'{self.eps * 255:g}_255' if self.norm == 'linf' else f'{self.norm}_{self.eps:g}'}"
+        name = self.threat.removeprefix("linf ").replace("/", "_").replace(" ", "_")
+        return f"robust_accuracy_{name}"
+
+    @property
+    def threat(self) -> str:
+        """What the robust accuracy holds against: "linf 4/255", "l2 0.5", or "severity 3"."""
+        return pretty_eps(self) if self.severity is not None else f"{self.norm} {pretty_eps(self)}"
+
+    @property
+    def level(self) -> float:
+        """Where the result lies on the axis of a curve: the radius, in 255ths if it is an Linf one, or the severity."""
+        return self.severity if self.severity is not None else self.eps * (255 if self.norm == "linf" else 1)
+
+    @property
+    def run(self) -> tuple[Any, ...]:
+        """What the results of one measurement share: they differ in their radius or severity only."""
+        data = (self.task, self.metric, self.dataset, self.split, self.group)
+        return *data, self.model, self.model_sha256, self.protocol, self.norm
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `robustness.json` holds them."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RobustnessResult:
-        """Read what `to_dict` wrote; unknown fields of a newer version are left out."""
-        known = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+    def from_dict(cls, values: Any) -> RobustnessResult:
+        """Read what `to_dict` wrote, now or in an earlier version; unknown fields of a newer one are left out.
+
+        Raises:
+            ValueError: If a field is missing or of another type, or a number can not be.
+        """
+        if isinstance(values, dict):  # earlier versions did not say it; one protocol of theirs did not carry
+            values = {"carry": values.get("protocol") != "tecoa"} | values
+        return from_plain(cls, values)
 
 
 def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
@@ -119,11 +172,11 @@ def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
 
 def summarize_hits(clean_hits: Sequence[bool], robust_hits: Sequence[bool]) -> dict[str, Any]:
     """The same from one flag a sample: right on the clean image, right under every attack."""
-    count, clean, robust = len(clean_hits), sum(clean_hits), sum(robust_hits)
+    count, clean, robust = _counted(clean_hits), sum(clean_hits), sum(robust_hits)
     return {
         "num_samples": count,
-        "clean_accuracy": clean / count if count else math.nan,
-        "robust_accuracy": robust / count if count else math.nan,
+        "clean_accuracy": clean / count,
+        "robust_accuracy": robust / count,
         "ci95": {
             "clean_accuracy": list(wilson_interval(clean, count)),
             "robust_accuracy": list(wilson_interval(robust, count)),
@@ -143,9 +196,16 @@ def summarize_scores(records: Sequence[SampleRecord]) -> dict[str, Any]:
         "clean_accuracy": [float(record.clean_score or 0) for record in records],
         "robust_accuracy": [float(record.score or 0) for record in records],
     }
-    means = {name: statistics.fmean(values) if values else math.nan for name, values in columns.items()}
+    _counted(records)
+    means = {name: statistics.fmean(values) for name, values in columns.items()}
     intervals = {name: list(_mean_interval(values)) for name, values in columns.items()}
     return {"num_samples": len(records), **means, "ci95": intervals}
+
+
+def _counted(samples: Sequence[Any]) -> int:
+    if not samples:
+        raise ValueError("there is no sample to measure.")
+    return len(samples)
 
 
 def _mean_interval(values: Sequence[float], z: float = 1.959963984540054) -> tuple[float, float]:
@@ -172,9 +232,18 @@ def wilson_interval(hits: float, count: int, z: float = 1.959963984540054) -> tu
 def save_results(results: Iterable[RobustnessResult], folder: str | Path) -> Path:
     """Write `robustness.json` into a folder, whole or not at all."""
     path = Path(folder) / RESULTS_FILE
-    content = {"schema": SCHEMA, "results": [result.to_dict() for result in results]}
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    content = {"schema": SCHEMA, "results": [_finite(result.to_dict()) for result in results]}
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return path
+
+
+def _finite(values: Any) -> Any:
+    """Plain values with None for what is not finite: JSON has no word for it, and a sanity check may have seen it."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def add_results(results: Sequence[RobustnessResult], folder: str | Path) -> Path:
@@ -184,36 +253,66 @@ def add_results(results: Sequence[RobustnessResult], folder: str | Path) -> Path
     """
     path = Path(folder) / RESULTS_FILE
     kept = load_results(path) if path.is_file() else []
-    new = {_what(result) for result in results}
-    return save_results([*(result for result in kept if _what(result) not in new), *results], folder)
+    new = {(result.run, result.level) for result in results}
+    return save_results([*(result for result in kept if (result.run, result.level) not in new), *results], folder)
 
 
 def load_results(path: str | Path) -> list[RobustnessResult]:
     """Read a `robustness.json`, or the one in a folder.
 
     Raises:
-        ValueError: If its schema is not the one that this version reads.
+        ValueError: If it is none, has a schema that this version does not read, or a result holds what can not be.
     """
     path = Path(path)
-    content = json.loads((path / RESULTS_FILE if path.is_dir() else path).read_text(encoding="utf-8"))
+    path = path / RESULTS_FILE if path.is_dir() else path
+    content = read_json(read_text(path), path)
+    if not isinstance(content, dict) or not isinstance(content.get("results"), list):
+        raise ValueError(f'{path} is no {RESULTS_FILE}: it must hold an object with a list "results".')
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {content.get('schema')!r}, this version reads {SCHEMA}.")
-    return [RobustnessResult.from_dict(values) for values in content["results"]]
+    return [_located(RobustnessResult, row, f"{path}: result {n}") for n, row in enumerate(content["results"], 1)]
+
+
+def check_results_file(folder: str | Path) -> None:
+    """Refuse a folder whose `robustness.json` could not be added to: good to know before hours of measuring.
+
+    Raises:
+        ValueError: If it holds one that can not be read.
+    """
+    if (Path(folder) / RESULTS_FILE).exists():
+        load_results(folder)
 
 
 def load_samples(path: str | Path) -> list[SampleRecord]:
-    """Read a samples file."""
-    return [SampleRecord(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """Read a samples file; a line that stands twice counts once.
+
+    Raises:
+        ValueError: If a line is no record, or two lines say different things about a sample.
+    """
+    path, found = Path(path), dict[int | str, SampleRecord]()
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        where = f"{path}, line {number}"
+        record = _located(SampleRecord, read_json(line, where), where)
+        if found.setdefault(record.id, record) != record:
+            raise ValueError(f"{where} says something else about sample {record.id!r} than a line before it.")
+    return list(found.values())
+
+
+def _located(cls: type[Read], values: Any, where: str) -> Read:
+    try:
+        return cls.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def pretty_eps(result: RobustnessResult) -> str:
+    """The radius as `eps_text` says it, or the severity of a corruption."""
+    return f"severity {result.severity}" if result.severity is not None else eps_text(result.eps, result.norm)
+
+
+def eps_text(eps: float, norm: str) -> str:
     """A Linf radius in 255ths, an L2 radius as it is."""
-    return f"{result.eps * 255:g}/255" if result.norm == "linf" else f"{result.eps:g}"
-
-
-def _what(result: RobustnessResult) -> tuple[Any, ...]:
-    data = (result.task, result.metric, result.dataset, result.split, result.group)
-    return *data, result.model, result.model_sha256, result.protocol, result.norm, result.eps
+    return f"{eps * 255:g}/255" if norm == "linf" else f"{eps:g}"
 
 
 def tracked_metrics(results: Iterable[RobustnessResult]) -> dict[str, float]:
@@ -227,6 +326,10 @@ def tracked_metrics(results: Iterable[RobustnessResult]) -> dict[str, float]:
         metrics[f"{prefix}clean_accuracy"] = result.clean_accuracy
         metrics[prefix + result.robust_name] = result.robust_accuracy
     return metrics
+
+
+def _is_file_name(text: str) -> bool:
+    return text not in ("", ".", "..") and not set(text) & set("/\\\0")
 
 
 def write_atomically(path: str | Path, text: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
-from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, write_atomically
+from hf_robust_vision.evaluation.consistency import check_attacked, check_results
+from hf_robust_vision.evaluation.results import RobustnessResult, write_atomically
 from hf_robust_vision.report.escape import markdown, markdown_code
 
 from .usage import usage_block
@@ -59,9 +60,11 @@ def make_card(
         paper: arXiv number of the method.
 
     Raises:
-        ValueError: If there is no result of the hardened model.
+        ValueError: If there is no result of the hardened model, or one that no attack was made for.
     """
     after = hardened(results)
+    for result in results:
+        check_attacked(result)
     if not after:
         raise ValueError("a card needs at least one measured result of the hardened model.")
     data = ModelCardData(
@@ -93,7 +96,12 @@ def is_hub_id(name: str) -> bool:
 
 
 def write_card(folder: str | Path, results: Sequence[RobustnessResult], **settings: Any) -> Path:
-    """Write `README.md` into a model folder; the settings are those of `make_card`."""
+    """Write `README.md` into a model folder; the settings are those of `make_card`.
+
+    Raises:
+        ValueError: As `make_card`, or if the samples files of the folder say something else than the results.
+    """
+    check_results(results, folder)
     path = Path(folder) / "README.md"
     write_atomically(path, str(make_card(results, **settings)))
     return path
@@ -104,7 +112,7 @@ def results_table(results: Sequence[RobustnessResult]) -> str:
     lines = ["| model | attack | clean | robust | samples |", "|---|---|---|---|---|"]
     for result in results:
         clean, robust = (_percent(result, name) for name in ("clean_accuracy", "robust_accuracy"))
-        attack = f"{result.protocol}, {result.norm} {pretty_eps(result)}"
+        attack = f"{result.protocol}, {result.threat}"
         if (result.metric, result.dataset) != (results[0].metric, results[0].dataset):
             attack += f" ({result.metric} on {result.dataset})"
         lines.append(f"| {markdown(result.model)} | {markdown(attack)} | {clean} | {robust} | {result.num_samples} |")
@@ -144,13 +152,14 @@ def eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
                 )
             )
         attack = {"protocol": result.protocol, "norm": result.norm, "eps": result.eps}
+        attack |= {"severity": result.severity} if result.severity is not None else {}
         # What is None is not written to YAML, and would not come back.
         attacks = [{key: value for key, value in row.items() if value is not None} for row in result.attacks]
         rows.append(
             EvalResult(
                 **about,
                 metric_type=f"robust_{kind}",
-                metric_name=f"Robust {result.metric} ({result.norm}, {pretty_eps(result)}{group})",
+                metric_name=f"Robust {result.metric} ({result.threat}{group})",
                 metric_value=result.robust_accuracy,
                 metric_args=attack | size | {"ci95": result.ci95["robust_accuracy"], "attacks": attacks},
             )

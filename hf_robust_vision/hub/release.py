@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
+from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
 from hf_robust_vision.towers.adapters import (
     ADAPTER_FILES,
@@ -145,19 +145,10 @@ def _check_results(folder: Path) -> list[RobustnessResult]:
     after = hardened(results)
     if not after:
         raise ValueError(f"{folder / RESULTS_FILE} holds no result of the hardened model, only of the original.")
+    records = check_results(results, folder)
     for result in results:
-        numbers = (result.clean_accuracy, result.robust_accuracy)
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
-            raise ValueError(f"{folder / RESULTS_FILE} holds accuracies that are no numbers ({result.model}).")
-        if result.samples is None:
-            continue
-        path = folder / result.samples
-        lines = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
-        enough = (
-            lines == result.num_samples if result.task == "zero_shot" else lines > 0
-        )  # others have several a sample
-        if path.name != result.samples or not enough:
-            raise ValueError(f"{path} should hold {result.num_samples} samples, it holds {lines}; measure again.")
+        if result.samples is not None and result.samples not in records:
+            raise ValueError(f"{folder / result.samples} is missing; measure again.")
     return after
 
 
@@ -181,7 +172,8 @@ def _check_card(folder: Path, results: Sequence[RobustnessResult]) -> ModelCard:
 
 
 def _row(row: Any) -> tuple[Any, ...]:
-    attack = json.dumps({key: (row.metric_args or {}).get(key) for key in ("norm", "eps", "attacks")}, sort_keys=True)
+    attacked_by = ("norm", "eps", "severity", "attacks")
+    attack = json.dumps({key: (row.metric_args or {}).get(key) for key in attacked_by}, sort_keys=True)
     return row.metric_type, row.metric_value, row.dataset_type, row.dataset_split, attack
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RobustnessResult, load_results, pretty_eps, write_atomically
 
 from .curve import COLOURS, STYLE, Curve, Point, draw_curves, palette
@@ -140,9 +141,10 @@ def read_sources(files: Sequence[str | Path]) -> list[Source]:
         named, path = _split(str(file))
         try:
             results = load_results(path)
-        except (OSError, KeyError, TypeError) as error:
+        except OSError as error:
             raise ValueError(f"{path} is no robustness.json and holds none: {error}") from error
         folder = path if path.is_dir() else path.parent
+        check_results(results, folder)
         rows += [(_label(result, named), result, folder) for result in results]
     if not rows:
         raise ValueError(f"no results in {', '.join(map(str, files))}.")
@@ -158,7 +160,7 @@ def read_sources(files: Sequence[str | Path]) -> list[Source]:
     colours = {label: first + place for place, label in enumerate(labels)}
     found: dict[tuple[Any, ...], Source] = {}
     for label, result, folder in unique:
-        found.setdefault((label, _shared(result), result.eps), Source(label, colours[label], result, folder))
+        found.setdefault((label, _shared(result), result.level), Source(label, colours[label], result, folder))
     return sorted(found.values(), key=lambda source: source.colour)
 
 
@@ -211,7 +213,7 @@ def _section(sources: Sequence[Source], place: int, examples: int) -> Section:
     measured = "" if result.metric == "accuracy" else f", {_words(result.metric)}"
     title = f"{result.dataset} ({result.split}{group}){measured}"
     models = [_model([s for s in sources if s.label == label]) for label in dict.fromkeys(s.label for s in sources)]
-    radii = sorted({(source.result.eps, pretty_eps(source.result)) for source in sources})
+    radii = sorted({(source.result.level, pretty_eps(source.result)) for source in sources})
     return Section(
         title=title,
         anchor=f"data-{place}",
@@ -239,8 +241,8 @@ def _model(sources: Sequence[Source]) -> ModelRow:
         sha256=result.model_sha256,
         clean=Point(0.0, result.clean_accuracy, *result.ci95["clean_accuracy"]),
         robust={
-            source.result.eps: Point(
-                _unit(source.result) * source.result.eps,
+            source.result.level: Point(
+                source.result.level,
                 source.result.robust_accuracy,
                 *source.result.ci95["robust_accuracy"],
             )
@@ -263,7 +265,7 @@ def _attacks(sources: Sequence[Source]) -> list[dict[str, str]]:
         for attack in source.result.attacks:
             settings = _settings(attack)
             _, radii, models = ways.setdefault(str(settings), (settings, {}, {}))
-            radii[source.result.eps] = pretty_eps(source.result)
+            radii[source.result.level] = pretty_eps(source.result)
             models[source.label] = None
     columns = list(dict.fromkeys(key for settings, _, _ in ways.values() for key in settings))
     everybody = {source.label for source in sources}
@@ -288,8 +290,8 @@ def _notes(sources: Sequence[Source]) -> list[str]:
     if left_out:
         why = "were not asked for" if sources[0].result.task == "corruption" else "are not defined for so few classes"
         notes.append(f"Left out, because they {why}: {', '.join(left_out)}.")
-    for eps in sorted({source.result.eps for source in sources}):
-        here = [source for source in sources if source.result.eps == eps]
+    for level in sorted({source.result.level for source in sources}):
+        here = [source for source in sources if source.result.level == level]
         if len({str([_settings(attack) for attack in source.result.attacks]) for source in here}) > 1:
             notes.append(
                 f"The models were not attacked alike at {pretty_eps(here[0].result)}; see the table of attacks."
@@ -303,6 +305,7 @@ def _curve(models: Sequence[ModelRow], result: RobustnessResult, alone: bool = F
         for model in models
     ]
     axis = "radius in 255ths of the pixel range, Linf" if result.norm == "linf" else f"radius, {result.norm}"
+    axis = axis if result.severity is None else "severity"
     chance = 1 / len(result.class_names) if result.task == "zero_shot" and result.class_names else None
     title = f"Accuracy over eps on {result.dataset} ({result.split}), {result.protocol}"
     scale = f"{_words(result.metric)}, %" if result.metric != "targeted_success" else "images that resist, %"
@@ -318,21 +321,21 @@ def _means(sections: Sequence[Section]) -> dict[str, Any] | None:
     )
     distinct = len({section.title for section in sections}) == len(sections)
     labels = [m.label for m in sections[0].models if all(m.label in {o.label for o in s.models} for s in sections)]
-    radii = [radius for radius in sections[0].radii if all(radius in section.radii for section in sections)]
+    measured = [section.models for section in sections]
+    radii = [
+        (level, text)
+        for level, text in sections[0].radii
+        if all(level in model.robust for models in measured for model in models if model.label in labels)
+    ]
     if len(sections) < 2 or not (alike and distinct and labels and radii):
         return None
     rows = []
     for label in labels:
         models = [next(model for model in section.models if model.label == label) for section in sections]
-        radii = [radius for radius in radii if all(radius[0] in model.robust for model in models)]
         columns = [[model.clean.value for model in models]]
         columns += [[model.robust[eps].value for model in models] for eps, _ in radii]
         rows.append((label, models[0].colour, [sum(column) / len(column) for column in columns]))
     return {"radii": radii, "rows": rows, "count": len(sections)}
-
-
-def _unit(result: RobustnessResult) -> float:
-    return 255 if result.norm == "linf" else 1
 
 
 def _words(name: str) -> str:

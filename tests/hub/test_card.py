@@ -38,6 +38,16 @@ def test_card_of_the_original_alone_is_refused():
         make_card([result(model="before")], model_name="m")
 
 
+@pytest.mark.parametrize("attacks", [[], [{"name": "pgd-0", "steps": 0, "restarts": 1}]])
+def test_a_number_without_an_attack_is_no_card(attacks):
+    """findings-reliability 2: robust accuracy under an attack of no step is clean accuracy."""
+    with pytest.raises(
+        ValueError, match=r"after on tiny \(apgd-ce, linf 4/255\) was measured with no .*means nothing"
+    ):
+        make_card([result(attacks=attacks)], model_name="m")
+    make_card([result(attacks=attacks, eps=0.0)], model_name="m")  # a clean control needs none
+
+
 def test_radii_are_written_as_people_do():
     assert pretty_eps(result(eps=8 / 255)) == "8/255"
     assert pretty_eps(result(eps=0.5 / 255)) == "0.5/255"
@@ -58,12 +68,12 @@ def test_rows_survive_the_round_trip():
     rows = [(row.task_type, row.metric_type, row.metric_name) for row in card.data.eval_results]
     assert rows == [
         ("zero-shot-image-classification", "accuracy", "Clean accuracy"),
-        ("zero-shot-image-classification", "robust_accuracy", "Robust accuracy (linf, 4/255)"),
-        ("zero-shot-image-classification", "robust_accuracy", "Robust accuracy (linf, 8/255)"),
+        ("zero-shot-image-classification", "robust_accuracy", "Robust accuracy (linf 4/255)"),
+        ("zero-shot-image-classification", "robust_accuracy", "Robust accuracy (linf 8/255)"),
         ("zero-shot-image-classification", "accuracy", "Clean accuracy, unseen classes"),
-        ("zero-shot-image-classification", "robust_accuracy", "Robust accuracy (linf, 4/255, unseen classes)"),
+        ("zero-shot-image-classification", "robust_accuracy", "Robust accuracy (linf 4/255, unseen classes)"),
         ("visual-question-answering", "accuracy", "Clean accuracy"),
-        ("visual-question-answering", "robust_accuracy", "Robust accuracy (l2, 0.5)"),
+        ("visual-question-answering", "robust_accuracy", "Robust accuracy (l2 0.5)"),
     ]
     assert card.data.eval_results[1].metric_args["attacks"] == [{k: v for k, v in attack.items() if v is not None}]
 

@@ -36,7 +36,7 @@ def scaled(folder):
 
 def other_number(folder):
     def change(content):
-        content["results"][-1]["robust_accuracy"] = 0.99
+        content["results"][-1]["attacks"][0]["seed"] = 99
 
     edit(folder / "robustness.json", change)
 
@@ -66,15 +66,23 @@ DAMAGE = {
     ),
     "no number": (
         lambda run: edit(run / "robustness.json", lambda content: content["results"][3].update(robust_accuracy=None)),
-        "no numbers",
+        "result 4: robust_accuracy must be float, got None",
+    ),
+    "number without its records": (
+        lambda run: edit(run / "robustness.json", lambda content: content["results"][3].update(robust_accuracy=0.99)),
+        r"samples-after.* give a robust_accuracy of .* the result says 0\.99",
+    ),
+    "no attack": (
+        lambda run: edit(run / "robustness.json", lambda content: content["results"][3]["attacks"][0].update(steps=0)),
+        "no step of apgd-ce",
     ),
     "samples cut off": (first_line_only, "should hold 12 samples, it holds 1"),
-    "samples gone": (lambda run: [path.unlink() for path in run.glob("samples-*")], "should hold 12 samples"),
+    "samples gone": (lambda run: [path.unlink() for path in run.glob("samples-*")], "is missing; measure again"),
     "other weights": (scaled, "was measured on other weights"),
     "no card": (lambda run: (run / "README.md").unlink(), "has no model card; write it with"),
     "card without metadata": (lambda run: (run / "README.md").write_text("# Mine"), "does not tell what"),
     "broken metadata": (lambda run: (run / "README.md").write_text("---\na: [\n---\n"), "can not be read"),
-    "card of other numbers": (other_number, r"does not tell what robustness.json holds: Robust accuracy .* = 0.99"),
+    "card of other numbers": (other_number, r"does not tell what robustness.json holds: Robust accuracy "),
 }
 
 
@@ -178,12 +186,16 @@ def test_results_of_other_tasks_go_along(folder, seen_images):
         results[-1],
         task="corruption",
         metric="mean corruption accuracy",
-        norm="severity",
-        eps=3.0,
+        norm="none",
+        eps=0.0,
+        severity=3,
+        attacks=[{"name": "fog"}, {"name": "snow"}],
         samples="samples-c.jsonl",
     )
-    lines = (folder / results[-1].samples).read_text()
-    (folder / "samples-c.jsonl").write_text(lines * 2)
+    rows = [json.loads(line) for line in (folder / results[-1].samples).read_text().splitlines()]
+    rows = [row | {"fooled_by": "fog" if row["fooled_by"] == "apgd-ce" else row["fooled_by"]} for row in rows]
+    lines = [json.dumps(row | {"id": f"{name}/{row['id']}"}) for name in ("fog", "snow") for row in rows]
+    (folder / "samples-c.jsonl").write_text("\n".join(lines))
     describe(folder, [*results, other])
     release = prepare_release(folder)
     assert "samples-c.jsonl" in release.files

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_robust_vision.evaluation.images import AdversarialImages
-from hf_robust_vision.evaluation.results import SampleRecord, save_results
+from hf_robust_vision.evaluation.results import SampleRecord, save_results, summarize
 from hf_robust_vision.report.curve import HEIGHT, LEFT, RIGHT, WIDTH, Curve, Point, draw_curves
 from hf_robust_vision.report.page import checks_of, read_sources, results_text, write_report
 from tests.evaluation.test_results import result
@@ -169,6 +169,60 @@ def test_other_data_or_attacks_stand_apart_and_are_averaged(tmp_path):
     assert "Mean over" not in html.read_text() + page.read_text()
 
 
+def test_a_mean_over_datasets_holds_the_radii_that_all_models_share(tmp_path):
+    """findings-code 1: with unequal radii 59 % at 4/255 stood under the heading 8/255."""
+    radii = {"first": (2, 4, 8), "second": (2, 8)}
+    rows = [
+        result(model=model, model_sha256=model * 8, dataset=data, eps=eps / 255, robust_accuracy=1 - eps / 10)
+        for data in ("one", "two")
+        for model in radii
+        for eps in radii[model if data == "two" else "first"]
+    ]
+    save_results(rows, tmp_path)
+    html, page, *_ = write_report([tmp_path], tmp_path)
+    mean = Reader(html.read_text()).tables[0]
+    assert [[cell.strip() for cell in row] for row in mean] == [
+        ["", "clean", "2/255", "8/255"],
+        ["first", "75.0 %", "80.0 %", "20.0 %"],
+        ["second", "75.0 %", "80.0 %", "20.0 %"],
+    ]
+    assert "| second | 75.0 % | 80.0 % | 20.0 % |" in page.read_text().splitlines()
+
+
+def test_corruptions_have_severities(tmp_path):
+    family = {"name": "fog", "resolution": 64, "seed": 0, "dtype": "float32", "accuracy": 0.5, "ci95": [0.1, 0.9]}
+    rows = [
+        result(
+            task="corruption",
+            norm="none",
+            eps=0.0,
+            severity=n,
+            attacks=[family | {"severity": n}],
+            robust_accuracy=n / 10,
+        )
+        for n in (1, 3, 5)
+    ]
+    save_results(rows, tmp_path)
+    html, page, curve = write_report([tmp_path], tmp_path)
+    assert [cell.strip() for cell in Reader(html.read_text()).tables[0][0]][2:] == [
+        "severity 1",
+        "severity 3",
+        "severity 5",
+    ]
+    assert "| 10.0 % (15.0 to 85.0) | 30.0 % (15.0 to 85.0) | 50.0 % (15.0 to 85.0) |" in page.read_text()
+    assert "eps 5: 50.0 %" in curve.read_text()
+    assert ">severity<" in curve.read_text()
+
+
+def test_records_that_say_something_else_are_no_page(tmp_path):
+    """findings-reliability 12."""
+    folder = with_images(tmp_path, "before", fooled={0})
+    path = folder / "samples-before-1.jsonl"
+    path.write_text(path.read_text().replace('"fooled_by": "apgd-ce"', '"fooled_by": null'))
+    with pytest.raises(ValueError, match=r"samples-before-1\.jsonl"):
+        write_report([folder], tmp_path / "out")
+
+
 def test_unequal_restarts_and_left_out_attacks_are_said(tmp_path):
     more = [{"name": "apgd-ce", "steps": 5, "restarts": 9}]
     rows = measured("before", (0.4, 0.2)) + measured("after", (0.6, 0.4), attacks=more, left_out=["fab-t"])
@@ -254,7 +308,7 @@ def with_images(folder, model, fooled, ids=(0, 1, 2)):
         ]
         file = folder / f"samples-{model}-{place}.jsonl"
         file.write_text("".join(f"{json.dumps(vars(record))}\n" for record in records))
-        rows[place] = replace(row, images=images.folder.name, samples=file.name)
+        rows[place] = replace(row, images=images.folder.name, samples=file.name, **summarize(records))
     save_results(rows, folder)
     return folder
 

@@ -87,8 +87,8 @@ def test_the_strengths_are_those_of_the_benchmark(library, image):
 
 def test_accuracies_are_sums_over_the_samples_files(measure, encoder, bank, labelled_by_model, tmp_path):
     results = measure(samples_dir=tmp_path)
-    assert [(r.task, r.norm, r.eps, r.protocol) for r in results] == [
-        ("corruption", "severity", severity, "imagenet-c") for severity in (1.0, 5.0)
+    assert [(r.task, r.norm, r.eps, r.severity, r.protocol) for r in results] == [
+        ("corruption", "none", 0.0, severity, "imagenet-c") for severity in (1, 5)
     ]
     for result in results:
         rows = lines(tmp_path, result)
@@ -106,7 +106,7 @@ def test_accuracies_are_sums_over_the_samples_files(measure, encoder, bank, labe
         for row in rows[20:28]:
             family, sample = row["id"].split("/")
             item = labelled_by_model[int(sample)]
-            found = corrupt(item["images"], family, int(result.eps), sample=int(sample))
+            found = corrupt(item["images"], family, result.severity, sample=int(sample))
             with torch.no_grad():
                 answer = int(bank.logits(encoder(found[None]).image_embeds).argmax())
             assert (row["label"], row["adversarial"]) == (item["labels"], answer)

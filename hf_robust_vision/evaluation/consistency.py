@@ -1,0 +1,118 @@
+"""Do results and the sample records behind them say the same? What is published or drawn has passed this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+
+from .results import RobustnessResult, SampleRecord, load_samples
+
+
+def check_results(results: Sequence[RobustnessResult], folder: str | Path) -> dict[str, list[SampleRecord]]:
+    """Refuse results without an attack, or whose records say something else; records that are not there are not missed.
+
+    Args:
+        results: As `load_results` reads them.
+        folder: Where their samples files lie.
+
+    Returns:
+        The records, by the name of their file.
+
+    Raises:
+        ValueError: If something does not fit; the message names the file.
+    """
+    names = {result.samples for result in results if result.samples and (Path(folder) / result.samples).is_file()}
+    records = {name: load_samples(Path(folder) / name) for name in sorted(names)}
+    for result in results:
+        check_attacked(result)
+        if result.samples in records:
+            check_samples(result, records[result.samples])
+    known = [result for result in results if result.samples in records]
+    for _, run in groupby(sorted(known, key=lambda result: (result.run, result.level)), key=lambda result: result.run):
+        for smaller, larger in pairwise(run):
+            _check_radii(smaller, larger, records)
+    return records
+
+
+def check_attacked(result: RobustnessResult) -> None:
+    """Refuse a robust accuracy that no attack, or one without steps, was made for.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    idle = [row["name"] for row in result.attacks if 0 in (row.get("steps"), row.get("restarts"))]
+    if result.eps > 0 and (idle or not result.attacks):
+        raise ValueError(
+            f"{_named(result)} was measured with {f'no step of {idle[0]}' if idle else 'no attack'}: its robust accuracy "
+            "means nothing; measure it again, with steps."
+        )
+
+
+def check_samples(result: RobustnessResult, records: Sequence[SampleRecord]) -> None:
+    """Refuse records that a result can not be the sum of.
+
+    Raises:
+        ValueError: If their number, a label, an attack's name or an accuracy does not fit.
+    """
+    where = f"{result.samples or 'the records'} of {_named(result)}"
+    families = len(result.attacks) if result.task == "corruption" else 1
+    if len(records) != result.num_samples * families:
+        raise ValueError(f"{where} should hold {result.num_samples * families} samples, it holds {len(records)}.")
+    blamed = {None, "clean", *(row["name"] for row in result.attacks)}
+    for record in records:
+        if record.fooled_by not in blamed:
+            raise ValueError(
+                f"{where}: sample {record.id!r} was fooled by {record.fooled_by!r}, which is no attack of it."
+            )
+        if result.task in ("zero_shot", "corruption", "retrieval"):
+            _check_numbers(result, record, where)
+    for name, column in zip(("clean_accuracy", "robust_accuracy"), zip(*(hits(result, record) for record in records))):
+        mean = math.fsum(column) / len(column)
+        if abs(mean - getattr(result, name)) > 1e-6:
+            raise ValueError(f"{where} give a {name} of {mean:.6g}, the result says {getattr(result, name):.6g}.")
+
+
+def hits(result: RobustnessResult, record: SampleRecord) -> tuple[float, float]:
+    """What a sample adds to clean and to robust accuracy: 0 or 1, of a caption its scores."""
+    if record.score is not None and record.clean_score is not None:
+        return record.clean_score, record.score
+    _, recall, k = result.metric.partition("_recall@")
+    if recall:  # the outputs are ranks
+        ranks = [record.clean, record.clean if record.adversarial is None else record.adversarial]
+        clean, robust = (int(rank) < int(k) for rank in ranks)
+        return clean, robust
+    if result.task == "corruption":  # a hit on the corrupted image is a hit, whatever the clean one was taken for
+        return record.clean == record.label, record.robust_hit
+    return record.clean_hit, record.robust_hit
+
+
+def _check_numbers(result: RobustnessResult, record: SampleRecord, where: str) -> None:
+    answers = [record.label, record.clean, record.clean if record.adversarial is None else record.adversarial]
+    count = math.inf if result.task == "retrieval" else len(result.class_names)
+    if not all(isinstance(answer, int) and 0 <= answer < count for answer in answers):
+        raise ValueError(f"{where}: sample {record.id!r} must hold whole numbers under {count}, got {answers}.")
+    if result.task == "zero_shot" and (record.clean == record.label) != record.clean_hit:
+        raise ValueError(
+            f"{where}: sample {record.id!r} of class {record.label} was taken for {record.clean}, and "
+            f"{'not ' if record.clean_hit else ''}lost before the attack."
+        )
+
+
+def _check_radii(
+    smaller: RobustnessResult, larger: RobustnessResult, records: Mapping[str, Sequence[SampleRecord]]
+) -> None:
+    """A sample that fell in the smaller ball has fallen in the larger one, which holds it."""
+    below = {record.id: record for record in records[str(smaller.samples)]}
+    for record in records[str(larger.samples)]:
+        other = below.get(record.id)
+        where = f"{larger.samples} and {smaller.samples}"
+        if other is None or (other.label, other.clean) != (record.label, record.clean):
+            raise ValueError(f"{where} say different things about the clean sample {record.id!r}.")
+        if larger.carry and larger.severity is None and hits(larger, record)[1] > hits(smaller, other)[1]:
+            raise ValueError(f"{where}: sample {record.id!r} fell at the smaller radius and stands at the larger one.")
+
+
+def _named(result: RobustnessResult) -> str:
+    return f"{result.model} on {result.dataset} ({result.protocol}, {result.threat})"

@@ -1,0 +1,85 @@
+"""Plain values from a file as a dataclass, each checked against its annotation: a file is read as it says, or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+
+T = TypeVar("T")
+
+
+def from_plain(cls: type[T], values: Any) -> T:
+    """A dataclass from the fields that a file holds; unknown ones, of a newer version, are left out.
+
+    Raises:
+        ValueError: If a field is missing or of another type, or a number is not finite.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a {cls.__name__} must be a JSON object, got {_shown(values)}.")
+    hints, known = _annotations(cls), dict[str, Any]()  # type: ignore[arg-type]
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if item.name in values:
+            if not _fits(values[item.name], hints[item.name]):
+                raise ValueError(f"{item.name} must be {item.type}, got {_shown(values[item.name])}.")
+            known[item.name] = values[item.name]
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{item.name} is missing.")
+    return cls(**known)
+
+
+def read_json(text: str, where: str | Path) -> Any:
+    """Parse JSON; an error says where it came from.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}).") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}).") from error
+
+
+@cache
+def _annotations(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is UnionType:
+        return any(_fits(value, part) for part in args)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) and _fits(value[key], args[1]) for key in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, NoneType if hint is None else hint)
+
+
+def _shown(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 60 else f"{said[:57]}..."
