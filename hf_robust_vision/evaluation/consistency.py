@@ -10,6 +10,9 @@ from pathlib import Path
 from .results import RobustnessResult, SampleRecord, load_samples
 
 
+_ACCURACIES = ("clean_accuracy", "robust_accuracy")
+
+
 def check_results(results: Sequence[RobustnessResult], folder: str | Path) -> dict[str, list[SampleRecord]]:
     """Refuse results without an attack, or whose records say something else; records that are not there are not missed.
 
@@ -68,24 +71,40 @@ def check_samples(result: RobustnessResult, records: Sequence[SampleRecord]) -> 
             )
         if result.task in ("zero_shot", "corruption", "retrieval"):
             _check_numbers(result, record, where)
-    for name, column in zip(("clean_accuracy", "robust_accuracy"), zip(*(hits(result, record) for record in records))):
-        mean = math.fsum(column) / len(column)
-        if abs(mean - getattr(result, name)) > 1e-6:
-            raise ValueError(f"{where} give a {name} of {mean:.6g}, the result says {getattr(result, name):.6g}.")
+    for name, column in zip(_ACCURACIES, outcomes(result, records)):
+        if not _sums_up(result, name, column):
+            raise ValueError(
+                f"{where} give a {name} of {_mean(column):.6g}, the result says {getattr(result, name):.6g}."
+            )
 
 
-def hits(result: RobustnessResult, record: SampleRecord) -> tuple[float, float]:
-    """What a sample adds to clean and to robust accuracy: 0 or 1, of a caption its scores."""
-    if record.score is not None and record.clean_score is not None:
-        return record.clean_score, record.score
+def outcomes(result: RobustnessResult, records: Sequence[SampleRecord]) -> tuple[list[float], list[float]]:
+    """What each sample adds to clean and to robust accuracy: 0 or 1; where these are mean scores, its scores."""
+    flags = [_flags(result, record) for record in records]
+    columns = [float(clean) for clean, _ in flags], [float(robust) for _, robust in flags]
+    scores = [(record.clean_score, record.score) for record in records if record.score is not None]
+    clean_scores = [clean for clean, _ in scores if clean is not None]
+    flagged = all(_sums_up(result, name, column) for name, column in zip(_ACCURACIES, columns))
+    return columns if flagged or len(clean_scores) < len(records) else (clean_scores, [score for _, score in scores])
+
+
+def _flags(result: RobustnessResult, record: SampleRecord) -> tuple[bool, bool]:
     _, recall, k = result.metric.partition("_recall@")
     if recall:  # the outputs are ranks
-        ranks = [record.clean, record.clean if record.adversarial is None else record.adversarial]
-        clean, robust = (int(rank) < int(k) for rank in ranks)
-        return clean, robust
+        return int(record.clean) < int(k), int(
+            record.clean if record.adversarial is None else record.adversarial
+        ) < int(k)
     if result.task == "corruption":  # a hit on the corrupted image is a hit, whatever the clean one was taken for
         return record.clean == record.label, record.robust_hit
     return record.clean_hit, record.robust_hit
+
+
+def _sums_up(result: RobustnessResult, name: str, column: Sequence[float]) -> bool:
+    return abs(_mean(column) - getattr(result, name)) <= 1e-6
+
+
+def _mean(column: Sequence[float]) -> float:
+    return math.fsum(column) / len(column)
 
 
 def _check_numbers(result: RobustnessResult, record: SampleRecord, where: str) -> None:
@@ -104,13 +123,14 @@ def _check_radii(
     smaller: RobustnessResult, larger: RobustnessResult, records: Mapping[str, Sequence[SampleRecord]]
 ) -> None:
     """A sample that fell in the smaller ball has fallen in the larger one, which holds it."""
-    below = {record.id: record for record in records[str(smaller.samples)]}
-    for record in records[str(larger.samples)]:
-        other = below.get(record.id)
-        where = f"{larger.samples} and {smaller.samples}"
+    where = f"{larger.samples} and {smaller.samples}"
+    below, above = records[str(smaller.samples)], records[str(larger.samples)]
+    stood = {record.id: (record, hit) for record, hit in zip(below, outcomes(smaller, below)[1])}
+    for record, hit in zip(above, outcomes(larger, above)[1]):
+        other, before = stood.get(record.id, (None, 0.0))
         if other is None or (other.label, other.clean) != (record.label, record.clean):
             raise ValueError(f"{where} say different things about the clean sample {record.id!r}.")
-        if larger.carry and larger.severity is None and hits(larger, record)[1] > hits(smaller, other)[1]:
+        if larger.carry and larger.severity is None and hit > before:
             raise ValueError(f"{where}: sample {record.id!r} fell at the smaller radius and stands at the larger one.")
 
 

@@ -73,10 +73,13 @@ class RobustnessResult:
     """Clean and robust accuracy of one model on one dataset under one protocol at one eps.
 
     Accuracies are fractions in [0, 1]. A Linf eps is in pixels in [0, 1], an L2 eps a Euclidean radius over the
-    [0, 1] image; a corruption has a severity instead, the norm "none" and an eps of 0. `carry` says whether a sample that
-    fell at a smaller radius counts as fallen here. The fields are those of `robustness.json`. Two metrics are no accuracies: of captions both values are
-    mean scores, and under "targeted_success" they are the shares of images on which the attacker's target is not said;
+    [0, 1] image; a corruption has a severity instead, the norm "none" and an eps of 0. `carry` says whether a sample
+    that fell at a smaller radius counts as fallen here. Two metrics are no accuracies: of captions both values are mean
+    scores, and under "targeted_success" they are the shares of images on which the attacker's target is not said;
     `attack_success` then holds the attacker's own rates, "clean" (the control) and "attacked".
+
+    Raises:
+        ValueError: If a number can not be: not finite, not in its range, or of no sample.
     """
 
     task: str
@@ -92,7 +95,6 @@ class RobustnessResult:
     norm: str
     attacks: list[dict[str, Any]]
     severity: int | None = None
-    carry: bool = True
     metric: str = "accuracy"
     group: str = "all"
     class_names: list[str] = field(default_factory=list)
@@ -112,7 +114,7 @@ class RobustnessResult:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.norm == "severity":  # where earlier versions kept it
+        if self.norm == "severity":  # kept as a radius by earlier versions and by the engine
             self.severity, self.eps, self.norm = int(self.eps), 0.0, "none"
         for name, value in (("clean_accuracy", self.clean_accuracy), ("robust_accuracy", self.robust_accuracy)):
             bounds = self.ci95.get(name, [])
