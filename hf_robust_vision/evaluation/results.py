@@ -174,11 +174,11 @@ def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
 
 def summarize_hits(clean_hits: Sequence[bool], robust_hits: Sequence[bool]) -> dict[str, Any]:
     """The same from one flag a sample: right on the clean image, right under every attack."""
-    count, clean, robust = _counted(clean_hits), sum(clean_hits), sum(robust_hits)
+    count, clean, robust = len(clean_hits), sum(clean_hits), sum(robust_hits)
     return {
         "num_samples": count,
-        "clean_accuracy": clean / count,
-        "robust_accuracy": robust / count,
+        "clean_accuracy": clean / count if count else math.nan,
+        "robust_accuracy": robust / count if count else math.nan,
         "ci95": {
             "clean_accuracy": list(wilson_interval(clean, count)),
             "robust_accuracy": list(wilson_interval(robust, count)),
@@ -198,16 +198,9 @@ def summarize_scores(records: Sequence[SampleRecord]) -> dict[str, Any]:
         "clean_accuracy": [float(record.clean_score or 0) for record in records],
         "robust_accuracy": [float(record.score or 0) for record in records],
     }
-    _counted(records)
-    means = {name: statistics.fmean(values) for name, values in columns.items()}
+    means = {name: statistics.fmean(values) if values else math.nan for name, values in columns.items()}
     intervals = {name: list(_mean_interval(values)) for name, values in columns.items()}
     return {"num_samples": len(records), **means, "ci95": intervals}
-
-
-def _counted(samples: Sequence[Any]) -> int:
-    if not samples:
-        raise ValueError("there is no sample to measure.")
-    return len(samples)
 
 
 def _mean_interval(values: Sequence[float], z: float = 1.959963984540054) -> tuple[float, float]:

@@ -41,7 +41,7 @@ from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo, load_demo_captions
 from hf_robust_vision.data.demo_questions import PROMPT, Question, load_questions
 from hf_robust_vision.data.templates import get_templates
-from hf_robust_vision.evaluation.results import load_samples
+from hf_robust_vision.evaluation.results import load_samples, pretty_eps
 from hf_robust_vision.evaluation.tasks import (
     VQA,
     ChosenText,
@@ -259,22 +259,15 @@ def measured(evaluate: Any, *args: Any, **settings: Any) -> Rows:
     rows: Rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for result in evaluate(*args, samples_dir=folder, **settings):
-            rows[f"{result.metric}, {level(result)}"] = summary(result)
+            rows[f"{result.metric}, {pretty_eps(result)}"] = summary(result)
             direction = result.metric.split("_recall@")[0] if result.task == "retrieval" else "sample"
             for record in load_samples(Path(folder) / result.samples):
                 clean = {"label": record.label, "clean": record.clean, "clean_score": record.clean_score}
                 attacked = {
                     "adversarial": record.adversarial, "score": record.score, "fooled_by": record.fooled_by
                 }  # fmt: skip
-                rows.setdefault(f"{direction} {record.id}", rounded(clean))[level(result)] = rounded(attacked)
+                rows.setdefault(f"{direction} {record.id}", rounded(clean))[pretty_eps(result)] = rounded(attacked)
     return rows
-
-
-def level(result: RobustnessResult) -> str:
-    """Radius, or severity of a corruption."""
-    if result.task == "corruption":
-        return f"severity {result.eps:g}"
-    return f"{result.eps * 255:g}/255" if result.norm == "linf" else f"{result.eps:g}"
 
 
 def summary(result: RobustnessResult) -> dict[str, Any]:
