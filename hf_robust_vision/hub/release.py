@@ -92,7 +92,7 @@ def prepare_release(
         license: By default the card's.
 
     Raises:
-        ValueError: If something is missing, was not measured, or belongs to other weights.
+        ValueError: If something is missing, leads out of the folder, was not measured, or belongs to other weights.
     """
     folder = Path(folder)
     kind = _kind(folder, what)
@@ -108,6 +108,7 @@ def prepare_release(
         files |= _matching(folder, (*_MODEL, *_PROCESSOR, *_TOKENIZER)) if kind == "model" else _tower(folder, encoder)
     files |= _matching(folder, _PAPERS)
     files |= {str(result.samples): folder / str(result.samples) for result in load_results(folder) if result.samples}
+    _check_inside(folder, [folder / CARD, *(content for content in files.values() if isinstance(content, Path))])
     base_model = base_model or card.data.get("base_model")
     if base_model is not None and not is_hub_id(str(base_model)):
         raise ValueError(f"base model {base_model!r} is no Hub id; name the original as owner/model (--base_model).")
@@ -128,6 +129,13 @@ def _kind(folder: Path, what: str | None) -> str:
         other = "; it holds an adapter: type --what adapter" if adapter else ""
         raise ValueError(f"{folder} has no {wanted}, so there is no {kind} to push{other}.")
     return kind
+
+
+def _check_inside(folder: Path, files: Sequence[Path]) -> None:
+    """A link may lead to what nobody meant to publish."""
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{file} is a link to {file.resolve()}, outside of {folder}; put the file itself there.")
 
 
 def _adapter_folder(folder: Path) -> Path:

@@ -94,6 +94,22 @@ def test_refused_before_anything_is_sent(name, folder):
         prepare_release(folder)
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "robustness.json", "model.safetensors", "samples"])
+def test_a_link_that_leads_outside_is_refused(name, folder, tmp_path):
+    """findings-reliability 14: `LICENSE -> /etc/hostname` was listed for upload."""
+    path = folder / (name if name != "samples" else load_results(folder)[-1].samples)
+    inside, outside = folder / "inside", tmp_path / "outside"
+    outside.write_bytes(path.read_bytes() if path.is_file() else b"secret")
+    shutil.copy(outside, inside)
+    path.unlink(missing_ok=True)
+    path.symlink_to(inside)
+    prepare_release(folder)
+    path.unlink()
+    path.symlink_to(outside)
+    with pytest.raises(ValueError, match=rf"{path.name} is a link to .*outside, outside of"):
+        prepare_release(folder)
+
+
 def test_refused_arguments(folder, monkeypatch):
     with pytest.raises(ValueError, match="'weights' is not one of 'model', 'tower', 'adapter'"):
         prepare_release(folder, "weights")
