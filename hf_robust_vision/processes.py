@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -92,6 +92,20 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def gather(mine: list[Any]) -> list[Any]:
+    """The lists of all processes, one after the other."""
+    world = rank_and_world()[1]
+    parts = [mine] * world
+    if world > 1:
+        dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def barrier() -> None:

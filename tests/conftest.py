@@ -22,7 +22,7 @@ from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import TEMPLATES
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.clip import load_encoder, load_tokenizer
-from hf_robust_vision.towers.text_bank import make_text_bank
+from hf_robust_vision.towers.text_bank import _warn_of_twins, make_text_bank
 
 
 SIZE = 32
@@ -34,6 +34,7 @@ TEMPLATE = ("a photo of a {}",)
 def _seeded():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    _warn_of_twins.cache_clear()  # once in each test
 
 
 def build_processor() -> CLIPProcessor:

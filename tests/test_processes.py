@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_robust_vision.processes import meet, need_a_gpu_each, part, rank_and_world
+from hf_robust_vision.processes import gather, meet, need_a_gpu_each, part, rank_and_world
 from hf_robust_vision.training.config import AdversarialTrainingArguments
 from tests.training.ranks import CONTEXT, free_port
 
@@ -28,7 +28,7 @@ def join(rank: int, port: int, device: str | None, told) -> None:
     chosen = meet(device)
     total = torch.tensor([rank + 1])
     dist.all_reduce(total)
-    told.put((chosen, dist.get_backend(), rank_and_world()[1], int(total)))
+    told.put((chosen, dist.get_backend(), rank_and_world()[1], int(total), gather(["a", "b"][rank:])))
     part()
 
 
@@ -41,7 +41,7 @@ def test_two_processes_meet_on_the_cpu_of_a_machine_with_one_gpu(device):
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert [told.get(timeout=5) for _ in processes] == [("cpu", "gloo", 2, 3)] * 2
+    assert [told.get(timeout=5) for _ in processes] == [("cpu", "gloo", 2, 3, ["a", "b", "b"])] * 2
 
 
 @pytest.mark.parametrize("ranks", [{"LOCAL_WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"}], ids=["torchrun", "bare"])

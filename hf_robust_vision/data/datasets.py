@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from tqdm.auto import tqdm
 
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.processes import gather, rank_and_world, usable_cores
 from hf_robust_vision.towers.text_bank import check_class_names
 
 from .decode import CorruptImageError, decode_image, undecoded
-from .folders import holds, read_folder, split_folder
+from .folders import DATA_SUFFIXES, holds, read_folder, split_folder
 
 
 # What an image column is called where nothing else tells it apart, in the order in which it is looked for.
 IMAGE_COLUMNS = ("image", "webp", "jpg", "jpeg", "png")
-DATA_SUFFIXES = (".parquet", ".arrow", ".tar")
 
 
 class LabelledImages(Dataset):
@@ -63,15 +67,15 @@ class LabelledImages(Dataset):
         self.name, self.split = name, split
         self.image_column, self.label_column = image_column, label_column
         self.ids = list(range(len(rows))) if ids is None else list(ids)
+        self.new_labels: Mapping[int, int] | None = None  # of the rows' labels; -1 for any other
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.ids[index]
-        row = self.rows[sample]
-        image = decode_image(row[self.image_column], _row_name(self.name, sample, row[self.image_column]))
-        return _item(image, row[self.label_column], sample, self.transform, self.class_names)
+        row = self.rows[self.ids[index]]
+        label = self._number(row[self.label_column])
+        return _item(self._decode(index, row), label, self.ids[index], self.transform, self.class_names)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -80,35 +84,50 @@ class LabelledImages(Dataset):
         """All labels, without decoding an image."""
         if hasattr(self.rows, "column_names"):  # a `datasets.Dataset`: its rows hold the images, too
             column = self.rows[self.label_column][:]  # at once: one by one, each would be a look into the table
-            return [_label(column[sample]) for sample in self.ids]
-        return [_label(self.rows[sample][self.label_column]) for sample in self.ids]
+            return [self._number(column[sample]) for sample in self.ids]
+        return [self._number(self.rows[sample][self.label_column]) for sample in self.ids]
 
     def select(self, indices: Sequence[int], split: str | None = None) -> LabelledImages:
-        """Some of the items, which keep their ids."""
-        return LabelledImages(
-            self.rows,
-            self.class_names,
-            self.transform,
-            name=self.name,
-            split=split or self.split,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            ids=[self.ids[index] for index in indices],
-        )
+        """Some of the items, which keep their ids.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        part = copy.copy(self)
+        part.split, part.ids = split or self.split, [self.ids[index] for index in indices]
+        if not part.ids:
+            raise ValueError(f"{self.name} ({part.split}): no image of {len(self)} is left.")
+        return part
 
     def check_labels(self) -> None:
         """Refuse labels that are not the index of a class name."""
         _check_labels(set(self.labels()), self.class_names)
 
-    def corrupt(self, progress: Callable[[Sequence[int]], Any] = lambda indices: indices) -> list[int]:
-        """Decode every image once; indices of those that can not be read."""
-        found = []
-        for index in progress(range(len(self))):
-            try:
-                self[index]
-            except CorruptImageError:
-                found.append(index)
-        return found
+    def corrupt(self) -> list[int]:
+        """Decode every image once, shared out over threads and processes; indices of those that can not be read."""
+        rank, world = rank_and_world()
+        mine = range(rank, len(self), world)
+        with ThreadPool(max(usable_cores() // world, 1)) as pool:
+            whole = pool.imap(self._is_whole, mine, chunksize=16)
+            bar = tqdm(whole, desc=f"reading {self.split}", total=len(mine), delay=2, disable=rank > 0)
+            return sorted(gather([index for index, fine in zip(mine, bar) if not fine]))
+
+    def _is_whole(self, index: int) -> bool:
+        try:
+            self._decode(index, self.rows[self.ids[index]])
+        except CorruptImageError:
+            return False
+        return True
+
+    def _decode(self, index: int, row: Mapping[str, Any]) -> Tensor:
+        image = row[self.image_column]
+        path = image.get("path") if isinstance(image, Mapping) else image
+        named = isinstance(path, str | Path) and str(path)
+        return decode_image(image, str(path) if named else f"image {self.ids[index]} of {self.name}")
+
+    def _number(self, value: Any) -> int:
+        label = _label(value)
+        return label if self.new_labels is None else self.new_labels.get(label, -1)
 
 
 class StreamedImages(IterableDataset):
@@ -159,7 +178,7 @@ class StreamedImages(IterableDataset):
                     raise
                 self.skipped += 1
                 continue
-            yield _item(image, row[self.label_column], sample, self.transform, self.class_names)
+            yield _item(image, _label(row[self.label_column]), sample, self.transform, self.class_names)
 
     def share(self, rank: int, world: int) -> StreamedImages:
         """What one of several processes reads; no image goes to two of them.
@@ -201,8 +220,8 @@ def load_labelled_images(
     """Load a local image folder, a saved `datasets` folder, or a dataset of the Hub or a folder laid out like one.
 
     Args:
-        name_or_path: `folder/<split>/<class>/<image>` or `folder/<class>/<image>`, a folder of
-            `Dataset.save_to_disk`, a folder of Parquet, Arrow or WebDataset files, or a dataset name.
+        name_or_path: An image folder (`read_folder`), a folder of `Dataset.save_to_disk`, a folder of Parquet, Arrow
+            or WebDataset files, or a dataset name.
         split: Such as "train".
         transform: Fits each image to the tower.
         config_name: Configuration of a Hub dataset.
@@ -221,14 +240,16 @@ def load_labelled_images(
     """
     import datasets
 
-    path = Path(name_or_path)
+    path, ids = Path(name_or_path), None
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         loaded = datasets.load_from_disk(str(path))
         # A folder of one split holds no other: it would be train, validation and test at once.
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
         rows = _pick_split(parts, split, str(path))
     elif path.is_dir() and (split_folder(path, split) or not holds(path, DATA_SUFFIXES)):
-        rows = read_folder(path, split)
+        rows, ids = read_folder(path, split)
+    elif path.is_file() or (not path.is_dir() and (path.is_absolute() or ".." in path.parts or len(path.parts) > 2)):
+        raise ValueError(f"{name_or_path} is no folder; wanted one, or the name of a dataset on the Hub.")
     else:
         try:
             rows = _load_dataset(str(name_or_path), config_name, split, streaming, revision, only_split)
@@ -251,12 +272,13 @@ def load_labelled_images(
             f"got {len(names)} class names, but {name_or_path} ({split}) has {len(own_names)} classes: "
             f"{list(own_names)[:5]}..."
         )
-    shared: dict[str, Any] = {"name": str(path.name if path.is_dir() else name_or_path), "split": split}
+    name = os.path.basename(os.path.abspath(path)) if path.is_dir() else str(name_or_path)
+    shared: dict[str, Any] = {"name": name, "split": split}
     columns_used: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     if isinstance(rows, datasets.IterableDataset):
         rows = rows if shuffle_seed is None else rows.shuffle(seed=shuffle_seed, buffer_size=10_000)
         return StreamedImages(rows, names, transform, **shared, **columns_used, skip_corrupt=skip_corrupt)
-    loaded_images = LabelledImages(rows, names, transform, **shared, **columns_used)
+    loaded_images = LabelledImages(rows, names, transform, **shared, **columns_used, ids=ids)
     loaded_images.check_labels()
     return loaded_images
 
@@ -306,25 +328,19 @@ def _pick_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
     return splits[split]
 
 
-def _row_name(name: str, sample: int, value: Any) -> str:
-    path = value.get("path") if isinstance(value, Mapping) else value
-    return str(path) if isinstance(path, str | Path) and str(path) else f"image {sample} of {name}"
-
-
-def _item(image: Tensor, label: Any, sample: int, transform: PixelTransform, names: Sequence[str]) -> dict[str, Any]:
-    number = _label(label)
-    if not 0 <= number < len(names):
-        _check_labels({number}, names)
-    return {"images": transform.fit(image[None])[0], "labels": number, "ids": sample}
+def _item(image: Tensor, label: int, sample: int, transform: PixelTransform, names: Sequence[str]) -> dict[str, Any]:
+    if not 0 <= label < len(names):
+        _check_labels({label}, names)
+    return {"images": transform.fit(image[None])[0], "labels": label, "ids": sample}
 
 
 def _label(value: Any) -> int:
     try:
-        return int(value)
-    except (TypeError, ValueError) as error:
+        return operator.index(value)  # `int` would make 1 of 1.7
+    except TypeError as error:
         raise ValueError(
             f"label {value!r} is no whole number; labels are places in the list of class names "
-            "(datasets: rows.class_encode_column)."
+            "(datasets: rows.class_encode_column of texts, rows.cast_column to int64 of floats)."
         ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def load_demo(split: str, transform: PixelTransform) -> LabelledImages:
         return dataset
     train, validation = split_off(dataset, VALIDATION_SIZE, seed=_SPLIT_SEED, name="validation")
     return train if split == "train" else validation
+
+
+def refuse_ignored(options: Any, *names: str) -> None:
+    """Refuse settings of a dataset where none is named: the demo would not heed them.
+
+    Raises:
+        ValueError: If one of these fields of a dataclass differs from its default.
+    """
+    defaults = {field.name: field.default for field in fields(options)}
+    if given := [name for name in names if getattr(options, name) != defaults[name]]:
+        raise ValueError(f"{', '.join(given)}: settings of a dataset, but none is named, and the demo has its own.")
 
 
 def load_demo_captions(split: str, transform: PixelTransform) -> CaptionedImages:

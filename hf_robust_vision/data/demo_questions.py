@@ -14,6 +14,7 @@ from hf_robust_vision.pixels import Fitting, PixelTransform
 
 from .decode import decode_image
 from .demo import demo_folder, demo_rows, load_demo
+from .splits import seeded_places
 
 
 PROMPT = "user : <image> {} assistant :"  # of the shipped LLaVA
@@ -56,15 +57,14 @@ def load_questions(split: str, *, yes_no: bool | None = None, limit: int | None 
         limit: A seeded subset of at most so many.
 
     Raises:
-        ValueError: If there is no such split.
+        ValueError: If there is no such split, or `limit` is under 1.
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"the demo has no split {split!r}; it has train, validation and test.")
     questions = [q for q in _all(split) if yes_no is None or q.yes_no == yes_no]
     if limit is None or limit >= len(questions):
         return questions
-    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(0))[:limit]
-    return [questions[index] for index in sorted(order.tolist())]
+    return [questions[place] for place in seeded_places(len(questions), limit, seed=0)]
 
 
 @lru_cache(maxsize=4096)

@@ -11,36 +11,64 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from hf_robust_vision.processes import rank_and_world
+
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
+DATA_SUFFIXES = (".parquet", ".arrow", ".tar")
+DRAWN = {"train": 0.8, "validation": 0.1, "test": 0.1}  # of a folder without splits
 _VALIDATION = ("validation", "val", "valid")
 SPLIT_NAMES = frozenset({"train", *_VALIDATION, "test"})
 
 
-def read_folder(path: Path, split: str) -> Any:
-    """Paths and labels of `path/<split>/<class>/<image>`, or of `path/<class>/<image>`, which is the split "train".
+def read_folder(path: Path, split: str) -> tuple[Any, list[int] | None]:
+    """Paths and labels of `path/<split>/<class>/<image>`, or of a part of `path/<class>/<image>`.
 
     A class is the first folder below the split: images of folders inside it belong to it, and a warning counts them.
     A folder is a split if it has the name asked for and holds folders of images; "validation", "val" and "valid" stand
-    for one another. Links are followed. Names that begin with "." or "__" are passed over, other files that are no
-    images (`IMAGE_SUFFIXES`) with a warning.
+    for one another. Where there are no splits, of each class 80 % serve as "train", 10 % as "validation" and 10 % as
+    "test"; the draw hangs on the names of the files alone. "all" gives all of them. Links are followed. Names that
+    begin with "." or "__" are passed over, other files that are no images (`IMAGE_SUFFIXES`) with a warning.
 
     Args:
         path: The folder.
         split: Its part.
 
     Returns:
-        A `datasets.Dataset` of "image" (paths) and "label", in the order of class names and paths.
+        A `datasets.Dataset` of "image" (paths) and "label", in the order of class names and paths, and the places of
+        what was drawn for the split, or None for all.
 
     Raises:
-        ValueError: If there is no such split, an image lies in no class folder, a class folder is empty, or splits and
-            classes can not be told apart.
+        ValueError: If there is no such split, an image lies in no class folder, a class folder is empty or too small to
+            be divided, or splits and classes can not be told apart.
     """
+    folder = split_folder(path, split)
+    if folder is not None:
+        return _read(folder), None
+    part = "validation" if split in _VALIDATION else split
+    if _are_classes(path) and part in (*DRAWN, "all"):
+        rows = _read(path)
+        return rows, None if part == "all" else _draw(path, rows, part)
+    folders = _folders(path)
+    named = [name for name in _names(split) if name in folders]
+    if not folders or (named and set(folders) <= SPLIT_NAMES):
+        return _read(path / named[0] if folders else path), None  # it says what is missing
+    raise ValueError(
+        f"{path} has no folder {split!r} of class folders, only {folders[:9]}; wanted "
+        f"{path}/{split}/<class name>/<image>, or the name of the folder that is meant."
+    )
+
+
+def is_unsplit(path: Path) -> bool:
+    """Whether it is a folder `<class>/<image>`, whose splits are drawn."""
+    return path.is_dir() and _are_classes(path) and not holds(path, DATA_SUFFIXES)
+
+
+def _read(folder: Path) -> Any:
     import datasets
 
-    folder = split_folder(path, split) or _folder_of_classes(path, split)
     wanted = f"wanted {folder}/<class name>/<image>."
     if stray := sorted(image.name for image in _images(folder, deep=False)):
         raise ValueError(f"{len(stray)} images of {folder} lie in no class folder, such as {stray[0]}; {wanted}")
@@ -81,10 +109,11 @@ def split_folder(path: Path, split: str) -> Path | None:
     Raises:
         ValueError: If other folders beside it hold images as class folders do.
     """
-    folder = _named(path, split)
-    if folder is None or not _holds_folders(folder):
+    folders = _folders(path)
+    folder = next((path / name for name in _names(split) if name in folders and _holds_folders(path / name)), None)
+    if folder is None:
         return None
-    beside = [path / name for name in _folders(path) if name not in SPLIT_NAMES | {folder.name}]
+    beside = [path / name for name in folders if name not in SPLIT_NAMES | {folder.name}]
     if classes := [other.name for other in beside if _some(_images(other, deep=False))]:
         raise ValueError(
             f"{folder} holds class folders, as a split does, but {classes[:5]} beside it hold images, as classes do. "
@@ -98,25 +127,41 @@ def holds(folder: Path, suffixes: tuple[str, ...]) -> bool:
     return any(_suffix(file) in suffixes for file in _files(folder))
 
 
-def _folder_of_classes(path: Path, split: str) -> Path:
-    """`path` itself, if its folders are classes and no split but "train" is asked for."""
-    folders, named = _folders(path), _named(path, split)
-    only_splits = bool(folders) and set(folders) <= SPLIT_NAMES
-    if named is not None and only_splits:
-        return named  # without class folders, which the reader says
-    nested = bool(folders) and not any(_some(_images(path / name, deep=False)) for name in folders)
-    if split != "train" or only_splits or (nested and any(_holds_folders(path / name) for name in folders)):
+def _draw(path: Path, rows: Any, part: str) -> list[int]:
+    """Places of one part of each class; with more images, few of those that were there change their part."""
+    members: dict[int, list[tuple[str, int]]] = {}
+    for place, (image, label) in enumerate(zip(rows["image"][:], rows["label"][:])):
+        key = hashlib.sha256(os.fsencode(os.path.relpath(image, path))).hexdigest()
+        members.setdefault(label, []).append((key, place))
+    if small := [rows.features["label"].names[label] for label, own in members.items() if len(own) < len(DRAWN)]:
         raise ValueError(
-            f"{path} has no folder {split!r} of class folders, only {folders[:9]}; wanted "
-            f"{path}/{split}/<class name>/<image>, or the name of the folder that is meant."
+            f"{path} has no splits, and {len(small)} classes have fewer than {len(DRAWN)} images to draw them from: "
+            f"{small[:5]}."
         )
-    return path
+    drawn: dict[str, list[int]] = {name: [] for name in DRAWN}
+    for own in members.values():
+        order = [place for _, place in sorted(own)]
+        for name in ("test", "validation"):
+            count = max(round(DRAWN[name] * len(own)), 1)
+            drawn[name] += order[:count]
+            del order[:count]
+        drawn["train"] += order
+    counts = ", ".join(f"{name} {len(places)}" for name, places in drawn.items())
+    if rank_and_world()[0] == 0:  # the same text for each part, so that it is shown once
+        warnings.warn(f"{path} has no splits; drawn class by class, alike in all runs: {counts}.", stacklevel=2)
+    return sorted(drawn[part])
 
 
-def _named(path: Path, split: str) -> Path | None:
+def _names(split: str) -> tuple[str, ...]:
+    return (split, *_VALIDATION) if split in _VALIDATION else (split,)
+
+
+def _are_classes(path: Path) -> bool:
+    """Whether folders of `path` hold images themselves, other than splits without class folders."""
     folders = _folders(path)
-    names = (split, *(_VALIDATION if split in _VALIDATION else ()))
-    return next((path / name for name in names if name in folders), None)
+    splits = SPLIT_NAMES & set(folders)
+    own = any(_some(_images(path / name, deep=False)) for name in folders if name not in splits)
+    return own and not any(_holds_folders(path / name) for name in splits)
 
 
 def _holds_folders(folder: Path) -> bool:

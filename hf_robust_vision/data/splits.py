@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Sequence
 
 import torch
+
+from hf_robust_vision.processes import rank_and_world
+from hf_robust_vision.towers.text_bank import check_class_names
 
 from .datasets import LabelledImages
 
@@ -32,7 +35,37 @@ def seeded_subset(dataset: LabelledImages, size: int | None, *, seed: int) -> La
     """The same `size` items for the same seed; all of them if `size` is None or more than there are."""
     if size is None or size >= len(dataset):
         return dataset
-    return dataset.select(sorted(_shuffled(len(dataset), seed)[:size]))
+    return dataset.select(seeded_places(len(dataset), size, seed=seed))
+
+
+def seeded_places(length: int, size: int, *, seed: int) -> list[int]:
+    """The same `size` of `length` places for the same seed, in rising order.
+
+    Raises:
+        ValueError: If `size` is under 1.
+    """
+    if size < 1:
+        raise ValueError(f"a subset needs at least 1 sample, got {size}; without a limit all {length} are taken.")
+    return sorted(_shuffled(length, seed)[:size])
+
+
+def without_corrupt(dataset: LabelledImages, *, skip: bool) -> LabelledImages:
+    """Decode every image once and leave out those that can not be read; the first process says how many.
+
+    Args:
+        dataset: What to read; every process of a run must do so.
+        skip: Else the first such image is an error.
+
+    Raises:
+        CorruptImageError: If an image can not be read; the message names it.
+        ValueError: If no image is left.
+    """
+    broken = set(dataset.corrupt())
+    if broken and not skip:
+        dataset[min(broken)]  # raises
+    if broken and rank_and_world()[0] == 0:
+        warnings.warn(f"skipped {len(broken)} corrupt images of {dataset.name} ({dataset.split})", stacklevel=2)
+    return dataset.select([index for index in range(len(dataset)) if index not in broken])
 
 
 def only_classes(dataset: LabelledImages, class_names: Sequence[str]) -> LabelledImages:
@@ -63,33 +96,15 @@ def relabel(dataset: LabelledImages, class_names: Sequence[str]) -> LabelledImag
         ValueError: If a name is none of the dataset's or stands twice among them, or no image is left.
     """
     _need_names(dataset, class_names)
-    if twice := sorted({name for name in class_names if dataset.class_names.count(name) > 1}):
+    if twice := sorted({n for n in class_names if max(dataset.class_names.count(n), class_names.count(n)) > 1}):
         raise ValueError(f"{twice[:5]} stand more than once in {dataset.name}; new labels need names that differ.")
-    numbers = {dataset.class_names.index(name): number for number, name in enumerate(class_names)}
-    return LabelledImages(
-        _Renumbered(dataset.rows, dataset.label_column, numbers),
-        class_names,
-        dataset.transform,
-        name=dataset.name,
-        split=dataset.split,
-        image_column=dataset.image_column,
-        label_column=dataset.label_column,
-        ids=only_classes(dataset, class_names).ids,
-    )
-
-
-class _Renumbered(Sequence[Mapping[str, Any]]):
-    """Rows whose label is looked up in `numbers`; -1 for a class that is left out."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], label_column: str, numbers: Mapping[int, int]):
-        self.rows, self.label_column, self.numbers = rows, label_column, numbers
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        row = self.rows[index]
-        return {**row, self.label_column: self.numbers.get(int(row[self.label_column]), -1)}
+    check_class_names(class_names)
+    part = only_classes(dataset, class_names)
+    old = dataset.new_labels or {label: label for label in range(len(dataset.class_names))}
+    names = {label: dataset.class_names[number] for label, number in old.items()}
+    part.new_labels = {label: class_names.index(name) for label, name in names.items() if name in class_names}
+    part.class_names = tuple(class_names)
+    return part
 
 
 def _need_names(dataset: LabelledImages, class_names: Sequence[str]) -> None:
@@ -100,15 +115,18 @@ def _need_names(dataset: LabelledImages, class_names: Sequence[str]) -> None:
 def check_disjoint(*datasets: LabelledImages) -> None:
     """Refuse splits that share an image.
 
-    Only splits over the same rows can be compared by id; splits of different sources are taken at their word.
+    Only splits over the same rows (of one folder, or one fingerprint of `datasets`) can be compared by id; splits of
+    different sources are taken at their word.
 
     Raises:
         ValueError: If two splits hold the same row.
     """
     for index, first in enumerate(datasets):
         for second in datasets[index + 1 :]:
-            shared = set(first.ids) & set(second.ids) if first.rows is second.rows else set()
-            if shared:
+            same = first.rows is second.rows or getattr(first.rows, "_fingerprint", 0) == getattr(
+                second.rows, "_fingerprint", 1
+            )
+            if same and (shared := set(first.ids) & set(second.ids)):
                 raise ValueError(
                     f"{first.split} and {second.split} of {first.name} share {len(shared)} images (ids "
                     f"{sorted(shared)[:5]}); a number measured on a training image says nothing."

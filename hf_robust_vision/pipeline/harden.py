@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
 from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.hub.push import VerificationError
-from hf_robust_vision.processes import announce, part
+from hf_robust_vision.processes import announce, part, usable_cores
 from hf_robust_vision.report.page import write_report
 from hf_robust_vision.report.pictures import plot_curve
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
@@ -135,11 +134,6 @@ def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
         print(trainer.push_to_hub(verify=True, dataset=test, device=trainer.args.device))
     except VerificationError as error:  # it is published; what to make of it is for the reader to say
         print(f"warning: {error}", file=sys.stderr)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def print_table(results: Sequence[RobustnessResult], *, seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from typing_extensions import Unpack
 
 from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
-from hf_robust_vision.data.demo import demo_checkpoint, load_demo
-from hf_robust_vision.data.splits import seeded_subset
+from hf_robust_vision.data.demo import demo_checkpoint, load_demo, refuse_ignored
+from hf_robust_vision.data.splits import seeded_subset, without_corrupt
 from hf_robust_vision.data.templates import get_templates, read_class_names
 from hf_robust_vision.evaluation.engine import evaluate
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, add_results, load_results
@@ -87,6 +86,7 @@ class EvaluationSet:
         if self.resolution is not None:
             transform = replace(transform, resize=(self.resolution,) * 2, crop=(self.resolution,) * 2)
         if self.dataset is None:
+            refuse_ignored(self, "config", "revision", "image_column", "label_column", "class_names")
             images, templates = load_demo(self.split, transform), get_templates(self.templates or "demo")
         else:
             names = read_class_names(self._file(self.class_names)) if self.class_names is not None else None
@@ -108,7 +108,7 @@ class EvaluationSet:
         if self.name is not None:
             images.name = self.name
         images = seeded_subset(images, self.max_samples, seed=0)
-        return self._readable(images), templates
+        return without_corrupt(images, skip=True) if self.skip_corrupt else images, templates
 
     def _file(self, name: str) -> Path | str:
         """A local file, one that belongs to the dataset, or the name as it is."""
@@ -124,14 +124,6 @@ class EvaluationSet:
             return Path(hf_hub_download(self.dataset, name, repo_type="dataset", revision=self.revision))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ValueError(f"{name} is neither a file nor one of {self.dataset} on the Hub: {error}") from error
-
-    def _readable(self, images: LabelledImages) -> LabelledImages:
-        if not self.skip_corrupt:
-            return images
-        broken = set(images.corrupt())
-        if broken and rank_and_world()[0] == 0:
-            warnings.warn(f"skipped {len(broken)} corrupt images of {images.name} ({images.split})", stacklevel=2)
-        return images.select([index for index in range(len(images)) if index not in broken])
 
 
 class Measuring(TypedDict, total=False):

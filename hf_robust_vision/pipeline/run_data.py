@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
-from tqdm.auto import tqdm
-
 from hf_robust_vision.data.datasets import LabelledImages, StreamedImages, load_labelled_images
-from hf_robust_vision.data.demo import DEMO_NAME, load_demo
-from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_off
+from hf_robust_vision.data.demo import DEMO_NAME, load_demo, refuse_ignored
+from hf_robust_vision.data.folders import is_unsplit
+from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_off, without_corrupt
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.processes import rank_and_world
 
 
 # Above this many images a full decode before training would take longer than it saves: they are then decoded, and
 # a broken one is named, as they come.
 SCAN_LIMIT = 50_000
+
+
+_OF_A_DATASET = (
+    *("dataset_config", "train_split", "validation_split", "validation_size", "test_split"),
+    *("image_column", "label_column", "class_names", "streaming"),
+)
 
 
 @dataclass
@@ -29,7 +33,8 @@ class DataArguments:
         dataset_name: Dataset name or local folder; by default the demo data.
         dataset_config: Configuration of a Hub dataset.
         train_split: Split to fine-tune on.
-        validation_split: Split that every choice is made on; by default drawn from `train_split`.
+        validation_split: Split that every choice is made on; by default drawn from `train_split`. A folder
+            `<class>/<image>` without splits is divided into train, validation and test (`read_folder`).
         validation_size: Images drawn for validation where there is no split for it.
         test_split: Split that the reported numbers come from.
         image_column: Column of the image; by default found.
@@ -84,22 +89,26 @@ def load_splits(
     """
     test: LabelledImages | None = None
     if options.dataset_name is None:
+        refuse_ignored(options, *_OF_A_DATASET)
         train: LabelledImages | StreamedImages = load_demo("train", transform)
         validation, test = load_demo("validation", transform), load_demo("test", transform) if measure else None
     else:
-        named = [options.train_split, options.validation_split, *([options.test_split] if measure else [])]
+        # Of a folder without splits the data room draws all three.
+        drawn = "validation" if is_unsplit(Path(options.dataset_name)) else None
+        validation_split = options.validation_split or drawn
+        named = [options.train_split, validation_split, *([options.test_split] if measure else [])]
         if len(set(named)) < len(named):
             raise ValueError(
                 f"train_split, validation_split and test_split must differ, got {named}; a number measured on a "
                 "training image says nothing."
             )
-        if options.streaming and options.validation_split is None:
+        if options.streaming and validation_split is None:
             raise ValueError("a streamed training split can not give up images: name a --validation_split.")
         if measure:
             test = cast(LabelledImages, _load(options, options.test_split, transform))
         train = _load(options, options.train_split, transform, streaming=options.streaming, seed=seed)
-        if options.validation_split is not None:
-            validation = cast(LabelledImages, _load(options, options.validation_split, transform))
+        if validation_split is not None:
+            validation = cast(LabelledImages, _load(options, validation_split, transform))
         else:
             train, validation = split_off(
                 cast(LabelledImages, train), options.validation_size, seed=seed, name="validation"
@@ -141,9 +150,4 @@ def _load(
 def _without_broken(part: LabelledImages, skip: bool) -> LabelledImages:
     if part.name == DEMO_NAME or (len(part) > SCAN_LIMIT and not skip):
         return part
-    broken = part.corrupt(lambda rows: tqdm(rows, desc=f"reading {part.split}", delay=2))
-    if broken and not skip:
-        part[broken[0]]  # raises, with the name of the file
-    if broken and rank_and_world()[0] == 0:
-        print(f"skipped {len(broken)} corrupt images of {part.split}", file=sys.stderr)
-    return part.select([index for index in range(len(part)) if index not in set(broken)])
+    return without_corrupt(part, skip=skip)

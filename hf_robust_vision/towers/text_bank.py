@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -137,11 +138,17 @@ def check_class_names(class_names: Sequence[str]) -> None:
         raise ValueError(f"a classifier needs at least 2 classes, got {list(class_names)}.")
     twice = sorted(name for name, count in Counter(class_names).items() if count > 1)
     if twice:
-        warnings.warn(
-            f"class names {twice[:5]} stand more than once: text can not tell these classes apart; as a rule the "
-            "first of each is answered, and the images of the others count as wrong.",
-            stacklevel=1,
-        )
+        _warn_of_twins(tuple(twice))
+
+
+@lru_cache(maxsize=64)
+def _warn_of_twins(twice: tuple[str, ...]) -> None:
+    """Once for the same names: every split and every classifier of a run asks."""
+    warnings.warn(
+        f"class names {list(twice[:5])} stand more than once: text can not tell these classes apart; as a rule the "
+        "first of each is answered, and the images of the others count as wrong.",
+        stacklevel=2,
+    )
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import replace
 
 import datasets
@@ -58,7 +60,7 @@ def test_folder(image_folder):
     [
         ([], "train", "holds no images; wanted"),
         (["train/notes.txt"], "train", "holds no images; wanted"),
-        (["a/1.png", "b/2.png"], "test", "no folder 'test'"),
+        (["a/1.png", "b/2.png"], "test", "fewer than 3 images"),
         (["train/a/1.png", "train/a/2.png"], "train", "at least 2 classes"),
         (["train/1.png", "train/2.png"], "train", r"2 images of .*train lie in no class folder, such as 1\.png"),
     ],
@@ -129,7 +131,8 @@ class TestSavedDatasets:
         with pytest.warns(UserWarning, match=r"\['red'\] stand more than once: text can not tell"):
             part = load_labelled_images(folder, "train", FIT, class_names=("red", "red", "blue"))
         assert part.labels() == [0, 1, 2, 0, 1, 2]
-        with pytest.warns(UserWarning, match="more than once"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # once is enough: findings-scale 11
             both = only_classes(part, ["red"])
         assert both.labels() == [0, 1, 0, 1]  # of both classes, not only the first of that name
         with pytest.raises(ValueError, match="need names that differ"):
@@ -138,6 +141,13 @@ class TestSavedDatasets:
     def test_text_labels(self, tmp_path):
         folder = saved(rows_of(3, ["red", "green", "blue"]), tmp_path / "d", names=None)
         with pytest.raises(ValueError, match=r"label"):
+            load_labelled_images(folder, "train", FIT, class_names=NAMES)
+
+    @pytest.mark.parametrize("labels", [[0.0, 1.7, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, math.inf], [0, None, 2]])
+    def test_labels_that_are_no_whole_numbers(self, labels, tmp_path):
+        """findings-reliability 8: 1.7 was read as 1; inf was a traceback."""
+        folder = saved(rows_of(3, labels), tmp_path / "d", names=None)
+        with pytest.raises(ValueError, match=r"label .* is no whole number.*cast_column to int64 of floats"):
             load_labelled_images(folder, "train", FIT, class_names=NAMES)
 
     def test_the_image_column_is_found(self, tmp_path):
@@ -216,6 +226,26 @@ class TestHubLayout:
         with pytest.raises(ValueError, match="--validation_split"):
             load_splits(DataArguments(dataset_name=str(folder), streaming=True), 0, FIT)
         assert cache() == []
+
+
+@pytest.mark.parametrize("name", ["{tmp}/nothing", "../nothing", "a/b/c", "{tmp}/file.zip"])
+def test_a_path_is_no_name_of_the_hub(name, tmp_path):
+    """findings-journey 8: a mistyped path went to the Hub and was tried five times."""
+    (tmp_path / "file.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is no folder; wanted one, or the name of a dataset on the Hub"):
+        load_labelled_images(name.format(tmp=tmp_path), "train", FIT)
+
+
+def test_the_folder_that_one_is_in_has_a_name(image_folder, monkeypatch):
+    monkeypatch.chdir(image_folder)
+    assert load_labelled_images(".", "train", FIT).name == "tiny-images"
+
+
+@pytest.mark.parametrize("given", [{"class_names": "x.txt"}, {"test_split": "train"}, {"validation_size": 5}])
+def test_settings_that_the_demo_would_not_heed(given):
+    """findings-reliability 8"""
+    with pytest.raises(ValueError, match=f"{next(iter(given))}: settings of a dataset, but none is named"):
+        load_splits(DataArguments(**given), 0, FIT)
 
 
 class TestLabelledImages:

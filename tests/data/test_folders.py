@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from dataclasses import replace
 
 import datasets
 import pytest
 
 from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
 from hf_robust_vision.data.folders import read_folder
+from hf_robust_vision.pipeline.measure import EvaluationSet
+from hf_robust_vision.pipeline.run_data import DataArguments, load_splits
 from hf_robust_vision.pixels import PixelTransform
 from tests.conftest import SIZE, picture
 
@@ -29,7 +32,7 @@ def fill(folder, *names):
 def loaded(folder, split):
     """Class name and path below the folder of every image, as loaded."""
     part = load_labelled_images(folder, split, FIT)
-    paths = [part.rows[place]["image"]["path"] for place in range(len(part))]
+    paths = [part.rows[place]["image"]["path"] for place in part.ids]
     assert [item["labels"] for item in part] == part.labels()
     return [(part.class_names[label], os.path.relpath(path, folder)) for label, path in zip(part.labels(), paths)]
 
@@ -70,11 +73,11 @@ class TestLayouts:
 
     def test_classes_named_like_splits(self, tmp_path):
         fill(tmp_path, "test/1.png", "train_station/2.png", "train/3.png", "cat/4.png")
-        assert [name for name, _ in loaded(tmp_path, "train")] == ["cat", "test", "train", "train_station"]
+        assert [name for name, _ in loaded(tmp_path, "all")] == ["cat", "test", "train", "train_station"]
 
     def test_suffixes_of_any_case_and_hidden_files(self, tmp_path):
         fill(tmp_path, "a/1.JPG", "a/2.Tiff", "b/3.WEBP", "b/.4.png", ".cache/5.png", "__MACOSX/6.png")
-        assert [path for _, path in loaded(tmp_path, "train")] == ["a/1.JPG", "a/2.Tiff", "b/3.WEBP"]
+        assert [path for _, path in loaded(tmp_path, "all")] == ["a/1.JPG", "a/2.Tiff", "b/3.WEBP"]
 
     def test_links(self, tmp_path):
         """findings-scale 1: linked class folders gave "holds no images"."""
@@ -116,6 +119,65 @@ class TestLayouts:
             assert len(loaded(tmp_path, "train")) == 2
 
 
+class TestWithoutSplits:
+    """findings-journey 4: a folder `<class>/<image>` is divided here, not by hand."""
+
+    SIZES = (("a", 40), ("b", 11), ("c", 3))
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        return fill(tmp_path / "d", *(f"{name}/{n}.png" for name, size in self.SIZES for n in range(size)))
+
+    @pytest.mark.filterwarnings("ignore:.*has no splits")
+    def test_each_class_is_divided(self, folder):
+        parts = {split: loaded(folder, split) for split in ("train", "validation", "test", "all")}
+        images = [image for split in ("train", "validation", "test") for image in parts[split]]
+        assert sorted(images) == sorted(parts["all"])
+        counts = {split: [[name for name, _ in part].count(name) for name in "abc"] for split, part in parts.items()}
+        assert counts == {"train": [32, 9, 1], "validation": [4, 1, 1], "test": [4, 1, 1], "all": [40, 11, 3]}
+        assert loaded(folder, "val") == parts["validation"]
+
+    def test_it_is_said_once(self, folder):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("default")
+            for split in ("train", "validation", "test"):
+                load_labelled_images(folder, split, FIT)
+        (line,) = [str(warning.message) for warning in said]
+        assert (
+            line == f"{folder} has no splits; drawn class by class, alike in all runs: train 42, validation 6, test 6."
+        )
+
+    @pytest.mark.filterwarnings("ignore:.*has no splits")
+    def test_the_draw_hangs_on_the_names_of_the_files(self, folder, tmp_path):
+        before = loaded(folder, "test")
+        folder.rename(tmp_path / "moved")
+        assert loaded(tmp_path / "moved", "test") == before
+        fill(tmp_path / "moved", *(f"a/new {n}.png" for n in range(10)))
+        assert len(set(before) & set(loaded(tmp_path / "moved", "test"))) >= 4
+
+    @pytest.mark.filterwarnings("ignore:.*has no splits")
+    def test_of_a_run(self, folder):
+        """Its name is enough, and no image is in two parts."""
+        options = DataArguments(dataset_name=str(folder))
+        train, validation, test = load_splits(options, 0, FIT)
+        assert [len(part) for part in (train, validation, test)] == [42, 6, 6]
+        assert sorted([*train.ids, *validation.ids, *test.ids]) == list(range(54))
+        with pytest.raises(ValueError, match="validation and val of d share 6 images"):
+            load_splits(replace(options, test_split="val"), 0, FIT)
+        with pytest.raises(ValueError, match="all and validation of d share 6 images"):
+            load_splits(replace(options, train_split="all"), 0, FIT)
+
+    @pytest.mark.filterwarnings("ignore:.*has no splits")
+    def test_of_an_evaluation(self, folder):
+        assert len(EvaluationSet(str(folder)).load(FIT)[0]) == 6
+        assert len(EvaluationSet(str(folder), split="all").load(FIT)[0]) == 54
+
+    def test_too_few_images(self, folder):
+        (folder / "c" / "0.png").unlink()
+        with pytest.raises(ValueError, match=r"1 classes have fewer than 3 images to draw them from: \['c'\]"):
+            load_labelled_images(folder, "test", FIT)
+
+
 @pytest.mark.parametrize(
     ("names", "split", "said"),
     [
@@ -133,6 +195,7 @@ class TestLayouts:
             "train",
             r"train holds class folders.*\['station'\] beside",
         ),
+        (["a/1.png", "b/2.png"], "extra", r"no folder 'extra' of class folders, only \['a', 'b'\]"),
         (["train/a/1.png", "train/b/2.png"], "train/a", "no folder 'train/a'"),
         (["train/a/1.png", "train/b/2.png"], "..", r"no folder '\.\.'"),
         (["train/a/1.png", "train/b/2.png"], "", "no folder ''"),

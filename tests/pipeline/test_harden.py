@@ -191,6 +191,8 @@ class TestBadInput:
             (["--test_steps", "0"], "steps must be a whole number of at least 1"),  # findings-reliability 1 and 2
             (["--test_protocol", "autoattack", "--test_queries", "-5"], "queries must be"),
             (["--test_queries", "5"], "queries=5 changes nothing"),  # findings-reliability 8
+            (["--max_test_samples", "0"], "at least 1 sample, got 0"),
+            (["--max_validation_samples", "-1"], "at least 1 sample, got -1"),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else "",
     )
@@ -267,7 +269,7 @@ class TestBadInput:
         assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
 
 
-def test_overwrite_and_skip_corrupt(monkeypatch, clip_folder, image_folder, tmp_path, capsys):
+def test_overwrite_and_skip_corrupt(monkeypatch, clip_folder, image_folder, tmp_path):
     data = shutil.copytree(image_folder, tmp_path / "data")
     broken = sorted((data / "test" / "red").iterdir())[0]
     broken.write_bytes(broken.read_bytes()[:300])
@@ -275,8 +277,8 @@ def test_overwrite_and_skip_corrupt(monkeypatch, clip_folder, image_folder, tmp_
     output.mkdir()
     (output / "old.txt").write_text("old")
     (output / "training_args.bin").write_text("what tells a run")
-    run_recipe(monkeypatch, words(clip_folder, data, output, "--overwrite", "true", "--skip_corrupt", "true"))
-    assert "skipped 1 corrupt images of test" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=r"skipped 1 corrupt images of data \(test\)"):
+        run_recipe(monkeypatch, words(clip_folder, data, output, "--overwrite", "true", "--skip_corrupt", "true"))
     assert not (output / "old.txt").exists()
     assert {result.num_samples for result in load_results(output)} == {5}
 

@@ -17,6 +17,7 @@ from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks import corruptions
 from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
 from hf_robust_vision.pipeline.measure import EvaluationSet, measure_model
+from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.sanity import rivals
 from tests.conftest import NAMES
 
@@ -178,6 +179,23 @@ def test_corrupt_images(clip_folder, image_folder, tmp_path):
     assert result.num_samples == 5
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"class_names": "names.txt"},
+        {"config": "plain"},
+        {"revision": "main"},
+        {"image_column": "img"},
+        {"label_column": "x"},
+    ],
+)
+def test_settings_that_the_demo_would_not_heed(given):
+    """findings-reliability 8: --class_names had no effect without a data set."""
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name}: settings of a dataset, but none is named"):
+        EvaluationSet(**given).load(PixelTransform(64, (64, 64)))
+
+
 def test_everything_is_opened_before_anything_is_measured(clip_folder, image_folder, tmp_path):
     sets = [EvaluationSet(str(image_folder)), EvaluationSet(str(image_folder), split="nope")]
     with pytest.raises(ValueError, match="nope"):
@@ -192,6 +210,8 @@ def test_everything_is_opened_before_anything_is_measured(clip_folder, image_fol
         (["--eps", "4"], "4/255"),
         (["--eps", "four"], "fraction"),
         (["--dataset", "no/such"], "neither a folder nor"),
+        (["--max_samples", "0"], "at least 1 sample, got 0"),
+        (["--max_samples", "-1"], "at least 1 sample, got -1"),
         (["--class_names", "nope.txt"], "nope.txt"),
         (["--templates", "nope"], "nope"),
     ],
