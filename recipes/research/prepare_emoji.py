@@ -211,7 +211,7 @@ def write(packages: Mapping[str, Mapping[str, bytes]], folder: Path) -> datasets
         (made / "unseen.txt").write_text("\n".join(held_out(names)) + "\n")
         (made / "ATTRIBUTION.md").write_text(ATTRIBUTION)
         (made / "LICENSES").mkdir()
-        shutil.copy(Path(__file__).parents[1] / "LICENSE", made / "LICENSES" / "Apache-2.0.txt")
+        shutil.copy(Path(__file__).parents[2] / "LICENSE", made / "LICENSES" / "Apache-2.0.txt")
         (made / "LICENSES" / "MIT.txt").write_bytes(packages["google"]["LICENSE"])
         made.replace(folder)
     return parts
