@@ -206,7 +206,7 @@ class TestBadInput:
 
     def test_folder_without_images(self, refused, tmp_path):
         (tmp_path / "empty").mkdir()
-        refused("has no folder .test. of class folders", data=tmp_path / "empty")
+        refused("holds no images", data=tmp_path / "empty")
 
     def test_one_class(self, refused, image_folder, tmp_path):
         data = shutil.copytree(image_folder, tmp_path / "data")
