@@ -12,6 +12,7 @@ from hf_robust_vision.data.folders import is_unsplit
 from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_off, without_corrupt
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.processes import rank_and_world
 
 
 # Above this many images a full decode before training would take longer than it saves: they are then decoded, and
