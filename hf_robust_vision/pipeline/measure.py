@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,8 +187,7 @@ def measure_model(
         if settings.get(flag) is not None and not settings.get("sanity"):
             raise ValueError(f"--{flag} {settings[flag]} serves the sanity checks only; ask for them, too (--sanity).")
     device = meet(settings.get("device"))
-    if (Path(output_dir) / RESULTS_FILE).exists():
-        load_results(output_dir)  # which could not be added to: good to know before hours of measuring
+    check_output(output_dir)
     encoder, folder = load_model(model, revision=settings.get("revision"), device=device, dtype=dtype)
     tokenizer = load_tokenizer(folder, revision=settings.get("revision"))
     other = load_model(surrogate, device=device, dtype=dtype) if surrogate is not None else None
@@ -236,6 +236,20 @@ def measure_and_report(
             print(sanity_text(results))
         print(*write_report([output_dir], output_dir, examples=settings.get("examples", 4)), sep="\n")
     part()
+
+
+def check_output(folder: str | Path) -> None:
+    """Refuse a folder that results can not be added to: good to know before hours of measuring.
+
+    Raises:
+        ValueError: If it can not be made or written into, or holds results that can not be read.
+    """
+    place = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "may not be written into" if place.is_dir() else "is no folder"
+        raise ValueError(f"--output_dir {folder} can not be used: {place} {reason}.")
+    if (Path(folder) / RESULTS_FILE).exists():
+        load_results(folder)
 
 
 def load_model(
