@@ -34,9 +34,9 @@ def say_cost(task: Task, how: RobustnessProtocol, fewer: str, *, models: int = 1
         return
     passes = each * len(task.ids) * models
     seconds = passes * seconds_of_a_pass(task, levels) / world
-    # Flags such as --restarts multiply into one number: it is what the reader can compare.
+    radii = "radius" if len(levels) == 1 else "radii"
     print(
-        f"to measure: {models * len(task.ids):,} images x {each:,} attack steps over {len(levels)} radii = at most "
+        f"to measure: {models * len(task.ids):,} images x {each:,} attack steps over {len(levels)} {radii} = at most "
         f"{passes:,} passes, about {pretty_seconds(seconds)} here; an image that has fallen is not attacked again. For "
         f"fewer images: {fewer}",
         flush=True,

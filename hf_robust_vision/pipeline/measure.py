@@ -16,7 +16,7 @@ from hf_robust_vision.data.demo import demo_checkpoint, load_demo, refuse_ignore
 from hf_robust_vision.data.splits import seeded_subset, without_corrupt
 from hf_robust_vision.data.templates import get_templates, read_class_names
 from hf_robust_vision.evaluation.engine import evaluate
-from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, add_results, load_results
+from hf_robust_vision.evaluation.results import RobustnessResult, add_results, check_results_file
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.corruptions import evaluate_corruptions
 from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
@@ -248,8 +248,7 @@ def check_output(folder: str | Path) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         reason = "may not be written into" if place.is_dir() else "is no folder"
         raise ValueError(f"--output_dir {folder} can not be used: {place} {reason}.")
-    if (Path(folder) / RESULTS_FILE).exists():
-        load_results(folder)
+    check_results_file(folder)
 
 
 def load_model(
