@@ -196,6 +196,13 @@ def test_settings_that_the_demo_would_not_heed(given):
         EvaluationSet(**given).load(PixelTransform(64, (64, 64)))
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.5])
+def test_a_subset_of_nothing(count):
+    """findings-reliability 8: -1 took all but one image, 0 left a NaN on disk."""
+    with pytest.raises(ValueError, match=f"max_samples must be a whole number of at least 1, got {count}"):
+        EvaluationSet(max_samples=count)
+
+
 def test_everything_is_opened_before_anything_is_measured(clip_folder, image_folder, tmp_path):
     sets = [EvaluationSet(str(image_folder)), EvaluationSet(str(image_folder), split="nope")]
     with pytest.raises(ValueError, match="nope"):
