@@ -67,5 +67,12 @@ def test_a_gpu_each_or_none_at_all_is_enough(one_gpu, monkeypatch):
 def test_without_a_launcher_nobody_is_met(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert meet() is None
-    assert meet("cuda") == "cuda"
+    assert meet("cpu") == "cpu"
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("device", ["bogus", "mps:3", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device):
+    """findings-journey 8."""
+    with pytest.raises(ValueError, match=f"--device {device} can not be used.*type --device cpu"):
+        meet(device)

@@ -83,7 +83,7 @@ def test_sanity_and_corruptions_from_the_command_line(evaluate, tmp_path, capsys
     attacked = [result for result in results if result.task == "zero_shot"]
     assert [len(result.sanity["checks"]) for result in attacked] == [11, 11]
     damaged = [result for result in results if result.task == "corruption"]
-    assert [result.eps for result in damaged] == [1, 2, 3, 4, 5]
+    assert [(result.severity, result.eps) for result in damaged] == [(severity, 0) for severity in range(1, 6)]
     assert all(result.sanity is None for result in damaged)
     page = (tmp_path / "out" / "report.md").read_text()
     assert "tiny-clip, same answer twice: **passed**" in page
