@@ -29,11 +29,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hf_robust_vision import swap_vision_encoder
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
-from hf_robust_vision.evaluation.results import RobustnessResult, load_samples, save_results
+from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, load_samples, save_results
 from hf_robust_vision.evaluation.tasks import VQA, VLMProtocol, attack_example, evaluate_targeted, evaluate_vqa
 from hf_robust_vision.evaluation.tasks.vqa import Question
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.report.pictures import draw_answers
+from hf_robust_vision.report.tables import accuracy, percent, text_table
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.swap.source import load_source
 from hf_robust_vision.training.config import Radius
@@ -46,14 +47,17 @@ CHECK_EPS = (1, 2, 4, 8, 16, 32)
 
 def print_table(results: Sequence[RobustnessResult], drift: float) -> None:
     """Answer accuracy before and after, per kind of question and radius."""
-    print(f"\n{'questions':>14}  {'eps':>7}  {'before':>22}  {'after':>22}")
     by_key = {(r.group, r.model, r.eps): r for r in results if r.attack_success is None}
+    rows = []
     for group in dict.fromkeys(group for group, _, _ in by_key):
         radii = [eps for one, model, eps in by_key if one == group and model == "before"]
-        rows = [("clean", radii[0], "clean"), *((f"{eps * 255:g}/255", eps, "robust") for eps in radii if eps)]
-        for name, eps, kind in rows:
-            cells = [_cell(by_key[group, model, eps], kind) for model in ("before", "after")]
-            print(f"{group:>14}  {name:>7}  {cells[0]:>22}  {cells[1]:>22}")
+        for name, eps, kind in [
+            ("clean", radii[0], "clean"),
+            *((eps_text(e, "linf"), e, "robust") for e in radii if e),
+        ]:
+            cells = [accuracy(by_key[group, model, eps], kind) for model in ("before", "after")]
+            rows.append([group, name, *cells])
+    print(f"\n{text_table(['questions', 'eps', 'before', 'after'], rows)}")
     print(f"mean cosine of the clean patch tokens, old tower to new: {drift:.3f}\n")
 
 
@@ -61,16 +65,11 @@ def print_targeted(results: Sequence[RobustnessResult], target: str) -> None:
     """How often the target is said, before and after."""
     rates = {(r.eps, r.model): r.attack_success for r in results if r.attack_success is not None}
     radii = sorted({eps for eps, _ in rates})
-    print(f"{target!r} is said      before   after")
-    for name, eps, kind in [("clean", radii[0], "clean"), *((f"{eps * 255:g}/255", eps, "attacked") for eps in radii)]:
-        before, after = (100 * rates[eps, model][kind] for model in ("before", "after"))
-        print(f"{name:>14}  {before:>7.1f} % {after:>6.1f} %")
-    print()
-
-
-def _cell(result: RobustnessResult, kind: str) -> str:
-    low, high = result.ci95[f"{kind}_accuracy"]
-    return f"{100 * getattr(result, f'{kind}_accuracy'):.1f} % ({100 * low:.0f} to {100 * high:.0f})"
+    rows = [
+        [name, *(percent(rates[eps, model][kind]) for model in ("before", "after"))]
+        for name, eps, kind in [("clean", radii[0], "clean"), *((eps_text(e, "linf"), e, "attacked") for e in radii)]
+    ]
+    print(f"{text_table([f'{target!r} is said', 'before', 'after'], rows)}\n")
 
 
 def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> list[RobustnessResult]:

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare; 1 where a number does not come out again."""
     import torch
 
-    from hf_robust_vision.evaluation.results import load_results, pretty_eps
+    from hf_robust_vision.evaluation.results import load_results
     from hf_robust_vision.evaluation.tasks.zero_shot import remeasure
     from hf_robust_vision.pipeline.measure import bank_of, load_model
     from hf_robust_vision.towers.base import weights_sha256
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         again = remeasure(encoder, bank, result, path if path.is_dir() else path.parent)
         agree = agree and not again.changed and not again.outside
         print(
-            f"{result.dataset} ({result.split}), {result.protocol}, {result.norm} {pretty_eps(result)}: "
+            f"{result.dataset} ({result.split}), {result.protocol}, {result.threat}: "
             f"{100 * again.robust_accuracy:.1f} % of {again.num_samples} saved, reported {100 * again.reported:.1f} %; "
             f"flags changed: {again.changed or 'none'}, outside the ball: {again.outside or 'none'}"
         )

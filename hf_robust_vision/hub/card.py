@@ -11,7 +11,9 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
 from hf_robust_vision.evaluation.consistency import check_attacked, check_results
 from hf_robust_vision.evaluation.results import RobustnessResult, write_atomically
+from hf_robust_vision.report import protocol
 from hf_robust_vision.report.escape import markdown, markdown_code
+from hf_robust_vision.report.tables import accuracy, markdown_table, training_settings
 
 from .usage import usage_block
 
@@ -75,7 +77,7 @@ def make_card(
         eval_results=eval_results(after),
     )
     set_kind(data, "model", base_model)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(results, after, model_name, base_model, picture, paper)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(results, model_name, base_model, picture, paper)}")
 
 
 def set_kind(data: CardData, kind: str, base_model: str | None) -> None:
@@ -109,19 +111,13 @@ def write_card(folder: str | Path, results: Sequence[RobustnessResult], **settin
 
 def results_table(results: Sequence[RobustnessResult]) -> str:
     """Clean and robust accuracy of each model at each radius, with 95 % intervals, as Markdown."""
-    lines = ["| model | attack | clean | robust | samples |", "|---|---|---|---|---|"]
+    rows = []
     for result in results:
-        clean, robust = (_percent(result, name) for name in ("clean_accuracy", "robust_accuracy"))
         attack = f"{result.protocol}, {result.threat}"
         if (result.metric, result.dataset) != (results[0].metric, results[0].dataset):
             attack += f" ({result.metric} on {result.dataset})"
-        lines.append(f"| {markdown(result.model)} | {markdown(attack)} | {clean} | {robust} | {result.num_samples} |")
-    return "\n".join(lines)
-
-
-def _percent(result: RobustnessResult, name: str) -> str:
-    low, high = result.ci95[name]
-    return f"{100 * getattr(result, name):.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        rows.append([result.model, attack, accuracy(result, "clean"), accuracy(result, "robust"), result.num_samples])
+    return markdown_table(["model", "attack", "clean", "robust", "samples"], rows)
 
 
 def eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
@@ -169,46 +165,53 @@ def eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
 
 def _body(
     results: Sequence[RobustnessResult],
-    after: Sequence[RobustnessResult],
     model_name: str,
     base_model: str | None,
     picture: str | None,
     paper: str | None,
 ) -> str:
-    first = after[0]
-    training = first.training or {}
-    how = "\n".join(f"- {markdown(key)}: {markdown(value)}" for key, value in training.items())
-    attacks = "; ".join(f"{markdown(a['name'])}: {a['steps']} steps, {a['restarts']} restarts" for a in first.attacks)
-    image = f"![Accuracy over eps]({picture})\n\n" if picture else ""
+    after = hardened(results)
+    training = next((result.training for result in after if result.training), {})
     tuned = "vision tower was" if training.get("text_params", "none") == "none" else "vision and text towers were"
-    method = markdown(training.get("method", "unknown method"))
-    original, dataset = markdown_code(base_model), markdown(first.dataset)
-    source = f"Method: [{method}](https://arxiv.org/abs/{paper}).\n" if paper else ""
-    left_out = f"\nLeft out for want of classes: {markdown(', '.join(first.left_out))}." if first.left_out else ""
+    method = markdown(training.get("method", "an unknown method"))
+    method = f"[{method}](https://arxiv.org/abs/{paper})" if paper else method
+    made_from = f" made from {markdown_code(base_model)}" if base_model else ""
+    terms = f" ({markdown_code(base_model)})" if base_model else ""
+    settings = next((training_settings(result) for result in after if result.training), [])
+    image = f"![Accuracy over eps]({picture})\n\n" if picture else ""
+    measured = "\n\n".join(_measured(table) for table in protocol.grouped((result, result) for result in after))
+    how = "\n".join(f"- {markdown(key)}: {markdown(value)}" for key, value in settings) or "Not recorded."
     return f"""# {markdown(model_name)}
 
-A `CLIPModel` whose {tuned} fine-tuned against adversarial images
-({method}; original: {original}; data: {dataset}). It loads without any extra package:
+A `CLIPModel`{made_from}: its {tuned} fine-tuned against adversarial images ({method}). It loads without any extra package:
 
-{usage_block("model", ".", first, base_model)}
+{usage_block("model", ".", after[0], base_model)}
 
 ## Measured robustness
 
 {results_table(results)}
 
-{image}White-box attacks through normalisation, worst case per sample, on the {markdown(first.split)} split of {dataset}
-({first.num_samples} images, {len(first.class_names)} classes, {len(first.templates)} prompt templates, hash
-{markdown_code(first.template_hash)}). First radius: {attacks}. 95 % Wilson intervals. Every sample's outcome lies in the
-`samples-*.jsonl` files, the full protocol in `robustness.json`.{left_out}
+{image}Attacks are white-box through normalisation unless they say otherwise; the worst case counts for each sample. The
+intervals are 95 %. Every sample's outcome lies in the `samples-*.jsonl` files, the full protocol in `robustness.json`.
+
+{measured}
 
 ## Training
 
-{source}
 {how}
 
 ## Limits
 
 The numbers hold for this data, these attacks and these radii; a stronger attack can only lower the robust ones.
 Zero-shot robustness does not show how a vision-language model with this tower behaves: measure the model that you
-deploy. The terms of the original ({original}) hold for what was made from it.
+deploy. The terms of the original{terms} hold for what was made from it.
 """
+
+
+def _measured(table: Sequence[RobustnessResult]) -> str:
+    """How the results of one table were measured: the data, the attacks at each radius, and what was left out."""
+    labelled = [(result.model, result) for result in table]
+    parts = [f"**{markdown(protocol.heading(table[0]))}.** {markdown(protocol.about(table[0]))}"]
+    if table[0].attacks:
+        parts.append(markdown_table(*protocol.attack_table(labelled)))
+    return "\n\n".join([*parts, *map(markdown, protocol.notes(labelled))])

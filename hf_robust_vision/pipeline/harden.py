@@ -14,7 +14,7 @@ from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.evaluation.engine import evaluate
-from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, save_results, tracked_metrics
+from hf_robust_vision.evaluation.results import RobustnessResult, save_results, tracked_metrics
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
 from hf_robust_vision.hub.card import write_card
@@ -22,6 +22,7 @@ from hf_robust_vision.hub.push import VerificationError
 from hf_robust_vision.processes import announce, part, usable_cores
 from hf_robust_vision.report.page import write_report
 from hf_robust_vision.report.pictures import plot_curve
+from hf_robust_vision.report.tables import comparison_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
 from hf_robust_vision.training.base import AdversarialTrainer
@@ -138,20 +139,10 @@ def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
 
 def print_table(results: Sequence[RobustnessResult], *, seconds: float) -> None:
     """One line per radius: clean and robust accuracy before and after, with 95 % intervals."""
-    before = {result.eps: result for result in results if result.model == "before"}
     print(f"\n{results[0].dataset} ({results[0].split}, {results[0].num_samples} images), {results[0].protocol}")
-    print(f"{'eps':>8}  {'before':>24}  {'after':>24}")
-    after = [result for result in results if result.model == "after"]
-    print(f"{'clean':>8}  {_cell(before[after[0].eps], 'clean')}  {_cell(after[0], 'clean')}")
-    for result in after:
-        print(f"{pretty_eps(result):>8}  {_cell(before[result.eps], 'robust')}  {_cell(result, 'robust')}")
-    spent = f"before {before[after[0].eps].seconds:.0f} s, after {after[0].seconds:.0f} s, all {seconds:.0f} s"
-    print(f"measured in: {spent}\n")
-
-
-def _cell(result: RobustnessResult, kind: str) -> str:
-    low, high = result.ci95[f"{kind}_accuracy"]
-    return f"{100 * getattr(result, f'{kind}_accuracy'):6.1f} % ({100 * low:5.1f} to {100 * high:5.1f})"
+    print(comparison_text(results))
+    before, after = (next(row.seconds for row in results if row.model == model) for model in ("before", "after"))
+    print(f"measured in: before {before:.0f} s, after {after:.0f} s, all {seconds:.0f} s\n")
 
 
 def _measure(

@@ -22,7 +22,8 @@ from hf_robust_vision.evaluation.tasks.corruptions import evaluate_corruptions
 from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.processes import barrier, meet, part, rank_and_world
-from hf_robust_vision.report.page import results_text, write_report
+from hf_robust_vision.report.page import write_report
+from hf_robust_vision.report.tables import results_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.clip import CLIPEncoder, load_encoder, load_tokenizer
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank

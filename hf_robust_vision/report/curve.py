@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
+from hf_robust_vision.evaluation.results import RobustnessResult
+
+from .tables import with_interval, words
+
 
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 52, 168, 18, 48
@@ -47,6 +51,25 @@ class Curve:
     points: Sequence[Point]
 
 
+def point(result: RobustnessResult, kind: str) -> Point:
+    """The "clean" or the "robust" accuracy of a result."""
+    name = f"{kind}_accuracy"
+    return Point(0.0 if kind == "clean" else result.level, getattr(result, name), *result.ci95[name])
+
+
+def curve_of(label: str, colour: int, results: Sequence[RobustnessResult]) -> Curve:
+    """Results of one model at different levels, from the clean images on."""
+    attacked = sorted((result for result in results if result.level > 0), key=lambda result: result.level)
+    return Curve(label, colour, [point(results[0], "clean"), *(point(result, "robust") for result in attacked)])
+
+
+def axes_of(result: RobustnessResult) -> tuple[str, str]:
+    """What radii and heights count."""
+    radius = "radius in 255ths of the pixel range, Linf" if result.norm == "linf" else f"radius, {result.norm}"
+    height = "images that resist, %" if result.metric == "targeted_success" else f"{words(result.metric)}, %"
+    return radius if result.severity is None else "severity", height
+
+
 def palette() -> str:
     """The colours as CSS variables, for light and for dark."""
 
@@ -61,10 +84,9 @@ def palette() -> str:
 
 def draw_curves(
     curves: Sequence[Curve],
+    axes: tuple[str, str],
     *,
-    axis: str,
     title: str,
-    scale: str = "accuracy, %",
     chance: float | None = None,
     alone: bool = False,
 ) -> str:
@@ -72,8 +94,7 @@ def draw_curves(
 
     Args:
         curves: At least one.
-        axis: What the radii count.
-        scale: What the heights count.
+        axes: What radii and heights count.
         title: For readers that can not see it.
         chance: Accuracy of a guess, drawn as a dotted line.
         alone: Bring the style along, for a file of its own.
@@ -93,9 +114,9 @@ def draw_curves(
     ticks = _apart(sorted({0.0} | {point.eps for curve in curves for point in curve.points}), x)
     parts += [f'<text x="{x(e):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{e:.4g}</text>' for e in ticks]
     middle = (LEFT + x(widest)) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(axis)}</text>')
+    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(axes[0])}</text>')
     parts.append(
-        f'<text transform="translate(13 {y(0.5):.0f}) rotate(-90)" text-anchor="middle">{escape(scale)}</text>'
+        f'<text transform="translate(13 {y(0.5):.0f}) rotate(-90)" text-anchor="middle">{escape(axes[1])}</text>'
     )
     if chance is not None:
         parts.append(
@@ -111,7 +132,7 @@ def draw_curves(
         line = " ".join(f"{x(p.eps):.1f},{y(p.value):.1f}" for p in curve.points)
         parts.append(f'<polyline class="line" stroke="{colour}" points="{line}"/>')
         for p in curve.points:
-            said = f"{curve.label}, eps {p.eps:.4g}: {100 * p.value:.1f} % ({100 * p.low:.1f} to {100 * p.high:.1f})"
+            said = f"{curve.label}, eps {p.eps:.4g}: {with_interval(p.value, (p.low, p.high))}"
             marker = _marker(MARKERS[place % len(MARKERS)], x(p.eps), y(p.value))
             parts.append(f'<g fill="{colour}">{marker}<title>{escape(said)}</title></g>')
         last = curve.points[-1]

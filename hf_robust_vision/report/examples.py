@@ -17,15 +17,8 @@ from hf_robust_vision.evaluation.results import RobustnessResult, load_samples, 
 
 
 @dataclass(frozen=True)
-class Source:
-    """One result with the files behind it.
-
-    Args:
-        label: Of the model.
-        colour: Of the model.
-        result: Its numbers.
-        folder: Where its files lie.
-    """
+class Measured:
+    """One result with the label and the colour of its model, and the folder of its files."""
 
     label: str
     colour: int
@@ -35,7 +28,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Look:
-    """What one model says about one image before and after the attack; pictures are `data:` addresses.
+    """What one model says about one image before and after the attack.
 
     Args:
         label: Of the model.
@@ -44,9 +37,9 @@ class Look:
         after: Its answer under attack.
         right_before: Is the first answer right?
         right_after: Is the second one right?
-        gain: How much the picture of the perturbation is enlarged; 0 where there is none.
-        perturbation: Picture, None where the sample was wrong before and so not attacked.
-        adversarial: Picture, None likewise.
+        gain: How much the picture of the perturbation is enlarged.
+        perturbation: `data:` address; None where the sample was wrong before and so not attacked.
+        adversarial: `data:` address, None likewise.
     """
 
     label: str
@@ -74,31 +67,25 @@ class Example:
 class _Saved:
     """Records and images of one result that saved some."""
 
-    def __init__(self, source: Source):
-        result = source.result
-        assert result.samples is not None
-        assert result.images is not None
-        self.source, self.eps = source, result.eps
-        self.images = AdversarialImages(source.folder / result.images)
-        self.records = {record.id: record for record in load_samples(source.folder / result.samples)}
+    def __init__(self, measured: Measured):
+        result = measured.result
+        self.measured, self.eps = measured, result.eps
+        self.images = AdversarialImages(measured.folder / str(result.images))
+        self.records = {record.id: record for record in load_samples(measured.folder / str(result.samples))}
 
-    def name(self, answer: int | str | None) -> str:
-        names = self.source.result.class_names
+    def name(self, answer: int | str) -> str:
+        names = self.measured.result.class_names
         return names[answer] if isinstance(answer, int) and answer < len(names) else str(answer)
 
     def look(self, sample: int | str) -> Look:
         record = self.records[sample]
-        answers = (
-            self.name(record.clean),
-            self.name(record.clean if record.adversarial is None else record.adversarial),
-        )
-        shared = (self.source.label, self.source.colour, *answers, record.clean_hit, record.robust_hit)
+        after = record.clean if record.adversarial is None else record.adversarial
+        answers = (self.name(record.clean), self.name(after), record.clean_hit, record.robust_hit)
         clean, adversarial = self.images.read(sample, self.eps)
         size = (adversarial - clean).abs().max().item()
-        if size == 0:
-            return Look(*shared)
-        gain = 0.5 / size
-        return Look(*shared, gain, picture((adversarial - clean) * gain + 0.5), picture(adversarial))
+        gain = 0.5 / size if size else 0.0
+        pictures = (picture((adversarial - clean) * gain + 0.5), picture(adversarial)) if size else (None, None)
+        return Look(self.measured.label, self.measured.colour, *answers, gain, *pictures)
 
 
 @dataclass(frozen=True)
@@ -111,55 +98,57 @@ class _View:
 
     @property
     def truth(self) -> str:
-        first = self.saved[0]
-        return first.name(first.records[self.sample].label)
+        return self.saved[0].name(self.saved[0].records[self.sample].label)
 
     @property
     def worth(self) -> tuple[int, int]:
-        """How many models saw it; then 2 where they part under attack, 1 where whoever was right falls, else 0."""
-        records = [part.records[self.sample] for part in self.saved]
-        fell = any(record.clean_hit and not record.robust_hit for record in records)
-        return len(records), (2 if any(record.robust_hit for record in records) else 1) if fell else 0
+        """How many models saw it; then 3 where they part under attack, 2 where one falls, 1 where all stand, else 0."""
+        records = [saved.records[self.sample] for saved in self.saved]
+        attacked = [record for record in records if record.clean_hit]
+        fell = any(not record.robust_hit for record in attacked)
+        stood = any(record.robust_hit for record in records)
+        return len(records), (3 if stood else 2) if fell else min(len(attacked), 1)
 
     def example(self) -> Example:
         clean, _ = self.saved[0].images.read(self.sample, self.eps)
-        looks = [part.look(self.sample) for part in self.saved]
-        return Example(self.sample, self.truth, pretty_eps(self.saved[0].source.result), picture(clean), looks)
+        looks = [saved.look(self.sample) for saved in self.saved]
+        return Example(self.sample, self.truth, pretty_eps(self.saved[0].measured.result), picture(clean), looks)
 
 
-def pick_examples(sources: Sequence[Source], count: int) -> list[Example]:
+def pick_examples(measured: Sequence[Measured], count: int) -> list[Example]:
     """The samples that show most: seen by many models, some of which fell to the attack, one of each class first.
 
-    Each is shown at the smallest radius at which the models part, else at which one falls, else at the largest.
+    Each is shown at the smallest radius at which the models part, else at which one falls, else at the largest. A
+    sample that no model was attacked on shows nothing.
 
     Args:
-        sources: Results of one dataset and protocol.
+        measured: Results of one dataset and protocol.
         count: Examples wanted; fewer if fewer were saved.
     """
-    saved = [_Saved(source) for source in sources if _has_images(source)]
-    views = [_best_view(sample, saved) for sample in dict.fromkeys(i for part in saved for i in part.images.ids())]
+    saved = [_Saved(one) for one in measured if _has_images(one)]
+    views = [_best_view(sample, saved) for sample in dict.fromkeys(i for one in saved for i in one.images.ids())]
     turns: Counter[str] = Counter()
     ordered: list[tuple[int, int, _View]] = []
-    for view in sorted(views, key=lambda view: view.worth, reverse=True):
+    for view in sorted((view for view in views if view and view.worth[1]), key=lambda view: view.worth, reverse=True):
         ordered.append((turns[view.truth], len(ordered), view))
         turns[view.truth] += 1
     return [view.example() for _, _, view in sorted(ordered, key=lambda row: row[:2])[: max(count, 0)]]
 
 
-def _best_view(sample: int | str, saved: Sequence[_Saved]) -> _View:
+def _best_view(sample: int | str, saved: Sequence[_Saved]) -> _View | None:
     views = []
-    for eps in sorted({part.eps for part in saved}):
-        seen = [part for part in saved if part.eps == eps and sample in part.images and sample in part.records]
+    for eps in sorted({one.eps for one in saved}):
+        seen = [one for one in saved if one.eps == eps and sample in one.images and sample in one.records]
         if seen:
             views.append(_View(sample, eps, seen))
-    return max(views, key=lambda view: (view.worth, -view.eps if view.worth[1] else view.eps))
+    return max(views, key=lambda view: (view.worth, -view.eps if view.worth[1] > 1 else view.eps), default=None)
 
 
-def _has_images(source: Source) -> bool:
-    result = source.result
-    if result.images is None or result.samples is None:
+def _has_images(measured: Measured) -> bool:
+    result, folder = measured.result, measured.folder
+    if result.images is None or result.samples is None or result.severity is not None:
         return False
-    return (source.folder / result.images).is_dir() and (source.folder / result.samples).is_file()
+    return (folder / result.images).is_dir() and (folder / result.samples).is_file()
 
 
 def picture(image: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Pictures and tables of results."""
+"""Pictures of results for places that show no SVG; they need matplotlib."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 
 from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.tasks import AnswerExample
+
+from .curve import COLOURS, Curve, axes_of, curve_of
+
+
+MARKERS = "osD^"
 
 
 def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
@@ -20,23 +25,44 @@ def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
     """
-    figure = _figure()(figsize=(5.6, 3.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    styles = {"before": ("#8a8a8a", "o"), "after": ("#1f5fbf", "s")}
-    for model in dict.fromkeys(result.model for result in results):
-        rows = sorted((result for result in results if result.model == model), key=lambda result: result.level)
-        eps = [0.0, *(row.level for row in rows)]
-        accuracy = [rows[0].clean_accuracy, *(row.robust_accuracy for row in rows)]
-        bounds = [rows[0].ci95["clean_accuracy"], *(row.ci95["robust_accuracy"] for row in rows)]
-        colour, marker = styles.get(model, (None, "d"))
-        (line,) = axes.plot(eps, [100 * value for value in accuracy], marker=marker, color=colour, label=model)
-        low, high = ([100 * bound[side] for bound in bounds] for side in (0, 1))
-        axes.fill_between(eps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    radius = "eps in 255ths of the pixel range, Linf" if results[0].norm == "linf" else f"eps, {results[0].norm}"
-    axes.set(xlabel=radius, ylabel="accuracy under attack, %", ylim=(0, 101), xlim=(0, None))
-    axes.set_title(f"{results[0].dataset} ({results[0].split}), {results[0].protocol}", fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    models = sorted(dict.fromkeys(result.model for result in results), key=lambda model: model != "before")
+    first = 0 if models[0] == "before" else 1  # grey is the original's
+    curves = [
+        curve_of(model, colour, [result for result in results if result.model == model])
+        for colour, model in enumerate(models, first)
+    ]
+    title = f"{results[0].dataset} ({results[0].split}), {results[0].protocol}"
+    return plot_panels({title: curves}, axes_of(results[0]), path)
+
+
+def plot_panels(panels: Mapping[str, Sequence[Curve]], axes: tuple[str, str], path: str | Path) -> Path:
+    """Draw curves with their bands side by side.
+
+    Args:
+        panels: Title to curves.
+        axes: What radii and heights count.
+        path: Picture to write; the ending says the format.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
+    """
+    figure = _figure()(figsize=(5.6 * len(panels), 3.8), dpi=150, layout="constrained")
+    columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for column, (title, curves) in zip(columns, panels.items()):
+        for place, curve in enumerate(curves):
+            eps, colour = [point.eps for point in curve.points], COLOURS[curve.colour % len(COLOURS)][0]
+            values = [100 * point.value for point in curve.points]
+            bounds = [[100 * bound for bound in (point.low, point.high)] for point in curve.points]
+            column.plot(eps, values, marker=MARKERS[place % len(MARKERS)], color=colour, label=curve.label)
+            column.fill_between(eps, *zip(*bounds), color=colour, alpha=0.15, linewidth=0)
+        column.set(xlabel=axes[0], ylim=(0, 101), xlim=(0, None))
+        column.set_title(title, fontsize=10)
+        column.grid(alpha=0.25)
+    columns[0].set_ylabel(axes[1])
+    if len(panels) == 1:
+        columns[0].legend(frameon=False)
+    else:
+        figure.legend(*columns[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path)
     return Path(path)
 

@@ -30,7 +30,8 @@ def test_numbers_of_table_and_index(tmp_path):
     assert "| before | apgd-ce, linf 4/255 | 75.0 % (30.0 to 95.0) | 12.5 % (15.0 to 85.0) | 4 |" in text
     assert "| after | apgd-ce, linf 4/255 | 75.0 % (30.0 to 95.0) | 50.0 % (15.0 to 85.0) | 4 |" in text
     assert "- form: frozen" in text
-    assert "5 steps, 1 restarts" in text
+    assert "| name | steps | restarts | radii | models |" in text
+    assert "| apgd-ce | 5 | 1 | 4/255 | all |" in text
 
 
 def test_card_of_the_original_alone_is_refused():
@@ -52,6 +53,37 @@ def test_radii_are_written_as_people_do():
     assert pretty_eps(result(eps=8 / 255)) == "8/255"
     assert pretty_eps(result(eps=0.5 / 255)) == "0.5/255"
     assert pretty_eps(result(eps=3.5, norm="l2")) == "3.5"
+
+
+def test_a_card_says_what_its_results_say():
+    """findings-code 3 and findings-journey 10, 11: of any task, with the restarts of each radius, and nothing of None."""
+    attack = {"name": "apgd-ce", "steps": 5, "objective": "cross-entropy"}
+    training = {"method": "FARE", "norm": "linf", "eps": 2 / 255, "attack_step_size": None, "learning_rate": 1e-5}
+    prompts = {"templates": ["a {}"], "template_hash": "abc"}
+    rows = [
+        result(attacks=[attack | {"restarts": 1}], eps=2 / 255, training=training, **prompts),
+        result(attacks=[attack | {"restarts": 5}], eps=4 / 255, training=training, **prompts),
+    ]
+    text = make_card(rows, model_name="m").text
+    assert "| apgd-ce | 5 | cross-entropy | 1 | 2/255 | all |" in text
+    assert "| apgd-ce | 5 | cross-entropy | 5 | 4/255 | all |" in text
+    assert "4 samples, 2 classes; protocol apgd-ce, linf. 1 prompt template (hash abc)" in text
+    assert "- eps: 2/255\n- learning rate: 1e-05" in text
+    assert "None" not in text
+    assert make_card(rows[:1], model_name="m").text.count("apgd-ce, linf 2/255") == 1
+
+    family = {"name": "fog", "resolution": 64, "seed": 0, "accuracy": 0.5, "severity": 3}
+    corrupted = result(task="corruption", norm="none", eps=0.0, severity=3, attacks=[family], left_out=["snow"])
+    text = make_card([corrupted], model_name="m").text
+    assert "| after | apgd-ce, severity 3 |" in text
+    assert "| fog | 64 | 0 | severity 3 | all |" in text
+    assert "Left out, because they were not asked for: snow." in text
+
+    vqa = result(task="vqa", metric="answer accuracy", class_names=[], attacks=[attack])
+    text = make_card([vqa, *rows], model_name="m").text
+    assert "Question answering, answer accuracy; 4 samples; protocol apgd-ce, linf." in text
+    assert "Zero-shot classification, accuracy; 4 samples, 2 classes" in text
+    assert "0 classes" not in text
 
 
 def test_rows_survive_the_round_trip():
@@ -88,7 +120,7 @@ def test_only_what_is_on_the_hub_is_linked(tmp_path, monkeypatch):
     settings = {"model_name": "m", "license": "mit", "paper": "2407.14971"}
     card = make_card([result(training=training)], base_model="demo-clip", **settings)
     assert card.data.base_model is None
-    assert "original: `demo-clip`" in card.text
+    assert "A `CLIPModel` made from `demo-clip`: its vision tower was" in card.text
     assert "[Sim-CLIP](https://arxiv.org/abs/2407.14971)" in card.text
     card = make_card([result(training=training)], base_model="openai/clip", dataset="imagenet-1k", **settings)
     told = (card.data.base_model, card.data.base_model_relation, card.data.datasets, card.data.license)

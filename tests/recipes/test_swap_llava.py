@@ -99,7 +99,7 @@ def test_target_is_measured_before_and_after(monkeypatch, tmp_path, capsys):
     assert [result.model for result in results] == ["before", "after"]
     assert results[0].attack_success == results[1].attack_success
     shown = capsys.readouterr().out
-    assert "'red' is said      before   after" in shown
+    assert "'red' is said  before   after" in shown
     assert "16/255" in shown.split("is said")[1]
 
 

@@ -63,10 +63,11 @@ def seen(page):
 
 def test_table_shows_the_numbers(seen):
     assert seen["rows"] == [
-        "undefended 75.0 % 30.1 to 95.1 40.0 % 30.0 to 50.0 20.0 % 10.0 to 30.0",
-        "strong 75.0 % 30.1 to 95.1 40.0 % 30.0 to 50.0 20.0 % 10.0 to 30.0",
+        "undefended 100.0 % 43.9 to 100.0 100.0 % 43.9 to 100.0 33.3 % 6.1 to 79.2",
+        "strong 100.0 % 43.9 to 100.0 100.0 % 43.9 to 100.0 66.7 % 20.8 to 93.9",
     ]
-    assert seen["strips"] == pytest.approx([0.65, 0.2, 0.2] * 2, abs=0.01)  # as wide as their intervals
+    widths = [0.561, 0.561, 0.731, 0.561, 0.561, 0.731]
+    assert seen["strips"] == pytest.approx(widths, abs=0.01)  # as wide as their intervals
 
 
 def test_curves_are_drawn(seen):

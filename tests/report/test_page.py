@@ -13,7 +13,8 @@ import torch
 from hf_robust_vision.evaluation.images import AdversarialImages
 from hf_robust_vision.evaluation.results import SampleRecord, save_results, summarize
 from hf_robust_vision.report.curve import HEIGHT, LEFT, RIGHT, WIDTH, Curve, Point, draw_curves
-from hf_robust_vision.report.page import checks_of, read_sources, results_text, write_report
+from hf_robust_vision.report.page import checks_of, read_measured, write_report
+from hf_robust_vision.report.tables import results_text
 from tests.evaluation.test_results import result
 from tests.report.test_escape import HOSTILE
 
@@ -81,8 +82,8 @@ def test_numbers_of_table_and_markdown(files, tmp_path):
     ]  # fmt: skip
     assert [cell.strip() for cell in protocol[1]] == ["apgd-ce", "5", "1", "2/255, 4/255", "all"]
     text = page.read_text()
-    assert "- Sim-CLIP: method: Sim-CLIP; eps: 0.01569\n" in text
-    assert "method: Sim-CLIP; eps: 0.01569" in html.read_text()
+    assert "- Sim-CLIP: method: Sim-CLIP; eps: 4/255\n" in text
+    assert "method: Sim-CLIP; eps: 4/255" in html.read_text()
     row = "| Sim-CLIP | 75.0 % (30.1 to 95.1) | 62.5 % (52.5 to 72.5) | 51.1 % (41.1 to 61.1) |"
     assert row in text.splitlines()
     assert "| apgd-ce | 5 | 1 | 2/255, 4/255 | all |" in text.splitlines()
@@ -145,7 +146,7 @@ def test_labels(tmp_path):
     save_results(other, tmp_path / "b")
 
     def labels(*files):
-        return {source.label: source.colour for source in read_sources(files)}
+        return {source.label: source.colour for source in read_measured(files)}
 
     assert labels(tmp_path / "a") == {"undefended": 0, "after": 1}
     assert labels(f"mine={tmp_path / 'a'}") == {"undefended": 0, "mine": 1}
@@ -353,7 +354,7 @@ def test_lines_for_a_terminal():
 
 def test_points_of_a_curve_lie_where_their_numbers_say():
     points = [Point(0, 1.0, 0.9, 1.0), Point(2, 0.5, 0.4, 0.6), Point(8, 0.0, 0.0, 0.1)]
-    svg = draw_curves([Curve("m", 1, points)], axis="eps", title="t")
+    svg = draw_curves([Curve("m", 1, points)], ("eps", "accuracy, %"), title="t")
     (line,) = re.findall(r'<polyline class="line" stroke="var\(--m1\)" points="([^"]+)"', svg)
     places = [tuple(map(float, place.split(","))) for place in line.split()]
     wide = WIDTH - LEFT - RIGHT
@@ -365,7 +366,7 @@ def test_points_of_a_curve_lie_where_their_numbers_say():
 
 def test_names_of_curves_that_end_together_do_not_touch():
     curves = [Curve(f"model {i}", i, [Point(0, 1, 1, 1), Point(1, 0.01 * i, 0, 0.1)]) for i in range(8)]
-    svg = draw_curves(curves, axis="eps", title="t")
+    svg = draw_curves(curves, ("eps", "accuracy, %"), title="t")
     heights = sorted(float(y) for y in re.findall(r'class="name"[^>]* y="([\d.]+)"', svg))
     assert len(heights) == 8
     assert all(below - above > 14 for above, below in zip(heights, heights[1:]))

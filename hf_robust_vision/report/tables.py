@@ -1,0 +1,90 @@
+"""Numbers and settings as people read them, and tables of them, for page, card and terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, pretty_eps
+
+from .escape import Verbatim, markdown, one_line
+
+
+def percent(share: float) -> str:
+    """A fraction in percent."""
+    return f"{100 * share:.1f} %"
+
+
+def with_interval(share: float, interval: Sequence[float]) -> str:
+    """A fraction with its interval: "62.5 % (52.5 to 72.5)"."""
+    low, high = interval
+    return f"{percent(share)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def accuracy(result: RobustnessResult, kind: str) -> str:
+    """The "clean" or the "robust" accuracy of a result with its interval."""
+    name = f"{kind}_accuracy"
+    return with_interval(getattr(result, name), result.ci95[name])
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 class", "2 classes", "3 samples"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def words(name: Any) -> str:
+    """The name of a field as words."""
+    return str(name).replace("_", " ")
+
+
+def setting(name: str, value: Any, norm: str = "linf") -> str:
+    """The value of a setting; radii and steps as `eps_text` says them."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return eps_text(value, norm) if name.endswith(("eps", "step_size")) else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{words(key)}: {setting(key, item, norm)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(setting(name, item, norm) for item in value)
+    return str(value)
+
+
+def training_settings(result: RobustnessResult) -> list[tuple[str, str]]:
+    """How a model was trained; what has no value is left out."""
+    training = result.training or {}
+    norm = training.get("norm", "linf")
+    return [(words(key), setting(key, value, norm)) for key, value in training.items() if value is not None]
+
+
+def markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Verbatim:
+    """A table of Markdown; what its cells hold shows as it is."""
+    lines = [f"| {' | '.join(map(markdown, row))} |" for row in (head, *rows)]
+    return Verbatim("\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]]))
+
+
+def text_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A table for a terminal, its columns flush right."""
+    cells = [[one_line(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
+
+
+def results_text(results: Sequence[RobustnessResult]) -> str:
+    """One line a result, for a terminal."""
+    return "\n".join(
+        one_line(
+            f"{row.dataset} ({row.split}, {row.num_samples}), {row.protocol}, {row.threat}: "
+            f"clean {accuracy(row, 'clean')}, robust {accuracy(row, 'robust')}"
+        )
+        for row in results
+    )
+
+
+def comparison_text(results: Sequence[RobustnessResult]) -> str:
+    """Clean and robust accuracy before and after, one line a radius, for a terminal."""
+    before, after = ([row for row in results if row.model == model] for model in ("before", "after"))
+    rows = [("clean", accuracy(before[0], "clean"), accuracy(after[0], "clean"))]
+    rows += [(pretty_eps(one), accuracy(one, "robust"), accuracy(two, "robust")) for one, two in zip(before, after)]
+    return text_table(("eps", "before", "after"), rows)
