@@ -113,7 +113,7 @@ def _walk(model: nn.Module, prefix: str, config: Any) -> list[Tower]:
         if _has(module, ("pre_layrnorm", *_HF_PARTS)):
             own = getattr(getattr(parent, "config", None), "model_type", None) in ("clip", "clip_vision_model")
             projection = getattr(parent, "visual_projection", None) if own else None
-            read = getattr(config, "vision_feature_layer", None)
+            read = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
             found.append(Tower(where, module, projection=projection, layers_read=_entries(read, module)))
         elif _has(module, _OPEN_CLIP_PARTS):
             tower = OpenClipTower(where, module)

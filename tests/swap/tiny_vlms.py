@@ -41,7 +41,7 @@ FAMILY = {
         LlavaNextVideoConfig,
         {"image_grid_pinpoints": PINPOINTS, "video_token_index": VIDEO_TOKEN},
     ),
-    "vipllava": (VipLlavaForConditionalGeneration, VipLlavaConfig, {"vision_feature_layer": [-2, -3, 1]}),
+    "vipllava": (VipLlavaForConditionalGeneration, VipLlavaConfig, {"vision_feature_layers": [-2, -3, 1]}),
     "video_llava": (VideoLlavaForConditionalGeneration, VideoLlavaConfig, {"video_token_index": VIDEO_TOKEN}),
 }
 
@@ -92,7 +92,7 @@ def vlm_inputs(name, *, size=SIZE, seed=3):
     generator = torch.Generator().manual_seed(seed)
     grid = size // PATCH
     pixels = torch.randn(1, 3, size, size, generator=generator)
-    extra, tokens = {"pixel_values": pixels}, grid * grid
+    extra, tokens = {"pixel_values_images" if name == "video_llava" else "pixel_values": pixels}, grid * grid
     if name.startswith("llava_next"):  # a base tile and two more, and one newline token a row
         extra = {"pixel_values": torch.randn(1, 3, 3, size, size, generator=generator)}
         extra["image_sizes"] = torch.tensor([[size, 2 * size]])

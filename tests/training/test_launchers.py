@@ -88,5 +88,7 @@ def test_processes_that_would_each_run_alone_are_refused(tmp_path, monkeypatch):
     """Two processes were started, but this one sees no other: both would write the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)  # as on a Mac, whose GPU can not be shared
+    # accelerate before 1.13 would join them on the CPU; then none is alone.
+    monkeypatch.setattr("accelerate.state.get_int_from_env", lambda names, default: default)
     with pytest.raises(ValueError, match="started 2 processes.*--use_cpu true"):
         arguments(tmp_path, use_cpu=False)
