@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
@@ -44,7 +45,7 @@ class PipelineArguments(DataArguments):
         test_eps: Radii of those attacks.
         test_restarts: Restarts of each attack at `attack_eps`; by default, and at the other radii, the protocol's.
         sanity: Check the reported numbers for gradient masking; the answers go into every result.
-        overwrite: Delete what an earlier run left in `output_dir`.
+        overwrite: Replace what an earlier run left in `output_dir`; if this one fails, it comes back.
         measure: Measure before and after; with false the recipe only trains.
         cpu_threads: Threads of each process on a CPU. `accelerate launch` sets one; 0 shares the cores out evenly.
     """
@@ -60,7 +61,7 @@ class PipelineArguments(DataArguments):
     )
     test_restarts: int | None = field(default=None, metadata={"help": "Restarts at attack_eps."})
     sanity: bool = field(default=False, metadata={"help": "Check the numbers for gradient masking."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run left in output_dir."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
     cpu_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU; 0: all cores."})
 
@@ -118,7 +119,8 @@ def parse(
     Args:
         trainer_class: Its arguments are read.
         argv: Words of the command line; by default those of the process.
-        demo_config: Read where neither a config, a model nor a dataset is named.
+        demo_config: Read where neither a config, a model nor a dataset is named; by default the shipped one that has
+            the name of the method, such as `sim_clip_demo`, where there is one.
         prog: What help calls the command.
 
     Raises:
@@ -130,6 +132,8 @@ def parse(
     config = known.config
     if config is None and known.model_name_or_path is None and known.dataset_name is None:
         config = demo_config
+        with suppress(ValueError):  # a method of one's own has no demo
+            config = config or find_config(f"{trainer_class.method.lower().replace('-', '_')}_demo")
     values = read_yaml(find_config(config)) if config is not None else {}
     # Backwards: the `--no_x` of a flag that is true by default comes after it, for the same value.
     actions = {

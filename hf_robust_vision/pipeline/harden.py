@@ -32,7 +32,7 @@ from hf_robust_vision.training.publishing import check_push
 from .arguments import PipelineArguments
 from .estimate import say_cost
 from .run_data import load_splits
-from .run_folder import check_folder, clear
+from .run_folder import check_folder, run_folder
 
 
 def run(
@@ -52,7 +52,7 @@ def run(
         The results before and after, as in `robustness.json`.
 
     Raises:
-        ValueError: If an input is wrong or `output_dir` already holds a run.
+        ValueError: If an input is wrong, `output_dir` already holds a run, or it is deleted during this one.
     """
     start = time.time()
     if options.cpu_threads is not None and args.device.type == "cpu":
@@ -63,6 +63,53 @@ def run(
     reads = (options.model_name_or_path, options.dataset_name)
     resume = check_folder(output, args.resume_from_checkpoint, overwrite=options.overwrite, reads=reads)
     set_seed(args.seed)
+    how = _protocol(options, args)
+    trainer, test = _trainer(trainer_class, options, args)
+    if resume is not None:
+        trainer.need_resumable(resume)  # and not after hours of measuring
+    with run_folder(output, overwrite=options.overwrite and not args.resume_from_checkpoint) as replaced:
+        before = _measure(trainer, trainer.reference.encoder, test, how, "before") if test is not None else []
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(str(output))
+        hardened = trainer.hardened_encoder()
+        after = _measure(trainer, hardened, test, how, "after") if test is not None else []
+        for result in after:
+            result.training = trainer.training_record()
+        results = before + after
+        if results:
+            trainer.log(tracked_metrics(results))
+        if results and args.should_save:
+            _write(output, results, trainer, options)
+        replaced([str(result.samples) for result in results])
+    if test is not None and args.should_save:
+        if options.sanity:
+            models = {"before": trainer.reference.encoder, "after": hardened}
+            tasks = {name: ZeroShot(model, trainer.text_bank(test, model), test) for name, model in models.items()}
+            add_sanity(results, tasks, how)
+            print(sanity_text(results))
+            _write(output, results, trainer, options)
+        print_table(results, seconds=time.time() - start)
+        print(*write_report([output], output), sep="\n")
+    if args.push_to_hub and test is not None:
+        _push(trainer, test)
+    return results
+
+
+def _protocol(options: PipelineArguments, args: AdversarialTrainingArguments) -> RobustnessProtocol:
+    return RobustnessProtocol(
+        get_protocol(options.test_protocol, steps=options.test_steps, queries=options.test_queries),
+        tuple(float(eps) for eps in options.test_eps),
+        args.attack_norm,
+        restarts=() if options.test_restarts is None else ((float(args.attack_eps), options.test_restarts),),
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+    )
+
+
+def _trainer(
+    trainer_class: type[AdversarialTrainer], options: PipelineArguments, args: AdversarialTrainingArguments
+) -> tuple[AdversarialTrainer, LabelledImages | None]:
+    """The trainer with its model and data, and the test split where there is something to measure."""
     name = options.model_name_or_path or str(demo_checkpoint())
     try:
         encoder = load_encoder(name, revision=options.model_revision)
@@ -79,42 +126,10 @@ def run(
         tokenizer=load_tokenizer(name, revision=options.model_revision),
     )
     train, validation, test = load_splits(options, args.seed, encoder.transform, measure=options.measure)
-    how = RobustnessProtocol(
-        get_protocol(options.test_protocol, steps=options.test_steps, queries=options.test_queries),
-        tuple(float(eps) for eps in options.test_eps),
-        args.attack_norm,
-        restarts=() if options.test_restarts is None else ((float(args.attack_eps), options.test_restarts),),
-        batch_size=args.per_device_eval_batch_size,
-        seed=args.seed,
-    )
     trainer = trainer_class(
         model=encoder, args=args, train_dataset=train, eval_dataset=validation, processing_class=processor
     )
-    if options.overwrite and not args.resume_from_checkpoint:
-        clear(output)  # only now: neither bad input nor a launcher that is refused may cost the earlier run
-    before = _measure(trainer, trainer.reference.encoder, test, how, "before") if test is not None else []
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(str(output))
-    hardened = trainer.hardened_encoder()
-    after = _measure(trainer, hardened, test, how, "after") if test is not None else []
-    for result in after:
-        result.training = trainer.training_record()
-    results = before + after
-    if results:
-        trainer.log(tracked_metrics(results))
-    if test is not None and args.should_save:
-        _write(output, results, trainer, options)
-        if options.sanity:
-            models = {"before": trainer.reference.encoder, "after": hardened}
-            tasks = {name: ZeroShot(model, trainer.text_bank(test, model), test) for name, model in models.items()}
-            add_sanity(results, tasks, how)
-            print(sanity_text(results))
-            _write(output, results, trainer, options)
-        print_table(results, seconds=time.time() - start)
-        print(*write_report([output], output), sep="\n")
-    if args.push_to_hub and test is not None:
-        _push(trainer, test)
-    return results
+    return trainer, test
 
 
 def _check_push(options: PipelineArguments, args: AdversarialTrainingArguments) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,13 @@ from hf_robust_vision.methods.pmg_aft import PMGAFTTrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.methods.tima import TIMATrainer
+from hf_robust_vision.pipeline import harden
 from hf_robust_vision.sanity import rivals
 from hf_robust_vision.towers.base import weights_sha256
+from hf_robust_vision.training.checkpoints import complete_checkpoint, mark_complete
 from tests.conftest import NAMES
+from tests.methods.toy_method import ToyTrainer
+from tests.training.ranks import CONTEXT, free_port
 
 
 ROOT = Path(__file__).parents[2]
@@ -308,7 +313,7 @@ class TestConfigs:
     @pytest.mark.parametrize("recipe", TRAINERS)
     def test_a_recipe_without_arguments_is_the_demo_of_its_method(self, recipe, monkeypatch):
         ran = []
-        monkeypatch.setattr(pipeline, "run", lambda *args: ran.append(args))
+        monkeypatch.setattr("hf_robust_vision.pipeline.run", lambda *args: ran.append(args))
         monkeypatch.setattr(sys, "argv", [f"{recipe}.py", "--use_cpu", "true"])
         runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
         ((trainer, _, args),) = ran
@@ -347,8 +352,20 @@ class TestConfigs:
         demo = ROOT / "hf_robust_vision" / "configs" / "sim_clip_demo.yaml"
         options, args = pipeline.parse(SimCLIPTrainer, ["--max_steps", "2"], demo)
         assert (options.max_test_samples, args.max_steps) == (128, 2)
-        options, _ = pipeline.parse(SimCLIPTrainer, ["--model_name_or_path", "x", "--output_dir", "y"], demo)
-        assert options.max_test_samples == 500
+        for given in ((demo,), ()):
+            options, _ = pipeline.parse(SimCLIPTrainer, ["--model_name_or_path", "x", "--output_dir", "y"], *given)
+            assert options.max_test_samples == 500
+
+    @pytest.mark.parametrize("recipe", TRAINERS)
+    def test_the_demo_of_a_method_is_found_by_its_name(self, recipe):
+        """So `harden sim-clip` of the command line is the recipe (findings-code 4)."""
+        wanted = yaml.safe_load((ROOT / "hf_robust_vision" / "configs" / f"{recipe}_demo.yaml").read_text())
+        _, args = pipeline.parse(TRAINERS[recipe], ["--use_cpu", "true"])
+        assert (args.output_dir, args.learning_rate) == (wanted["output_dir"], float(wanted["learning_rate"]))
+
+    def test_a_method_without_a_demo_has_the_defaults(self):
+        _, args = pipeline.parse(ToyTrainer, ["--use_cpu", "true", "--output_dir", "x"])
+        assert (args.output_dir, args.toy_weight) == ("x", 1.0)
 
     def test_one_radius_needs_no_list(self, tmp_path):
         (tmp_path / "c.yaml").write_text("output_dir: a\ntest_eps: 8/255\n")
@@ -383,6 +400,199 @@ def test_overwrite_deletes_nothing_but_runs(clip_folder, image_folder, tmp_path)
     with pytest.raises(ValueError, match="would delete"):
         pipeline.run(SimCLIPTrainer, options, args)
     assert (tmp_path / "thesis.txt").is_file()
+
+
+def tree(folder):
+    """Everything that a folder holds, bit for bit."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """What an earlier run left."""
+    output = tmp_path / "out"
+    (output / "checkpoint-2").mkdir(parents=True)
+    for name in ("robustness.json", "model.safetensors", "checkpoint-2/optimizer.pt", "samples-a.jsonl", ".hidden"):
+        (output / name).write_bytes(os.urandom(100))
+    mark_complete(output / "checkpoint-2", {})
+    return output
+
+
+def end(error):
+    def ended(*args, **settings):
+        raise error
+
+    return ended
+
+
+class TestOverwrite:
+    """Findings-reliability 1 and 15: an earlier run is there, bit for bit, until a new one has its results."""
+
+    @pytest.fixture
+    def overwrite(self, earlier, clip_folder, image_folder):
+        def run(*more, name="out"):
+            argv = words(clip_folder, image_folder, earlier.parent / name, "--overwrite", "true", *more)
+            pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, argv))
+
+        return run
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            "--learning_rate nan", "--learning_rate -1", "--learning_rate inf", "--weight_decay nan", "--max_steps 0",
+            "--per_device_train_batch_size 0", "--per_device_eval_batch_size 0", "--gradient_accumulation_steps 0",
+            "--test_steps 0", "--test_queries -5 --test_protocol robustvlm", "--optim adamw_anyprecision",
+            "--attack_step_size nan", "--eval_attack_steps 0", "--cpu_threads -1", "--test_eps nan", "--attack_steps 0",
+            "--per_device_train_batch_size 13 --dataloader_drop_last true", "--lr_scheduler_type cosine_with_min_lr",
+            "--templates {x}.txt", "--templates {.txt", "--train_split nowhere", "--dataset_name /nowhere",
+            "--model_name_or_path /nowhere", "--class_names nowhere.txt", "--freeze_blocks 9",
+        ],
+    )  # fmt: skip
+    def test_bad_input_costs_nothing(self, wrong, overwrite, earlier, tmp_path, monkeypatch):
+        monkeypatch.setattr(SimCLIPTrainer, "train", lambda *a, **k: pytest.fail("training started"))
+        monkeypatch.chdir(tmp_path)
+        for line in ("{x}", "{"):
+            (tmp_path / f"{line}.txt").write_text(f"a {{}} {line}")
+        before = tree(tmp_path)
+        with pytest.raises((ValueError, SystemExit)):
+            overwrite(*wrong.split())
+        assert tree(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        ("where", "error"),
+        [
+            ("_measure", ValueError("x")), ("train", RuntimeError("out of memory")), ("train", KeyboardInterrupt()),
+            ("save_model", OSError(28, "No space left on device")), ("_write", ValueError("x")),
+        ],
+    )  # fmt: skip
+    def test_a_run_that_fails_costs_nothing(self, where, error, overwrite, earlier, tmp_path, monkeypatch):
+        before = tree(tmp_path)
+        if where.startswith("_"):
+            monkeypatch.setattr(harden, where, end(error))
+        else:
+            monkeypatch.setattr(SimCLIPTrainer, where, end(error))
+        with pytest.raises(type(error)):
+            overwrite()
+        assert tree(tmp_path) == before
+
+    def test_a_run_that_is_told_to_end_costs_nothing(self, overwrite, tmp_path, earlier, monkeypatch):
+        """As a launcher tells the processes that are left, and a batch system the whole job."""
+        before = tree(tmp_path)
+        monkeypatch.setattr(SimCLIPTrainer, "train", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit, match="told to end"):
+            overwrite()
+        assert tree(tmp_path) == before
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def test_a_run_that_succeeds_leaves_itself_alone(self, overwrite, earlier, tmp_path):
+        overwrite()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert not (earlier / "samples-a.jsonl").exists()
+        assert len(load_results(earlier)) == 4
+
+    def test_checkpoints_of_a_run_that_fails_late_are_not_lost_either(self, overwrite, earlier, tmp_path, capsys):
+        """It may go on from them; the earlier run is beside it."""
+        before = tree(earlier)
+        saves = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3", "--on_collapse", "stop")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SimCLIPTrainer, "save_model", lambda self, *a, **k: end_at(self, 2) or SAVE(self, *a, **k))
+            with pytest.raises(RuntimeError):
+                overwrite(*saves)
+        assert complete_checkpoint(earlier) == str(earlier / "checkpoint-1")
+        assert tree(tmp_path / "out.old-1") == before
+        assert f"{tmp_path / 'out.old-1'} the earlier run" in capsys.readouterr().err
+
+    def test_what_a_killed_run_left_aside_is_kept(self, overwrite, earlier, tmp_path):
+        (tmp_path / "out.old-1").mkdir()
+        (tmp_path / "out.old-1" / "precious").write_text("precious")
+        overwrite()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old-1"]
+
+    def test_a_folder_that_is_a_link(self, overwrite, earlier, tmp_path):
+        (tmp_path / "link").symlink_to(earlier)
+        overwrite(name="link")
+        assert (tmp_path / "link").is_symlink()
+        assert len(load_results(earlier)) == 4
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+    @pytest.mark.parametrize("again", [False, True], ids=["gone", "another"])
+    def test_a_folder_that_is_deleted_meanwhile_is_an_error(self, again, overwrite, earlier, tmp_path, monkeypatch):
+        def lost(trainer, *args, **settings):
+            shutil.rmtree(earlier)
+            if again:
+                earlier.mkdir()
+            return TRAIN(trainer, *args, **settings)
+
+        before = tree(tmp_path)
+        monkeypatch.setattr(SimCLIPTrainer, "train", lost)
+        with pytest.raises(ValueError, match="was deleted while the run went on"):
+            overwrite()
+        assert tree(tmp_path) == before
+
+    def test_a_samples_file_that_is_deleted_meanwhile_is_an_error(self, overwrite, earlier, monkeypatch):
+        def lost(trainer, *args, **settings):
+            next(earlier.glob("samples-before-*.jsonl")).unlink()
+            return TRAIN(trainer, *args, **settings)
+
+        monkeypatch.setattr(SimCLIPTrainer, "train", lost)
+        with pytest.raises(ValueError, match=r"samples-before-.*was deleted while the run went on"):
+            overwrite()
+
+    @pytest.mark.parametrize("failing", [0, 1])
+    def test_two_processes_of_which_one_fails(self, failing, earlier, clip_folder, image_folder, tmp_path):
+        before = tree(earlier)
+        argv = words(clip_folder, image_folder, earlier, "--overwrite", "true")
+        port = free_port()
+        ranks = [CONTEXT.Process(target=fail_on, args=(rank, failing, port, argv), daemon=True) for rank in (0, 1)]
+        for process in ranks:
+            process.start()
+        ranks[failing].join(120)
+        if failing == 1:
+            ranks[0].terminate()  # as a launcher would
+        ranks[0].join(120)
+        ranks[1 - failing].kill()
+        assert ranks[failing].exitcode == 1
+        assert tree(earlier) == before
+        assert not list(tmp_path.glob("out.old*"))
+
+
+TRAIN, SAVE = SimCLIPTrainer.train, SimCLIPTrainer.save_model
+
+
+def end_at(trainer, step):
+    if trainer.state.global_step == step:
+        raise RuntimeError("full")
+
+
+def fail_on(rank, failing, port, argv):
+    """One of two processes, of which one fails when it begins to train."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if rank == failing:
+        SimCLIPTrainer.train = end(RuntimeError("out of memory"))
+    pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, argv))
+
+
+def test_an_output_that_is_a_file_is_said(clip_folder, image_folder, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for more in ((), ("--overwrite", "true"), ("--resume_from_checkpoint", "true")):
+        argv = words(clip_folder, image_folder, tmp_path / "file", *more)
+        with pytest.raises(ValueError, match="is a file; name a folder"):
+            pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, argv))
+
+
+def test_a_checkpoint_that_can_not_be_gone_on_with_is_refused_before_hours_of_measuring(
+    clip_folder, image_folder, tmp_path, monkeypatch
+):
+    argv = words(clip_folder, image_folder, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "1")
+    pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, argv))
+    monkeypatch.setattr(harden, "_measure", lambda *a: pytest.fail("measured"))
+    argv += ["--resume_from_checkpoint", "true"]
+    with pytest.raises(ValueError, match="trained with --learning_rate 1e-05, and this run has --learning_rate 0.1"):
+        pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, [*argv, "--learning_rate", "0.1"]))
+    (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"optimizer.pt is missing.*--resume_from_checkpoint .*checkpoint-1"):
+        pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, argv))
 
 
 def test_sanity_checks_both_models_with_each_other(clip_folder, image_folder, tmp_path, monkeypatch, capsys):
