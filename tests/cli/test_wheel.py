@@ -52,7 +52,18 @@ def test_the_demo_runs_from_it(wheel, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    words = ["harden", "sim-clip", "--max_steps", "2", "--test_steps", "1", "--max_test_samples", "16"]
+    words = [
+        "harden",
+        "sim-clip",
+        "--max_steps",
+        "2",
+        "--test_protocol",
+        "quick",
+        "--test_steps",
+        "1",
+        "--max_test_samples",
+        "4",
+    ]
     done = subprocess.run(
         [place / "bin" / "hf-robust-vision", *words, "--use_cpu", "true"],
         env=environment | {"HF_HUB_OFFLINE": "1"}, cwd=empty, capture_output=True, text=True,
@@ -62,7 +73,7 @@ def test_the_demo_runs_from_it(wheel, tmp_path):
     assert "output: outputs/sim-clip-demo" in done.stdout
     after = load_results(output)[-1]
     assert (after.training["feature"], after.training["form"]) == ("both", "frozen")
-    assert (after.training["steps"], after.training["attack_eps"]) == (2, 8 / 255)
+    assert (after.training["steps"], after.training["eps"]) == (2, 8 / 255)
     found = subprocess.run(
         [python, "-c", "import hf_robust_vision; print(hf_robust_vision.__file__)"],
         env=environment, cwd=empty, capture_output=True, text=True,
