@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPModel
 
-from hf_robust_vision.towers.clip import load_image_processor, load_tokenizer
+from hf_robust_vision.towers.clip import load_clip, load_image_processor, load_tokenizer
 from hf_robust_vision.towers.weights import load_state_dict
 
 from .open_clip import PROJECTION, clip_state, hf_to_openclip
-from .source import load_model
 from .swap import swap_vision_encoder
 from .towers import find_towers
 
@@ -49,7 +49,7 @@ def convert_checkpoint(
         raise ValueError(
             f"{checkpoint} has no projection (`proj`); its embeddings would not match the text of {base}."
         )
-    model, *processors = load_model(base, whole=True), load_image_processor(base), load_tokenizer(base)
+    model, *processors = load_clip(base, (CLIPModel,), dtype="auto"), load_image_processor(base), load_tokenizer(base)
     for name, wanted in (("hidden_act", hidden_act), ("num_attention_heads", num_attention_heads)):
         if wanted is not None and getattr(model.config.vision_config, name) != wanted:
             found = getattr(model.config.vision_config, name)
@@ -129,7 +129,7 @@ def export_v4(model_folder: str, output: str | Path) -> str:
 
 def _vision_half(model_folder: str) -> tuple[Any, dict[str, Tensor]]:
     """Config and weights, under CLIP keys, of the vision tower in a folder."""
-    (tower,) = find_towers(load_model(model_folder))
+    (tower,) = find_towers(load_clip(model_folder, dtype="auto"))
     return tower.module.config, tower.clip_state()
 
 

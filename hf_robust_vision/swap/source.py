@@ -10,19 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import AutoImageProcessor, CLIPVisionModel
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.towers.adapters import CONFIG_FILE, holds_adapter, merge_into, original_of, refuse_adapter
-from hf_robust_vision.towers.weights import is_weights_file, load_pretrained, load_state_dict, local_or_hub
+from hf_robust_vision.towers.adapters import CONFIG_FILE, holds_adapter, merge_into, original_of
+from hf_robust_vision.towers.clip import load_clip
+from hf_robust_vision.towers.weights import is_weights_file, load_state_dict, local_or_hub
 
 from .layouts import Geometry, Tower
 from .open_clip import PROJECTION, clip_state, square_side
 from .towers import check_writable, find_towers
-
-
-_REST_OF_CLIP = ("text_model.", "text_projection.", "logit_scale", PROJECTION)  # may lie beside a vision tower
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def load_source(source: Any, *, base: Any = None) -> Source:
         return _from_adapter(place, name, base)
     if base is not None:
         raise ValueError(f"base= belongs to a PEFT adapter folder, but {name} has no {CONFIG_FILE}.")
-    return _from_model(load_model(place), name, pixels=_pixels(place))
+    return _from_model(load_clip(place, dtype="auto"), name, pixels=_pixels(place))
 
 
 def reference_tower(state: dict[str, Tensor], geometry: Geometry) -> Tower:
@@ -157,27 +155,6 @@ def _from_model(model: nn.Module, name: str, pixels: PixelSettings | None = None
     return Source(name, towers[0].clip_state(), towers[0].geometry, pixels, towers[0])
 
 
-def load_model(name: str, *, whole: bool = False) -> Any:
-    """Load a CLIP model, or its vision half, with no weight left random.
-
-    Args:
-        name: Folder or Hub id.
-        whole: Wanted is a `CLIPModel`, with its text tower.
-
-    Raises:
-        ValueError: If it holds another model, or not the whole of one; see `load_pretrained`.
-    """
-    place = local_or_hub(name)
-    refuse_adapter(place)
-    config = AutoConfig.from_pretrained(place)
-    if config.model_type not in (("clip",) if whole else ("clip", "clip_vision_model")):
-        wanted = "CLIPModel" if whole else "CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection"
-        raise ValueError(f"{name} holds a {config.model_type!r} model; wanted a {wanted}.")
-    projected = "CLIPVisionModelWithProjection" in (getattr(config, "architectures", None) or ())
-    kind = CLIPModel if config.model_type == "clip" else (CLIPVisionModel, CLIPVisionModelWithProjection)[projected]
-    return load_pretrained(kind, place, dtype="auto", unread=_REST_OF_CLIP if kind is CLIPVisionModel else ())
-
-
 def _pixels(name: str) -> PixelSettings | None:
     auto: Any = AutoImageProcessor
     try:
@@ -189,6 +166,6 @@ def _pixels(name: str) -> PixelSettings | None:
 def _from_adapter(folder: str, name: str, base: Any) -> Source:
     base = base if base is not None else original_of(folder)[0]
     pixels = None if isinstance(base, nn.Module) else _pixels(str(base))
-    model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_model(str(base))
+    model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_clip(base, dtype="auto")
     merge_into(model, folder, part=[tower.module for tower in find_towers(model)])
     return _from_model(model, name, pixels=pixels)

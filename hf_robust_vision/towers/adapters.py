@@ -24,7 +24,6 @@ ADAPTER = "default"
 ADAPTER_FOLDER = "adapter"
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin")
-_TOWERS = {"vision_model": "visual_projection", "text_model": "text_projection"}
 _PREFIX = "base_model.model."  # what the paths in a folder have before those in the model
 
 
@@ -35,11 +34,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def holds_adapter(name: str | Path) -> bool:
-    """Whether a folder or Hub id is that of an adapter.
-
-    Raises:
-        ValueError: If a model lies beside it: then it is not told which of the two is meant.
-    """
+    """Whether a folder or Hub id is that of an adapter; one with a model beside it is refused."""
     if find_file(str(name), CONFIG_FILE) is None:
         return False
     if files := weights_files(str(name)):
@@ -51,11 +46,7 @@ def holds_adapter(name: str | Path) -> bool:
 
 
 def refuse_adapter(name: str) -> None:
-    """Refuse a folder or Hub id that holds an adapter where a model is wanted.
-
-    Raises:
-        ValueError: Telling how to merge it.
-    """
+    """Refuse a folder or Hub id that holds an adapter where a model is wanted."""
     if holds_adapter(name):
         raise ValueError(
             f"{name} is a PEFT adapter of {_config_of(name).base_model_name_or_path!r}, not a model. Merge it first: "
@@ -65,9 +56,6 @@ def refuse_adapter(name: str) -> None:
 
 def original_of(name: str | Path) -> tuple[str, str | None]:
     """Folder or Hub id, and revision, of the model that an adapter was trained on.
-
-    Args:
-        name: Folder or Hub id of the adapter.
 
     Raises:
         ValueError: If the adapter does not tell, or tells a folder that is not there.
@@ -126,20 +114,14 @@ def save_adapter(model: Any, folder: str | Path) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Read the adapter's weights of a checkpoint into a model that has one of the same shape.
-
-    Raises:
-        ValueError: If it is that of other layers or of another rank.
-    """
+    """Read the adapter's weights of a checkpoint into a model that has one of the same layers and rank, or refuse it."""
     from peft import set_peft_model_state_dict
 
-    found = _weights_of(folder)
-    state = {name.removeprefix(_PREFIX): value for name, value in found.items()}
-    shapes = {name: value.shape for name, value in _adapter_state(model).items()}
-    if {name: value.shape for name, value in state.items()} != shapes:
+    state = {name.removeprefix(_PREFIX): value for name, value in _weights_of(folder).items()}
+    if problems := _differences(_adapter_state(model), state):
         raise ValueError(
             f"the adapter in {folder} is of another rank or of other layers; go on with the lora_r and the "
-            "lora_target_modules of its run."
+            f"lora_target_modules of its run. ({problems})"
         )
     set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
 
@@ -174,7 +156,7 @@ def merge_into(model: Any, name: str | Path, *, part: Sequence[nn.Module]) -> An
         ValueError: If a weight of the adapter is missing, unknown, not finite or of another shape, or if `part` stays as
             it was: then the model would pass for a hardened one.
     """
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model, set_peft_model_state_dict
 
     before = [parameter.clone() for module in part for parameter in module.parameters()]
     config, found = _config_of(name), _weights_of(name)
@@ -182,7 +164,7 @@ def merge_into(model: Any, name: str | Path, *, part: Sequence[nn.Module]) -> An
     unfit += "another part. Pass the model that it was trained on as base=. "
     try:
         adapted = get_peft_model(model, config)
-        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        wanted = _adapter_state(adapted)
         problems = _differences(wanted, found)
         if not problems:
             set_peft_model_state_dict(adapted, found)
@@ -236,15 +218,13 @@ def _differences(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
     return ", ".join(f"{len(keys)} {kind}: {keys[0]}" for kind, keys in kinds.items() if keys)
 
 
-def _target_pattern(encoder: nn.Module, names: Sequence[str] | None = None) -> str:
+def _target_pattern(encoder: nn.Module, names: Sequence[str] | None) -> str:
     """A pattern of the whole paths of the linear layers that train, for `LoraConfig.target_modules`.
 
     A mere list of names such as `q_proj` would hit the text tower as well.
     """
     linear = [
-        path
-        for path, module in encoder.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad
+        p for p, module in encoder.named_modules() if isinstance(module, nn.Linear) and module.weight.requires_grad
     ]
     last = {path: path.rpartition(".")[2] for path in linear}
     if strange := sorted(set(names or ()) - set(last.values())):
@@ -253,18 +233,4 @@ def _target_pattern(encoder: nn.Module, names: Sequence[str] | None = None) -> s
         )
     if not linear:
         raise ValueError("use_peft: no linear layer would train, so there is nothing to adapt.")
-    chosen = [path for path in linear if names is None or last[path] in names]
-    parts = []
-    for tower, projection in _TOWERS.items():
-        inside = [path for path in chosen if path.startswith(f"{tower}.encoder.layers.")]
-        if inside:
-            blocks = sorted({int(path.split(".")[3]) for path in inside})
-            layers = sorted({last[path] for path in inside})
-            parts.append(rf"{tower}\.encoder\.layers\.(?:{_any_of(blocks)})\..*\.(?:{_any_of(layers)})")
-        if projection in chosen:
-            parts.append(projection)
-    return "|".join(parts)
-
-
-def _any_of(parts: Sequence[object]) -> str:
-    return "|".join(re.escape(str(part)) for part in parts)
+    return "|".join(re.escape(path) for path in linear if names is None or last[path] in names)

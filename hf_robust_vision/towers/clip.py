@@ -7,7 +7,7 @@ Its state dict and its saved folder are those of a stock `CLIPModel`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     CLIPModel,
+    CLIPVisionModel,
     CLIPVisionModelWithProjection,
     PreTrainedModel,
 )
@@ -29,8 +30,11 @@ from .base import EncoderOutput, attack_mode
 from .weights import load_pretrained, local_or_hub
 
 
+STOCK = (CLIPModel, CLIPVisionModelWithProjection, CLIPVisionModel)
 FEATURES = ("pooled", "patch_tokens", "both")
 DEFAULT_TOKEN_LAYER = -2  # the layer that LLaVA reads
+
+_REST = ("text_model.", "text_projection.", "logit_scale", "visual_projection.")  # may lie beside a vision tower
 
 
 class _EncoderMixin:
@@ -155,20 +159,7 @@ def load_encoder(
         ValueError: If it is an adapter, another type of model, or not the whole of one; see `load_pretrained`.
     """
     name = local_or_hub(name_or_path)
-    refuse_adapter(name)
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    architectures = list(getattr(config, "architectures", None) or [])
-    if config.model_type == "clip" and architectures in ([], ["CLIPModel"]):
-        kind: type[CLIPEncoder] | type[CLIPVisionEncoder] = CLIPEncoder
-    elif config.model_type == "clip_vision_model" and "CLIPVisionModelWithProjection" in architectures:
-        kind = CLIPVisionEncoder
-    else:
-        raise ValueError(
-            f"{name} holds a {config.model_type!r} model (architectures {architectures}); wanted a CLIPModel or a "
-            "CLIPVisionModelWithProjection folder. A bare CLIPVisionModel has no projection to align with text: "
-            "save the CLIPModel that it came from."
-        )
-    model = load_pretrained(kind, name, revision=revision, dtype=dtype, **kwargs)
+    model = load_clip(name, (CLIPEncoder, CLIPVisionEncoder), revision=revision, dtype=dtype, **kwargs)
     size = _vision_config(model).image_size
     try:
         processor = AutoImageProcessor.from_pretrained(name, revision=revision)
@@ -209,6 +200,33 @@ def merge_adapter(source: str | Path, *, base: Any = None) -> Encoder:
         name, revision = (base, None) if base is not None else original_of(source)
         encoder = load_encoder(name, revision=revision)
     return merge_into(encoder, source, part=[encoder.vision_model, encoder.visual_projection])
+
+
+def load_clip(name: str | Path, kinds: Sequence[type] = STOCK, *, revision: str | None = None, **kwargs: Any) -> Any:
+    """Load a CLIP model or its vision half as one of some classes, whole or not at all.
+
+    Args:
+        name: Folder or Hub id.
+        kinds: `CLIPModel`, `CLIPVisionModelWithProjection`, `CLIPVisionModel`, or classes of theirs.
+        revision: Branch, tag or commit on the Hub.
+        kwargs: Passed on to `from_pretrained`.
+
+    Raises:
+        ValueError: If it is an adapter, another model, or not the whole of one; see `load_pretrained`.
+    """
+    place = local_or_hub(name)
+    refuse_adapter(place)
+    config = AutoConfig.from_pretrained(place, revision=revision)
+    projected = "CLIPVisionModelWithProjection" in (getattr(config, "architectures", None) or ())
+    stock = {"clip": CLIPModel, "clip_vision_model": STOCK[1] if projected else STOCK[2]}.get(config.model_type)
+    kind = next((kind for kind in kinds if stock is not None and issubclass(kind, stock)), None)
+    if kind is None:
+        wanted = " or ".join(getattr(kind, "stock_class", kind).__name__ for kind in kinds)
+        raise ValueError(
+            f"{name} holds a {config.model_type!r} model (architectures {config.architectures}); wanted a {wanted}. A "
+            "bare CLIPVisionModel has no projection to align with text: save the CLIPModel that it came from."
+        )
+    return load_pretrained(kind, place, revision=revision, unread=_REST if stock is CLIPVisionModel else (), **kwargs)
 
 
 def vision_half(encoder: Encoder) -> CLIPVisionModelWithProjection:
