@@ -23,20 +23,12 @@ from .release import REPLACED, TOWER_RECORD
 
 @dataclass(frozen=True)
 class RobustEncoder:
-    """An encoder with its record.
+    """An encoder with its record, as `robustness.json` holds it."""
 
-    Args:
-        encoder: Takes images in [0, 1]. A `CLIPEncoder`, or a `CLIPVisionEncoder` where only the tower was published.
-        tokenizer: For its text tower; None for a tower alone.
-        results: Of this model, as `robustness.json` holds them, with their protocol.
-        before: Of the original, under the same attacks.
-        folder: Where the files lie.
-    """
-
-    encoder: Encoder
-    tokenizer: Any
+    encoder: Encoder  # a `CLIPVisionEncoder` where only the tower was published
+    tokenizer: Any  # None for a tower alone
     results: list[RobustnessResult]
-    before: list[RobustnessResult]
+    before: list[RobustnessResult]  # of the original, under the same attacks
     folder: Path
 
     @property

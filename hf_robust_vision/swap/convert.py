@@ -66,14 +66,10 @@ def convert_checkpoint(
 
 
 def export_open_clip(model_folder: str, output: str | Path) -> str:
-    """Write the vision tower of a `CLIPModel` as an open_clip state dict; returns the lines to paste there.
-
-    Args:
-        model_folder: Folder or Hub id of a `CLIPModel` or a `CLIPVisionModelWithProjection`.
-        output: `.pt` file to write.
+    """Write the vision tower of a `CLIPModel` into a `.pt` file of open_clip's layout; returns the lines to paste there.
 
     Raises:
-        ValueError: If the model has no projection, which open_clip's tower ends in, or lacks a weight.
+        ValueError: If the model has no projection, which open_clip's tower ends in, or is not whole.
     """
     config, state = _vision_half(model_folder)
     if PROJECTION not in state:
@@ -102,16 +98,12 @@ def export_open_clip(model_folder: str, output: str | Path) -> str:
 
 
 def export_v4(model_folder: str, output: str | Path) -> str:
-    """Write a `CLIPVisionModel` folder in the key layout of transformers 4; returns the lines to paste there.
+    """Write the vision tower of a `CLIPModel` into a folder of transformers 4's layout; returns the lines to paste there.
 
     The original LLaVA code loads its tower by name from `config.mm_vision_tower`.
 
-    Args:
-        model_folder: Folder or Hub id of a `CLIPModel`, or of its vision half.
-        output: Folder to write.
-
     Raises:
-        ValueError: If the folder holds another model, or lacks a weight.
+        ValueError: If it holds another model, is not whole, or has no image processor. Nothing is written then.
     """
     folder = _free(output)
     own, weights = _vision_half(model_folder)

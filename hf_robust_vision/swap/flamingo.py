@@ -75,11 +75,7 @@ class FlamingoInputs(VLMInputs):
         return super().identity() | {"tower": asdict(tower.geometry), "switches": switches, "language": plain} | stop
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> list[list[int]]:
-        """See `VLMInputs.encode`; an image takes one place.
-
-        Raises:
-            ValueError: If a prompt has not exactly one image token.
-        """
+        """See `VLMInputs.encode`; an image takes one place."""
         for prompt in prompts:
             if prompt.count(self.image_token) != 1:
                 raise ValueError(f"the prompt {prompt!r} must hold the image token {self.image_token!r} once.")

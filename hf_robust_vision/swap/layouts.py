@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from hf_robust_vision.towers.base import attack_mode
 
 from .journal import Journal
-from .open_clip import PROJECTION, clip_keys, hf_to_openclip, openclip_to_hf, square_side
+from .open_clip import PROJECTION, clip_keys, hf_to_openclip, key_map, openclip_to_hf, square_side
 
 
 _ACTIVATIONS = {
@@ -48,27 +48,20 @@ class Geometry:
         return int(self.image_size // self.patch_size) ** 2
 
 
+@dataclass(eq=False, repr=False)
 class Tower:
-    """A CLIP vision tower inside a model, with Hugging Face's names.
+    """A CLIP vision tower inside a model, with Hugging Face's names."""
 
-    Args:
-        path: Its dotted name in the model; empty if it is the model itself.
-        module: Holds `embeddings`, `pre_layrnorm`, `encoder.layers` and `post_layernorm`.
-        projection: The projection that belongs to the tower, where the model has one that may change with it.
-        layers_read: Which of `tokens` the model reads, or None where that is not known.
-    """
+    path: str  # its dotted name in the model; empty if it is the model itself
+    module: nn.Module
+    projection: nn.Linear | None = None  # that belongs to the tower, where the model has one that may change with it
+    layers_read: tuple[int, ...] | None = None  # which of `tokens` the model reads, None where that is not known
 
-    told_by = "the config"
-
-    def __init__(
-        self,
-        path: str,
-        module: nn.Module,
-        *,
-        projection: nn.Linear | None = None,
-        layers_read: tuple[int, ...] | None = None,
-    ):
-        self.path, self.module, self.projection, self.layers_read = path, module, projection, layers_read
+    # Where its parts are. The first weight tells device and dtype; what leaves `_first` enters the first block.
+    _patches: ClassVar[str] = "embeddings.patch_embedding.weight"
+    _first: ClassVar[str] = "pre_layrnorm"
+    _blocks: ClassVar[str] = "encoder.layers"
+    _told_by: ClassVar[str] = "the config"
 
     def __repr__(self) -> str:
         return f"{type(self.module).__name__} at {self.path or '(the model itself)'}"
@@ -87,8 +80,7 @@ class Tower:
         def act(module: nn.Module) -> str:
             return told.hidden_act if type(module) is same else _act(module)
 
-        blocks: list[Any] = list(self.blocks)
-        self._agree(told, [(act(block.mlp.activation_fn), block.self_attn.num_heads) for block in blocks])
+        self._agree(told, [(act(block.mlp.activation_fn), block.self_attn.num_heads) for block in self.blocks])
         return told
 
     def _agree(self, told: Geometry, found: list[tuple[str, int]]) -> None:
@@ -99,24 +91,19 @@ class Tower:
         for place, name, value in [*seen, *((path, "layer_norm_eps", norm.eps) for path, norm in norms)]:
             if value != getattr(told, name):
                 raise ValueError(
-                    f"{self}: {self.told_by} says {name}={getattr(told, name)!r}, {place} computes with {value!r}: "
+                    f"{self}: {self._told_by} says {name}={getattr(told, name)!r}, {place} computes with {value!r}: "
                     "make the two agree, or load the model anew."
                 )
 
     @property
     def patch_weight(self) -> Tensor:
         """The weight that meets the pixel values, and so tells their device and dtype."""
-        return self.module.get_parameter("embeddings.patch_embedding.weight")
+        return self.module.get_parameter(self._patches)
 
     @property
-    def first(self) -> nn.Module:
-        """The module whose output enters the first block."""
-        return self.module.get_submodule("pre_layrnorm")
-
-    @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> list[Any]:
         """The transformer blocks."""
-        return self.module.get_submodule("encoder.layers")  # type: ignore[return-value]
+        return list(self.module.get_submodule(self._blocks).children())
 
     def weights(self) -> dict[str, nn.Parameter]:
         """All weights of the tower under its own names, the projection among them."""
@@ -149,9 +136,6 @@ class Tower:
 
         Returns:
             Tensors of shape (batch, 1 + patches, width).
-
-        Raises:
-            ValueError: If the tower can not run on its own.
         """
         return self.run(pixel_values)[0]
 
@@ -163,7 +147,9 @@ class Tower:
         def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
             caught.append(output[0] if isinstance(output, tuple) else output)
 
-        hooks = [module.register_forward_hook(catch) for module in (self.first, *self.blocks)]
+        hooks = [
+            module.register_forward_hook(catch) for module in (self.module.get_submodule(self._first), *self.blocks)
+        ]
         plain, tower = isinstance(self.module, CLIPVisionModel), cast(Any, self.module)
         settings = {"output_hidden_states": True} if plain else {}
         try:
@@ -204,25 +190,26 @@ class Tower:
 
     def _resize(self, wanted: Geometry, journal: Journal) -> None:
         embeddings: Any = self.module.embeddings
-        rows = 1 + wanted.num_patches
-        journal.set(embeddings, "image_size", wanted.image_size)
-        journal.set(embeddings, "num_patches", wanted.num_patches)
-        journal.set(embeddings, "num_positions", rows)
-        journal.set(embeddings, "position_ids", torch.arange(rows, device=embeddings.position_ids.device)[None])
-        journal.set(embeddings.position_embedding, "weight", _empty_rows(embeddings.position_embedding.weight, rows))
-        journal.set(embeddings.position_embedding, "num_embeddings", rows)
+        table, rows = embeddings.position_embedding, 1 + wanted.num_patches
+        empty = nn.Parameter(table.weight.detach().new_zeros(rows, table.embedding_dim), table.weight.requires_grad)
+        ids = torch.arange(rows, device=embeddings.position_ids.device)[None]
+        told = {"image_size": wanted.image_size, "num_patches": wanted.num_patches, "num_positions": rows}
+        for name, value in (told | {"position_ids": ids}).items():
+            journal.set(embeddings, name, value)
+        journal.set(table, "weight", empty)
+        journal.set(table, "num_embeddings", rows)
 
 
 class OpenClipTower(Tower):
     """An open_clip vision transformer inside a model, recognised by its shape: open_clip is never imported."""
 
-    told_by = "the first block"
+    _patches, _first, _blocks, _told_by = "conv1.weight", "ln_pre", "transformer.resblocks", "the first block"
 
     @property
     def geometry(self) -> Geometry:
         """Sizes and settings, from the modules, for there is no config."""
         module: Any = self.module
-        block: Any = self.blocks[0]
+        block = self.blocks[0]
         activation = _act(block.mlp.gelu)
         if activation not in _ACTIVATIONS.values() or getattr(block.mlp.gelu, "approximate", "none") != "none":
             raise ValueError(f"{self}: activation {block.mlp.gelu} is neither GELU nor QuickGELU.")
@@ -237,24 +224,8 @@ class OpenClipTower(Tower):
             hidden_act=activation,
             layer_norm_eps=block.ln_1.eps,
         )
-        blocks: list[Any] = list(self.blocks)
-        self._agree(told, [(_act(block.mlp.gelu), block.attn.num_heads) for block in blocks])
+        self._agree(told, [(_act(block.mlp.gelu), block.attn.num_heads) for block in self.blocks])
         return told
-
-    @property
-    def patch_weight(self) -> Tensor:
-        """The weight that meets the pixel values, and so tells their device and dtype."""
-        return self.module.get_parameter("conv1.weight")
-
-    @property
-    def first(self) -> nn.Module:
-        """The module whose output enters the first block."""
-        return self.module.get_submodule("ln_pre")
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks."""
-        return self.module.get_submodule("transformer.resblocks")  # type: ignore[return-value]
 
     def clip_state(self) -> dict[str, Tensor]:
         """All weights under CLIP keys."""
@@ -266,8 +237,7 @@ class OpenClipTower(Tower):
 
     def expected(self) -> set[str]:
         """The names that a plain tower has."""
-        nothing = dict.fromkeys(clip_keys(len(self.blocks)) | {PROJECTION}, torch.empty(0, 0))
-        return set(hf_to_openclip(nothing))
+        return {*key_map(len(self.blocks)), "proj"}
 
     def unread(self) -> list[str]:
         """The projection, where the model reads tokens; whether they are normalised depends on open_clip's version."""
@@ -295,10 +265,6 @@ def tell_config(config: Any, wanted: Geometry, journal: Journal) -> None:
     for name in ("hidden_act", "num_attention_heads", "image_size"):
         if getattr(config, name) != getattr(wanted, name):
             journal.set(config, name, getattr(wanted, name))
-
-
-def _empty_rows(weight: nn.Parameter, rows: int) -> nn.Parameter:
-    return nn.Parameter(weight.detach().new_zeros(rows, weight.shape[1]), requires_grad=weight.requires_grad)
 
 
 def _act(module: nn.Module) -> str:

@@ -38,7 +38,7 @@ _INNER = {
 
 def clip_keys(num_layers: int) -> set[str]:
     """The keys of a `CLIPVisionModel` of so many layers, without a projection."""
-    return {name for names in _key_map(num_layers).values() for name in names}
+    return {name for names in key_map(num_layers).values() for name in names}
 
 
 def openclip_to_hf(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -57,10 +57,10 @@ def openclip_to_hf(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         ValueError: If there is no plain vision transformer in it, or a key is unknown or missing.
     """
     state = _below_anchor(_unwrap(state_dict), "class_embedding")
-    key_map = _key_map(_count(state, "transformer.resblocks."))
-    _check_keys(state, set(key_map), optional={"proj"}, wanted="an open_clip vision transformer")
+    places = key_map(_count(state, "transformer.resblocks."))
+    _check_keys(state, set(places), optional={"proj"}, wanted="an open_clip vision transformer")
     converted: dict[str, Tensor] = {}
-    for key, names in key_map.items():
+    for key, names in places.items():
         converted |= zip(names, state[key].chunk(len(names)), strict=True)
     # open_clip multiplies tokens with its projection from the right, a linear layer does so from the left.
     return converted | ({PROJECTION: state["proj"].T.contiguous()} if "proj" in state else {})
@@ -82,17 +82,13 @@ def hf_to_openclip(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     state = clip_state(state_dict)
     converted = {
         key: state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
-        for key, names in _key_map(_count(state, "encoder.layers.")).items()
+        for key, names in key_map(_count(state, "encoder.layers.")).items()
     }
     return converted | ({"proj": state[PROJECTION].T.contiguous()} if PROJECTION in state else {})
 
 
 def clip_state(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The vision weights of any CLIP state dict, Hugging Face's or open_clip's, under CLIP keys.
-
-    Raises:
-        ValueError: If there is no CLIP vision tower in it, or a key is unknown or missing.
-    """
+    """The vision weights of any CLIP state dict, Hugging Face's or open_clip's, under CLIP keys."""
     whole = _unwrap(state_dict)
     if not any(key.endswith("embeddings.class_embedding") for key in whole):
         return openclip_to_hf(whole)
@@ -133,7 +129,7 @@ def square_side(num_patches: int) -> int:
     return side
 
 
-def _key_map(num_layers: int) -> dict[str, tuple[str, ...]]:
+def key_map(num_layers: int) -> dict[str, tuple[str, ...]]:
     """open_clip's keys to CLIP's: one, or the three that open_clip keeps on top of each other in one matrix."""
     names: dict[str, tuple[str, ...]] = {old: (new,) for old, new in _OUTER.items()}
     for i, kind in itertools.product(range(num_layers), ("weight", "bias")):

@@ -30,21 +30,13 @@ _ADVICE = {
 
 @dataclass
 class Plan:
-    """The swap of one tower, prepared without touching it.
-
-    Args:
-        tower: To be changed.
-        old: Its geometry before.
-        new: Its geometry afterwards.
-        state: The new weights under the tower's own names, in its dtype.
-        reference: A plain CLIP tower with these weights, which the source was found equal to.
-    """
+    """The swap of one tower, prepared without touching it."""
 
     tower: Tower
     old: Geometry
     new: Geometry
-    state: dict[str, Tensor]
-    reference: Tower
+    state: dict[str, Tensor]  # under the tower's own names, in its dtype
+    reference: Tower  # a plain CLIP tower with these weights, which the source was found equal to
 
     @property
     def switched(self) -> list[str]:
@@ -61,11 +53,7 @@ def differences(want: Geometry, got: Geometry) -> list[tuple[str, Any, Any]]:
 def make_plan(
     tower: Tower, source: Source, *, resize: str, hidden_act: str | None, num_attention_heads: int | None
 ) -> Plan:
-    """Fit the source's weights to one tower.
-
-    Raises:
-        ValueError: If a size or a setting differs and no argument settles it, or a weight is not finite.
-    """
+    """Fit the source's weights to one tower; refuse what no argument settles, and weights that are not finite."""
     old = tower.geometry
     new = source.completed(old, hidden_act=hidden_act, num_attention_heads=num_attention_heads)
     settled = {"image_size"} if resize != "error" else set()
@@ -89,11 +77,7 @@ def make_plan(
 
 
 def check_native(model_type: str, plans: Sequence[Plan], processor: Any) -> None:
-    """Refuse to run a model at another image size unless model and processor can both be told.
-
-    Raises:
-        ValueError: If the kind of model cannot, or the processor is absent or does not count patches as the tower does.
-    """
+    """Refuse to run a model at another image size unless model and processor can both be told."""
     if not any("image_size" in plan.switched for plan in plans):
         return
     sizes = f"{plans[0].old.image_size} px to {plans[0].new.image_size} px"
@@ -116,11 +100,7 @@ def check_native(model_type: str, plans: Sequence[Plan], processor: Any) -> None
 
 
 def check_shared(plans: Sequence[Plan], others: Sequence[str]) -> None:
-    """Refuse to switch settings of some towers only: the model's config has one `vision_config` for all.
-
-    Raises:
-        ValueError: If a setting changes and a tower is left out.
-    """
+    """Refuse to switch settings of some towers only: the model's config has one `vision_config` for all."""
     switched = sorted({name for plan in plans for name in plan.switched})
     if switched and others:
         raise ValueError(
@@ -130,11 +110,7 @@ def check_shared(plans: Sequence[Plan], others: Sequence[str]) -> None:
 
 
 def check_pixels(source: Source, processor: Any) -> bool:
-    """Whether means and standard deviations of source and processor are both known.
-
-    Raises:
-        ValueError: If they are, and differ, or if one of the two does not bring pixels to [0, 1] as the other does.
-    """
+    """Whether means and standard deviations of source and processor are both known; refuse any that differ."""
     known, wanted = processor_pixels(processor) if processor is not None else None, source.pixels
     if known is None or wanted is None:
         return False

@@ -15,55 +15,33 @@ REPORT_NAME = "swap_report.json"
 
 @dataclass(frozen=True)
 class TowerReport:
-    """One tower before and after.
+    """One tower before and after. Drift and error are None where they were not measured."""
 
-    Args:
-        path: Its dotted name in the model.
-        parameters: Number of weights.
-        changed: How many of them have another value now.
-        unread: How many of them the VLM never reads, as far as that is known from its config.
-        unread_names: Their names.
-        drift: Mean cosine of old and new clean patch tokens at the layers that the VLM reads; 1 is no drift. None if
-            it was not measured.
-        output_error: Largest relative difference of the tower's tokens to the source's, over all layers, or None.
-        sha256_before: Hash of the old weights.
-        sha256_after: Hash of the new weights.
-    """
-
-    path: str
+    path: str  # its dotted name in the model
     parameters: int
-    changed: int
-    unread: int
+    changed: int  # how many of them have another value now
+    unread: int  # how many the VLM never reads, as far as its config tells
     unread_names: list[str]
-    drift: float | None
-    output_error: float | None
-    sha256_before: str
+    drift: (
+        float | None
+    )  # mean cosine of old and new clean patch tokens at the layers that the VLM reads; 1 is no drift
+    output_error: float | None  # largest relative difference of what the tower computes to the source, over all layers
+    sha256_before: str  # of the old weights
     sha256_after: str
 
 
 @dataclass
 class SwapReport:
-    """What `swap_vision_encoder` did.
+    """What `swap_vision_encoder` did."""
 
-    Args:
-        model: Class of the VLM.
-        source: Where the weights come from.
-        resize: How different image sizes were reconciled.
-        image_size: Of the tower now.
-        towers: One entry a tower.
-        checks: What was checked, in words.
-        warnings: What the reader should know.
-        versions: Of the libraries.
-    """
-
-    model: str
-    source: str
-    resize: str
-    image_size: int
+    model: str  # class of the VLM
+    source: str  # where the weights come from
+    resize: str  # how different image sizes were reconciled
+    image_size: int  # of the tower now
     towers: list[TowerReport]
-    checks: list[str]
-    warnings: list[str]
-    versions: dict[str, str]
+    checks: list[str]  # what was checked, in words
+    warnings: list[str]  # what the reader should know
+    versions: dict[str, str]  # of the libraries
     _journal: Journal | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,40 +25,24 @@ from .towers import check_writable, find_towers
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """What an image processor does to pixels; None where it is not told.
+    """What an image processor does to pixels; None where it is not told."""
 
-    Args:
-        mean: Of the normalisation, zeros without one.
-        std: Likewise, ones without one.
-        rescale: Factor from whole numbers to fractions, 1 without one.
-        resample: PIL's code of the resize.
-        size: Height and width of the result.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    rescale: float | None = None
-    resample: int | None = None
-    size: tuple[int, int] | None = None
+    mean: tuple[float, ...]  # zeros without normalisation
+    std: tuple[float, ...]  # ones without
+    rescale: float | None = None  # factor from whole numbers to fractions
+    resample: int | None = None  # PIL's code
+    size: tuple[int, int] | None = None  # height and width
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights of a hardened encoder.
+    """Weights of a hardened encoder."""
 
-    Args:
-        name: Where they come from, for the report; never a whole local path.
-        state: CLIP keys to tensors, `visual_projection.weight` among them if there is one.
-        geometry: Sizes and settings, or None for a bare state dict, which does not tell the settings.
-        pixels: Settings of the image processor, or None where unknown.
-        tower: The encoder itself, where the source is a model.
-    """
-
-    name: str
-    state: dict[str, Tensor]
-    geometry: Geometry | None = None
-    pixels: PixelSettings | None = None
-    tower: Tower | None = None
+    name: str  # where they come from, for the report; never a whole local path
+    state: dict[str, Tensor]  # CLIP keys, `visual_projection.weight` among them if there is one
+    geometry: Geometry | None = None  # None for a bare state dict, which does not tell the settings
+    pixels: PixelSettings | None = None  # None where unknown
+    tower: Tower | None = None  # the encoder itself, where the source is a model
 
     def completed(self, donor: Geometry, *, hidden_act: str | None, num_attention_heads: int | None) -> Geometry:
         """The whole geometry; the sizes are read from the weights, missing settings are those of `donor`."""

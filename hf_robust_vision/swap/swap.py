@@ -137,7 +137,9 @@ def _commit(plan: Plan, journal: Journal, *, verify: bool) -> TowerReport:
         int((old[name] != value).sum()) if old[name].shape == value.shape else value.numel()
         for name, value in state.items()
     )
+    # Signed, because bringing an older tower back under a newer one would mix the two.
     journal.sign(tower.module)
+    # In place: dtype, device, hooks, flags and the optimizer's references to the parameters all stay.
     tower.adapt(plan.old, plan.new, journal)
     weights = tower.weights()
     for name, value in state.items():

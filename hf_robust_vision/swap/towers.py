@@ -70,11 +70,7 @@ def model_config(model: nn.Module) -> Any:
 
 
 def check_writable(tower: Tower) -> None:
-    """Refuse a tower whose weights are not plain tensors in memory under CLIP's names.
-
-    Raises:
-        ValueError: If they are offloaded, sharded, quantised, or hold an adapter; the model was not touched.
-    """
+    """Refuse a tower whose weights are not plain tensors in memory under CLIP's names."""
     weights = tower.weights()
     names = set(weights)
     if has_adapter(tower.module):

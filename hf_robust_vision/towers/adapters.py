@@ -83,11 +83,8 @@ def add_adapter(
         rank: Of the two small matrices beside each weight.
         alpha: Their product counts `alpha / rank` times.
         dropout: On what enters them.
-        target_modules: Last parts of the names of the layers that are wanted; by default all.
+        target_modules: Last parts of the names of the layers that are wanted; by default all. One that none has is refused.
         seed: Of the first weights.
-
-    Raises:
-        ValueError: If no layer that trains has one of the names.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -142,19 +139,11 @@ def merged(model: Any) -> Any:
 
 @torch.no_grad()
 def merge_into(model: Any, name: str | Path, *, part: Sequence[nn.Module]) -> Any:
-    """Add an adapter into the weights of a model, in place.
-
-    Args:
-        model: Of the class that the adapter was trained on.
-        name: Folder or Hub id of the adapter.
-        part: What of the model the adapter has to change.
-
-    Returns:
-        The model; where the adapter was refused, it is of no use any more.
+    """Add an adapter into the weights of a model, in place; where it is refused, the model is of no use any more.
 
     Raises:
-        ValueError: If a weight of the adapter is missing, unknown, not finite or of another shape, or if `part` stays as
-            it was: then the model would pass for a hardened one.
+        ValueError: If a weight of the adapter is missing, unknown, not finite or of another shape, or if `part` of the
+            model stays as it was: then it would pass for a hardened one.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 

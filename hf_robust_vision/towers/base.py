@@ -14,17 +14,11 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class EncoderOutput(ModelOutput):
-    """What one forward pass gives a loss; what was not asked for is None.
+    """What one forward pass gives a loss; what was not asked for is None. Embeddings are projected, not normalised."""
 
-    Args:
-        image_embeds: Projected class-token embeddings, not normalised, shape (batch, dim).
-        patch_tokens: Patch tokens of the layer asked for, class token cut, shape (batch, patches, width).
-        text_embeds: Projected embeddings of the prompts, not normalised, shape (prompts, dim).
-    """
-
-    image_embeds: Tensor = None  # type: ignore[assignment]
-    patch_tokens: Tensor = None  # type: ignore[assignment]
-    text_embeds: Tensor = None  # type: ignore[assignment]
+    image_embeds: Tensor = None  # type: ignore[assignment]  # of the class token, shape (batch, dim)
+    patch_tokens: Tensor = None  # type: ignore[assignment]  # of the layer asked for, shape (batch, patches, width)
+    text_embeds: Tensor = None  # type: ignore[assignment]  # of the prompts, shape (prompts, dim)
 
 
 @contextmanager

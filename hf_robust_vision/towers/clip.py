@@ -84,13 +84,7 @@ class CLIPEncoder(_EncoderMixin, CLIPModel):
         prompts: Mapping[str, Tensor] | None = None,
         token_layer: int | None = None,
     ) -> EncoderOutput:
-        """Encode images, prompts, or both.
-
-        Args:
-            images: Images in [0, 1], shape (batch, 3, height, width).
-            prompts: `input_ids` and `attention_mask` of the prompts.
-            token_layer: Also give the patch tokens of this entry of `hidden_states`.
-        """
+        """Encode images (see `encode_images`), prompts (their `input_ids` and `attention_mask`), or both."""
         output = self.encode_images(images, token_layer) if images is not None else EncoderOutput()
         if prompts is not None:
             output["text_embeds"] = self.encode_prompts(prompts)
@@ -179,14 +173,11 @@ def load_encoder(
 
 
 def merge_adapter(source: str | Path, *, base: Any = None) -> Encoder:
-    """Load an adapter and the model that it was trained on, and add the one into the other.
+    """Load an adapter and the model that it was trained on, and add the one into the other; to be saved as a stock model.
 
     Args:
         source: Folder or Hub id of an adapter.
         base: The model that it was trained on, or its folder or Hub id; by default the one that the adapter names.
-
-    Returns:
-        An encoder; its `save_pretrained` writes a stock model folder.
 
     Raises:
         ValueError: If the adapter does not name its base, does not fit it, or leaves its vision tower as it was.
@@ -203,13 +194,7 @@ def merge_adapter(source: str | Path, *, base: Any = None) -> Encoder:
 
 
 def load_clip(name: str | Path, kinds: Sequence[type] = STOCK, *, revision: str | None = None, **kwargs: Any) -> Any:
-    """Load a CLIP model or its vision half as one of some classes, whole or not at all.
-
-    Args:
-        name: Folder or Hub id.
-        kinds: `CLIPModel`, `CLIPVisionModelWithProjection`, `CLIPVisionModel`, or classes of theirs.
-        revision: Branch, tag or commit on the Hub.
-        kwargs: Passed on to `from_pretrained`.
+    """Load a CLIP model or its vision half as one of some classes of `STOCK`, or derived from them.
 
     Raises:
         ValueError: If it is an adapter, another model, or not the whole of one; see `load_pretrained`.
@@ -254,11 +239,7 @@ def _vision_config(model: PreTrainedModel) -> Any:
 
 
 def token_layer_of(feature: str, layer: int) -> int | None:
-    """The layer to read for a `feature`, or None where only the pooled embedding is read.
-
-    Raises:
-        ValueError: If the feature is not one of "pooled", "patch_tokens", "both".
-    """
+    """The layer to read for a `feature`, or None where only the pooled embedding is read."""
     if feature not in FEATURES:
         raise ValueError(f"unknown feature {feature!r}; choose one of {', '.join(map(repr, FEATURES))}.")
     return None if feature == "pooled" else layer

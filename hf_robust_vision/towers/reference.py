@@ -20,11 +20,8 @@ _PROBES = 64  # pixels that tell an image that was seen before from a changed on
 class Reference:
     """The original model: images in [0, 1] to its features, without gradient.
 
-    Args:
-        encoder: Copied and frozen.
-        token_layer: Also give the patch tokens of this layer.
-        share_weights: Copy the modules only, around the weights of `encoder` itself: the original of a model whose
-            adapter, added afterwards, is all that trains.
+    It is a frozen copy. With `share_weights` only the modules are copied, around the weights of `encoder` itself: the
+    original of a model whose adapter, added afterwards, is all that trains.
     """
 
     def __init__(self, encoder: Encoder, token_layer: int | None = None, *, share_weights: bool = False):
@@ -45,18 +42,10 @@ class Reference:
 
 
 class TargetCache:
-    """Remembers features by sample id, in the memory of the CPU, until its share is full.
+    """Remembers features by sample id, in so many mebibytes of the CPU's memory; a stream's ids name no samples.
 
     A feature is that of the batch in which its sample came first: where a batch of another composition is computed
     with other roundings, it differs in the last digits.
-
-    Args:
-        reference: Images to features.
-        mebibytes: Memory for them.
-        dataset: That the images come from.
-
-    Raises:
-        ValueError: If the dataset is a stream, whose ids name other images at each epoch.
     """
 
     def __init__(self, reference: Callable[[Tensor], EncoderOutput], mebibytes: int, dataset: Any):
@@ -69,15 +58,7 @@ class TargetCache:
         return len(self._features)
 
     def __call__(self, images: Tensor, ids: Tensor) -> EncoderOutput:
-        """Features of a batch; only samples that are new are computed.
-
-        Args:
-            images: Shape (batch, 3, height, width).
-            ids: Shape (batch,).
-
-        Raises:
-            ValueError: If an image is not the one that its id named before.
-        """
+        """Features of a batch, images and ids in the same order; only those of samples that are new are computed."""
         probes = images.flatten(1)[:, :: max(images[0].numel() // _PROBES, 1)].cpu()
         names = ids.tolist()
         entries: list[Any] = [self._features.get(name) for name in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -23,19 +24,12 @@ from .clip import text_embeddings
 
 @dataclass(frozen=True)
 class TextBank:
-    """Class embeddings of a zero-shot classifier.
+    """Class embeddings of a zero-shot classifier."""
 
-    Args:
-        embeddings: Unit vectors, shape (classes, dim).
-        class_names: In the order of the labels.
-        templates: Prompts that were averaged, with "{}" for the class name.
-        logit_scale: The model's own frozen `exp(logit_scale)`.
-    """
-
-    embeddings: Tensor
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...]
-    logit_scale: float
+    embeddings: Tensor  # unit vectors, shape (classes, dim)
+    class_names: tuple[str, ...]  # in the order of the labels
+    templates: tuple[str, ...]  # prompts that were averaged, with "{}" for the class name
+    logit_scale: float  # the model's own frozen `exp(logit_scale)`
 
     def logits(self, image_embeds: Tensor) -> Tensor:
         """Scaled cosines, shape (batch, classes), from image embeddings that need not be normalised."""
@@ -47,11 +41,7 @@ class TextBank:
         return lambda images: self.logits(encode(images))
 
     def need_classes(self, class_names: Sequence[str]) -> None:
-        """Refuse labels of other classes than the bank's, or in another order.
-
-        Raises:
-            ValueError: If the names differ.
-        """
+        """Refuse labels of other classes than the bank's, or in another order."""
         if tuple(class_names) != self.class_names:
             raise ValueError(
                 f"the dataset has classes {list(class_names)[:3]}..., the text bank {list(self.class_names)[:3]}...; "
@@ -78,7 +68,7 @@ def make_text_bank(
         batch_size: Prompts per forward pass.
 
     Raises:
-        ValueError: If there are fewer than two classes, or `check_templates` refuses a template.
+        ValueError: If there are fewer than two classes, `check_templates` refuses a template, or the model gives NaN.
     """
     check_class_names(class_names)
     check_templates(templates)
@@ -91,15 +81,15 @@ def make_text_bank(
             embeddings.append(text_embeddings(model, tokens))
         classes = class_embeddings(torch.cat(embeddings), len(templates))
         scale = float(model.logit_scale.exp())
+    if not math.isfinite(scale) or not bool(torch.isfinite(classes).all()):
+        raise ValueError(
+            "the text embeddings or logit_scale of the model are not finite: every image would be class 0."
+        )
     return TextBank(classes, tuple(class_names), tuple(templates), scale)
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Refuse no template, and one that holds other than exactly one "{}" and no further brace.
-
-    Raises:
-        ValueError: If there is one.
-    """
+    """Refuse no template, and one that holds other than exactly one "{}" and no further brace."""
     wrong = [template for template in templates if template.count("{}") != 1 or len(re.findall("[{}]", template)) != 2]
     if wrong or not templates:
         raise ValueError(f'a template needs one "{{}}" for the class name and no other brace, got {wrong[:3]}.')
@@ -127,12 +117,7 @@ def class_embeddings(text_embeds: Tensor, templates: int) -> Tensor:
 def check_class_names(class_names: Sequence[str]) -> None:
     """Refuse fewer than two classes, and warn of names that stand twice.
 
-    "missile" and "sunglasses" do so among ImageNet's names in CLIP_benchmark. No text tells such classes apart: their
-    logits are equal up to rounding. As a rule the first is answered, the images of the others count as wrong, and
-    whether those of the first count as robust may hang on rounding.
-
-    Raises:
-        ValueError: If there are fewer than two classes.
+    "missile" and "sunglasses" do so among ImageNet's names in CLIP_benchmark: their logits are equal up to rounding.
     """
     if len(class_names) < 2:
         raise ValueError(f"a classifier needs at least 2 classes, got {list(class_names)}.")

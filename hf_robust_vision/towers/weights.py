@@ -119,16 +119,7 @@ def load_state_dict(path: str | Path) -> Mapping[str, Any]:
 
 
 def check_weights(weights: Mapping[str, Tensor], name: str, dtype: torch.dtype | None = None) -> None:
-    """Refuse weights that are no finite floats, or are none any more in another dtype.
-
-    Args:
-        weights: By their names.
-        name: Where they come from, for the message.
-        dtype: That they will be cast to.
-
-    Raises:
-        ValueError: Naming the first such weight.
-    """
+    """Refuse weights from `name` that are no finite floats, or would be none any more in another dtype."""
     for key, value in weights.items():
         if value.dtype not in FLOATS:
             raise ValueError(f"{name} holds {key} as {value.dtype}: dequantise it first.")
@@ -139,12 +130,12 @@ def check_weights(weights: Mapping[str, Tensor], name: str, dtype: torch.dtype |
 
 
 def load_pretrained(kind: Any, name: str, *, unread: Sequence[str] = (), **kwargs: Any) -> Any:
-    """`from_pretrained`, and nothing left random, dropped, not finite or not a float.
+    """`from_pretrained` of a class of transformers, and nothing left random, dropped, not finite or not a float.
 
     Args:
-        kind: Class of transformers.
+        kind: The class.
         name: Folder or Hub id, of `local_or_hub`.
-        unread: Beginnings of the keys that may be there though this class has no place for them.
+        unread: Beginnings of the keys that may be there though the class has no place for them.
         kwargs: Passed on.
 
     Raises:
