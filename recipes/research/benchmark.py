@@ -34,6 +34,7 @@ from transformers import AutoProcessor
 from hf_robust_vision.data.demo import DEMO_EPS, demo_checkpoint, load_demo
 from hf_robust_vision.evaluation.results import wilson_interval
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
+from hf_robust_vision.report.tables import markdown_table
 from hf_robust_vision.towers.clip import load_encoder
 
 
@@ -105,24 +106,18 @@ def harden(
 def robustness_table(seconds: float) -> list[str]:
     """Time to robustness, as Markdown lines."""
     published = harden(10, seconds, every=10, target=None)
-    target = published["robust"]
-    lines = [
-        "| attack steps | precision | seconds | updates | robust | 95 % interval | clean |",
-        "|" + "---|" * 7,
-    ]
-
-    def add(steps: int, precision: str, row: dict[str, float]) -> None:
+    table, target = [], published["robust"]
+    for steps, precision in ((10, "fp32 (published)"), *((steps, "fp32") for steps in (5, 3, 2, 1)), (2, "bf16")):
+        row = published
+        if steps < 10:
+            row = harden(steps, 2 * seconds, every=10, target=target, bf16=precision == "bf16")
         low, high = wilson_interval(round(row["robust"] * 256), 256)
         reached = f"{row['seconds']:.0f}" if row["robust"] >= target else f"not in {row['seconds']:.0f}"
-        cells = (steps, precision, reached, row["updates"], f"{row['robust']:.3f}", f"{low:.3f} to {high:.3f}")
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['clean']:.3f} |")
-        print(lines[-1], file=sys.stderr)
-
-    add(10, "fp32 (published)", published)
-    for steps in (5, 3, 2, 1):
-        add(steps, "fp32", harden(steps, 2 * seconds, every=10, target=target))
-    add(2, "bf16", harden(2, 2 * seconds, every=10, target=target, bf16=True))
-    return lines
+        shares = (f"{row['robust']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['clean']:.3f}")
+        table.append([steps, precision, reached, row["updates"], *shares])
+        print(*table[-1], sep=" | ", file=sys.stderr)
+    head = ["attack steps", "precision", "seconds", "updates", "robust", "95 % interval", "clean"]
+    return markdown_table(head, table).splitlines()
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from benchmark_steps import trainer_step, vit_b_32
 
+from hf_robust_vision.report.tables import markdown_table
+
 
 def scaling_table(batch_size: int, steps: int, rounds: int) -> list[str]:
     """Images per second of one process, of two under DDP and of two on their own, and their ratios, as Markdown."""
@@ -32,9 +34,10 @@ def scaling_table(batch_size: int, steps: int, rounds: int) -> list[str]:
 def table(one: float, ddp: float, ceiling: float) -> list[str]:
     """Two processes against one as a ratio, and that ratio against the one of two that share nothing."""
     speeds = {"one": one, "two, DDP (gloo)": ddp, "two that share nothing: the ceiling": ceiling}
-    rows = [f"| {name} | {speed:.2f} | {speed / one:.2f} |" for name, speed in speeds.items()]
+    rows = [[name, f"{speed:.2f}", f"{speed / one:.2f}"] for name, speed in speeds.items()]
     said = f"Two processes against one: {ddp / one:.2f}, of a ceiling of {ceiling / one:.2f}; that is {ddp / ceiling:.0%}."
-    return ["| processes | images/s | times one process |", "|---|---|---|", *rows, "", said]
+    lines = markdown_table(["processes", "images/s", "times one process"], rows).splitlines()
+    return [*lines, "", said]
 
 
 def together(commands: list[list[str]]) -> float:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer, siamese_loss
+from hf_robust_vision.report.tables import markdown_table
 from hf_robust_vision.towers.base import attack_mode
 from hf_robust_vision.towers.clip import CLIPEncoder, as_encoder, freeze_unread
 from hf_robust_vision.training.base import Batch
@@ -197,14 +198,13 @@ def steps_table(batch_size: int, steps: int, rounds: int) -> list[str]:
     images = torch.rand(batch_size, 3, 224, 224)
     medians = interleaved(variants(images, steps)["steps"], rounds)
     published, naive, *_, base = medians.values()
-    lines = [
-        "| step | images/s | times (a) | times (b) | time / floor | peak memory, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, seconds in medians.items():
+        times = (batch_size / seconds, published / seconds, naive / seconds, seconds / base)
         memory = peak_memory("steps", name, batch_size, steps)
-        row = (name, f"{batch_size / seconds:.2f}", f"{published / seconds:.2f}", f"{naive / seconds:.2f}")
-        lines.append(f"| {' | '.join(row)} | {seconds / base:.2f} | {memory:.0f} |")
+        rows.append([name, *(f"{number:.2f}" for number in times), f"{memory:.0f}"])
+    head = ["step", "images/s", "times (a)", "times (b)", "time / floor", "peak memory, MiB"]
+    lines = markdown_table(head, rows).splitlines()
     encoder = vit_b_32()
     share = saved_bytes(encoder, images, frozen=True) / saved_bytes(encoder, images, frozen=False)
     return [*lines, "", f"Bytes saved for the attack's backward pass, (c) to (a): {share:.2f}."]
@@ -218,10 +218,8 @@ def options_table(table: str, batch_size: int, steps: int, rounds: int) -> list[
         medians = interleaved({first: build, name: other}, rounds)  # all at once would fill a small machine
         rows.setdefault(first, (medians[first], 1.0))
         rows[name] = (medians[name], medians[first] / medians[name])
-    lines = ["| step | images/s | times the first row |", "|---|---|---|"]
-    for name, (seconds, times) in rows.items():
-        lines.append(f"| {name} | {batch_size / seconds:.2f} | {times:.2f} |")
-    return lines
+    cells = [[name, f"{batch_size / seconds:.2f}", f"{times:.2f}"] for name, (seconds, times) in rows.items()]
+    return markdown_table(["step", "images/s", "times the first row"], cells).splitlines()
 
 
 def peak_memory(table: str, name: str, batch_size: int, steps: int) -> float:

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from hf_robust_vision.evaluation.results import write_atomically
+from hf_robust_vision.report.curve import Curve, Point
+from hf_robust_vision.report.pictures import plot_panels
+from hf_robust_vision.report.tables import markdown_table
 
 
 TITLES = {
@@ -102,12 +105,15 @@ def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, fl
 def table(content: Mapping[str, Any], group: str) -> str:
     """Mean and standard deviation over the seeds, as Markdown."""
     rows = [row for row in content["rows"] if row["group"] == group]
-    eps = list(rows[0]["robust_accuracy"])
-    lines = [f"| method | clean | {' | '.join(eps)} | CPU s |", "|---" * (len(eps) + 3) + "|"]
-    for row in rows:
-        cells = [spread(row["clean_accuracy"]), *(spread(row["robust_accuracy"][radius]) for radius in eps)]
-        lines.append(f"| {row['label']} | {' | '.join(cells)} | {statistics.mean(row['cpu_seconds']):.0f} |")
-    return "\n".join(lines)
+    cells = [
+        [row["label"], spread(row["clean_accuracy"]), *map(spread, row["robust_accuracy"].values()), _seconds(row)]
+        for row in rows
+    ]
+    return markdown_table(["method", "clean", *rows[0]["robust_accuracy"], "CPU s"], cells)
+
+
+def _seconds(row: Mapping[str, Any]) -> str:
+    return f"{statistics.mean(row['cpu_seconds']):.0f}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -163,35 +169,33 @@ def _said(attack: Mapping[str, Any]) -> str:
 
 def paired_table(content: Mapping[str, Any]) -> str:
     """Differences of TIMA to its rivals; a claim only where the interval excludes 0."""
-    lines = ["| difference | classes | eps | points | 95 % interval | |", "|---|---|---|---|---|---|"]
+    rows = []
     for row in content["paired"]:
-        mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
-        verdict = f"{row['one']} leads" if low > 0 else f"{row['other']} leads" if high < 0 else "not distinguished"
-        lines.append(
-            f"| {row['one']} - {row['other']} | {row['group']} | {row['eps']} | {mean:+.1f} "
-            f"| {low:+.1f} to {high:+.1f} | {verdict} |"
-        )
-    return "\n".join(lines)
+        verdict = f"{row['one']} leads" if row["low"] > 0 else f"{row['other']} leads"
+        rows.append([f"{row['one']} - {row['other']}", row["group"], row["eps"], *difference(row, verdict)])
+    return markdown_table(["difference", "classes", "eps", "points", "95 % interval", "verdict"], rows)
+
+
+def difference(row: Mapping[str, Any], verdict: str) -> list[str]:
+    """Points, their interval, and the verdict where that excludes 0."""
+    mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
+    return [f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}", verdict if low > 0 or high < 0 else "not distinguished"]
 
 
 def plot(content: Mapping[str, Any], path: Path) -> None:
-    """Robust accuracy over eps, one line a method, one panel a group."""
-    from matplotlib.figure import Figure
+    """Robust accuracy over eps, one line a method with its standard deviation, one panel a group."""
+    panels: dict[str, list[Curve]] = {}
+    for row in content["rows"]:
+        curves = panels.setdefault(f"classes {row['group']} in fine-tuning", [])
+        columns = {"0": row["clean_accuracy"]} | row["robust_accuracy"]
+        points = [_point(float(name.split("/")[0]), column) for name, column in columns.items()]
+        curves.append(Curve(row["label"], 0 if row["method"] == "undefended" else len(curves) + 1, points))
+    plot_panels(panels, ("eps in 255ths", "accuracy under attack, %"), path)
 
-    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
-    for axes, group in zip(figure.subplots(1, 2, sharey=True), ("seen", "unseen"), strict=True):
-        for row in (row for row in content["rows"] if row["group"] == group):
-            columns = [row["clean_accuracy"], *row["robust_accuracy"].values()]
-            eps = [0.0, *(float(name.split("/")[0]) for name in row["robust_accuracy"])]
-            means = [100 * statistics.mean(column) for column in columns]
-            errors = [100 * statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
-            style = {"color": "0.4", "linestyle": ":"} if row["method"] == "undefended" else {}
-            axes.errorbar(eps, means, errors, marker="o", markersize=3, capsize=2, label=row["label"], **style)
-        axes.set(title=f"classes {group} in fine-tuning", xlabel="eps in 255ths", ylim=(0, 101))
-        axes.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("accuracy under attack, %")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path)
+
+def _point(eps: float, values: Sequence[float]) -> Point:
+    mean, half = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return Point(eps, mean, mean - half, mean + half)
 
 
 def write_page(content: Mapping[str, Any], docs: Path) -> None:

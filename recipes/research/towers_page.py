@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison import spread
+from comparison import difference, spread
 
 from hf_robust_vision.evaluation.results import write_atomically
+from hf_robust_vision.report.escape import Verbatim
+from hf_robust_vision.report.tables import markdown_table
 
 
 def write_towers(content: Mapping[str, Any], docs: Path) -> Path:
@@ -64,30 +66,38 @@ seed {first}:
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
     eps = list(rows[0]["answers"])
-    lines = [f"| tower | rate | answers, clean | {' | '.join(eps)} | zero-shot, clean | 8/255 | cosine | CPU s |"]
-    lines += ["|---" * (len(eps) + 7) + "|"]
+    table = []
     for row in rows:
-        cells = [f"{row['learning_rate']:g}" if row["learning_rate"] else "", spread(row["answers_clean"])]
-        cells += [spread(row["answers"][radius]) for radius in eps]
-        cells += [spread(row["zero_shot_clean"]), spread(row["zero_shot"]), f"{statistics.mean(row['drift']):.3f}"]
-        seconds = f"{statistics.mean(row['cpu_seconds']):.0f}" if row["learning_rate"] else ""
-        lines.append(f"| {row['label']} | {' | '.join(cells)} | {seconds} |")
-    return "\n".join(lines)
+        trained = row["learning_rate"]
+        table.append([
+            Verbatim(row["label"]), f"{trained:g}" if trained else "", spread(row["answers_clean"]),
+            *(spread(row["answers"][radius]) for radius in eps), spread(row["zero_shot_clean"]), spread(row["zero_shot"]),
+            f"{statistics.mean(row['drift']):.3f}", f"{statistics.mean(row['cpu_seconds']):.0f}" if trained else "",
+        ])  # fmt: skip
+    head = ["tower", "rate", "answers, clean", *eps, "zero-shot, clean", "8/255", "cosine", "CPU s"]
+    return markdown_table(head, table)
 
 
 def _paired(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| difference | eps | points | 95 % interval | |", "|---|---|---|---|---|"]
-    for row in rows:
-        mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
-        verdict = "higher" if low > 0 else "lower" if high < 0 else "not distinguished"
-        cells = [f"{row['one']} - {row['other']}", row["eps"], f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}", verdict]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    table = [
+        [
+            Verbatim(f"{row['one']} - {row['other']}"),
+            row["eps"],
+            *difference(row, "higher" if row["low"] > 0 else "lower"),
+        ]
+        for row in rows
+    ]
+    return markdown_table(["difference", "eps", "points", "95 % interval", "verdict"], table)
 
 
 def _choice(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| tower | rate | answers, clean | 8/255 |", "|---|---|---|---|"]
-    for row in rows:
-        accuracies = (f"{100 * row[key]:.1f}" for key in ("clean_accuracy", "robust_accuracy"))
-        lines.append(f"| {row['label']} | {row['learning_rate']:g} | {' | '.join(accuracies)} |")
-    return "\n".join(lines)
+    table = [
+        [
+            Verbatim(row["label"]),
+            f"{row['learning_rate']:g}",
+            spread([row["clean_accuracy"]]),
+            spread([row["robust_accuracy"]]),
+        ]
+        for row in rows
+    ]
+    return markdown_table(["tower", "rate", "answers, clean", "8/255"], table)
