@@ -170,8 +170,9 @@ def main() -> None:
     results = measure(vlm, processor, args, "before")
     try:
         report = swap_vision_encoder(vlm, args.tower, processor=processor)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    print(*report.warnings, sep="\n", file=sys.stderr)
     results += measure(vlm, processor, args, "after")
     vlm.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)

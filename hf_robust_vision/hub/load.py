@@ -39,13 +39,9 @@ class RobustEncoder:
     def repeat(
         self, dataset: Any = None, *, max_samples: int | None = None, batch_size: int = 64, device: Any = None
     ) -> Repeat:
-        """Measure the model again on its recorded samples; see `repeat_zero_shot`.
+        """Measure the model again on its recorded samples, or on `max_samples` of them; see `repeat_zero_shot`.
 
-        Args:
-            dataset: What was measured on, where the record does not tell.
-            max_samples: Measure so many; by default all.
-            batch_size: Images attacked at once.
-            device: Move the encoder there; by default it stays where it is.
+        `dataset` is what was measured on, where the record does not tell; `device` is where the encoder moves.
 
         Raises:
             ValueError: If it has no text tower, or the data is not what was measured on.

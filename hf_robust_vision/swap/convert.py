@@ -29,8 +29,8 @@ def convert_checkpoint(
 ) -> Path:
     """Put an open_clip or OpenAI vision state dict into a stock `CLIPModel` folder.
 
-    The state dict does not tell its activation, its number of heads, or the text tower that goes with it: all three
-    come from `base`, the `CLIPModel` that was fine-tuned.
+    The state dict does not tell its activation, its number of heads, or the text tower that goes with it: all three come
+    from `base`, the `CLIPModel` that was fine-tuned.
 
     Args:
         checkpoint: `.pt` or `.safetensors` file, as FARE, TeCoA and Sim-CLIP publish them.
@@ -40,8 +40,7 @@ def convert_checkpoint(
         num_attention_heads: Refuse a base with another number of heads.
 
     Raises:
-        ValueError: If a setting or a shape differs, naming both; if the base lacks a weight, its processor or its
-            tokenizer; or if the file can not be read safely. Nothing is written then.
+        ValueError: If a setting or a shape differs, naming both, or anything can not be read. Nothing is written then.
     """
     folder = _free(output)
     state = clip_state(load_state_dict(checkpoint))

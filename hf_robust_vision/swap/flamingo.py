@@ -25,13 +25,9 @@ class FlamingoInputs(VLMInputs):
     """OpenFlamingo's model and its tokenizer, to be passed in place of a processor. The package is not imported.
 
     The model encodes images under `no_grad`. During a forward pass here its vision encoder follows the gradient, and
-    afterwards nothing of that is left. One image a prompt; texts before it are part of the prompt.
-
-    Args:
-        model: A `Flamingo`, or a model with its methods.
-        tokenizer: As `create_model_and_transforms` gives it, with "<image>" among its tokens.
-        image_processor: The transform that comes with them; compared with `transform` on a picture.
-        transform: Resize, crop and normalisation; by default OpenAI's, at the size of the vision encoder.
+    afterwards nothing of that is left. One image a prompt; texts before it are part of the prompt. `tokenizer` is that of
+    `create_model_and_transforms`, with "<image>" among its tokens; `image_processor`, which comes with it, is compared with
+    `transform` on a picture; `transform` is by default OpenAI's, at the size of the vision encoder.
 
     Raises:
         TypeError: If the model lacks one of Flamingo's parts.

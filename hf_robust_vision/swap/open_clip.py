@@ -44,11 +44,8 @@ def clip_keys(num_layers: int) -> set[str]:
 def openclip_to_hf(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename the vision weights of an open_clip or OpenAI state dict to CLIP keys.
 
-    Containers and prefixes that training scripts leave (`state_dict`, `model`, `module.`, `visual.`, ...) are taken
-    off. What the weights do not tell (activation, number of heads, epsilon) is not touched here.
-
-    Args:
-        state_dict: A vision transformer's own state dict, or one that holds it.
+    Containers and prefixes that training scripts leave (`state_dict`, `model`, `module.`, `visual.`, ...) are taken off.
+    What the weights do not tell (activation, number of heads, epsilon) is not touched here.
 
     Returns:
         CLIP keys to tensors that share memory with the input where that is possible.
@@ -67,14 +64,9 @@ def openclip_to_hf(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def hf_to_openclip(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename CLIP vision weights to the keys of an open_clip vision transformer: the inverse of `openclip_to_hf`.
+    """The inverse of `openclip_to_hf`: CLIP vision weights, of a CLIP or of a model that holds one, under open_clip's keys.
 
-    Args:
-        state_dict: State dict of a `CLIPVisionModel`, `CLIPVisionModelWithProjection`, `CLIPModel`, or of a model
-            that holds one of them.
-
-    Returns:
-        Keys of open_clip's `visual`; `proj` is among them only if the input has a visual projection.
+    `proj` is among them only if the input has a visual projection.
 
     Raises:
         ValueError: If there is no CLIP vision tower in it, or a key is unknown or missing.
@@ -105,15 +97,12 @@ def clip_state(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 def interpolate_positions(positions: Tensor, num_patches: int) -> Tensor:
     """Resize position embeddings to another number of patches, as transformers' `interpolate_pos_encoding` does.
 
-    The row of the class token is kept. The VLM is transformers', so its resize is taken: open_clip's own uses
-    antialiasing, and differs by up to 0.018 on random embeddings.
+    The row of the class token is kept. The VLM is transformers', so its resize is taken: open_clip's own uses antialiasing,
+    and differs by up to 0.018 on random embeddings.
 
     Args:
         positions: Shape (1 + patches, width); the patches form a square.
         num_patches: Wanted number of patches, a square number.
-
-    Returns:
-        Shape (1 + num_patches, width).
     """
     old, new = square_side(len(positions) - 1), square_side(num_patches)
     grid = positions[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)

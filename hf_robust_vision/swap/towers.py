@@ -28,9 +28,6 @@ def find_towers(model: nn.Module, towers: str | Sequence[str] = "all") -> list[T
         model: A VLM, a CLIP model, or a tower itself.
         towers: "all", or the paths of those wanted.
 
-    Returns:
-        At least one tower, in the order of the modules.
-
     Raises:
         TypeError: If it is no model, but the name of one.
         ValueError: If there is none, a path is not among those found, or the model is sharded.

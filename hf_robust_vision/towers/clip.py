@@ -109,14 +109,11 @@ Encoder = CLIPEncoder | CLIPVisionEncoder
 
 
 def as_encoder(model: PreTrainedModel, transform: PixelTransform | None = None) -> Encoder:
-    """View a stock CLIP model as an encoder that shares its weights.
+    """View a stock CLIP model as an encoder that shares its weights; an encoder is returned as it is.
 
     Args:
-        model: A `CLIPModel` or `CLIPVisionModelWithProjection` (an encoder is returned as it is).
+        model: A `CLIPModel` or `CLIPVisionModelWithProjection`; another class is a TypeError.
         transform: Pixel settings of its image processor; by default OpenAI's means at the tower's resolution.
-
-    Raises:
-        TypeError: If the model is of another class.
     """
     if isinstance(model, CLIPEncoder | CLIPVisionEncoder):
         if transform is not None:
@@ -288,7 +285,6 @@ def text_embeddings(model: CLIPModel, prompts: Mapping[str, Tensor]) -> Tensor:
 def image_embedder(encoder: Encoder) -> Callable[[Tensor], Tensor]:
     """Images in [0, 1] to pooled embeddings at the dtype of the weights.
 
-    It goes around `forward`, which a launcher may have wrapped in autocast, so that an evaluation runs at the
-    precision that it reports.
+    It goes around `forward`, which a launcher may have wrapped in autocast: an evaluation runs at the precision it reports.
     """
     return lambda images: encoder.encode_images(images).image_embeds

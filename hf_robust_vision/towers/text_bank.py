@@ -103,12 +103,8 @@ def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[
 def class_embeddings(text_embeds: Tensor, templates: int) -> Tensor:
     """One unit vector per class from the embeddings of its prompts: normalised, averaged, normalised again.
 
-    Args:
-        text_embeds: In the order of `class_prompts`, shape (classes * templates, dim); gradients flow through.
-        templates: Prompts per class.
-
-    Returns:
-        Shape (classes, dim), in float32 at least.
+    `text_embeds` are in the order of `class_prompts`, shape (classes * templates, dim); gradients flow through. The result
+    has shape (classes, dim), in float32 at least.
     """
     wide = text_embeds if text_embeds.dtype == torch.float64 else text_embeds.float()
     return F.normalize(F.normalize(wide, dim=-1).view(-1, templates, wide.shape[-1]).mean(1), dim=-1)

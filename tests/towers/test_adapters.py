@@ -35,6 +35,7 @@ def record(folder, sha256, model="after", dtype="float32"):
     return RobustnessResult(
         task="zero_shot", model=model, model_sha256=sha256, dataset="d", split="test", num_samples=2,
         clean_accuracy=1.0, robust_accuracy=0.5, protocol="apgd-ce", eps=1 / 255, norm="linf", attacks=[attack],
+        ci95={"clean_accuracy": [0.3, 1.0], "robust_accuracy": [0.1, 0.9]},
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -17,6 +18,7 @@ from hf_robust_vision import load_robust_encoder
 from hf_robust_vision.swap import load_source, load_state_dict
 from hf_robust_vision.swap.convert import export_open_clip, export_v4
 from hf_robust_vision.towers.clip import load_encoder, load_image_processor, load_tokenizer
+from hf_robust_vision.towers.text_bank import make_text_bank
 from hf_robust_vision.towers.weights import load_pretrained, local_or_hub
 
 
@@ -334,3 +336,15 @@ def test_a_path_near_by_is_offered(tmp_path, monkeypatch):
 def test_a_file_where_a_folder_is_wanted(folder):
     with pytest.raises(ValueError, match=r"model\.safetensors is a file; wanted a model's folder or Hub id"):
         load_encoder(folder / "model.safetensors")
+
+
+def test_a_text_bank_that_is_not_finite_is_refused(encoder, processor):
+    """findings-reliability 3, of a model in memory: every image would be of class 0."""
+    broken = copy.deepcopy(encoder)
+    broken.text_model.final_layer_norm.weight.data[0] = math.nan
+    large = copy.deepcopy(encoder)
+    large.logit_scale.data.fill_(90)
+    make_text_bank(encoder, processor.tokenizer, ["red", "green"], ["a photo of a {}"])
+    for model in (broken, large):
+        with pytest.raises(ValueError, match="not finite: every image would be class 0"):
+            make_text_bank(model, processor.tokenizer, ["red", "green"], ["a photo of a {}"])
