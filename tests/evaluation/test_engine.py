@@ -101,7 +101,7 @@ def test_two_processes_give_what_one_gives(pictures, tmp_path):
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(120)
+        rank.join(400)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     assert flags(tmp_path / "two", load_results(tmp_path / "two")) == flags(tmp_path / "one", alone)
     assert not list((tmp_path / "two").glob("*.rank*"))

@@ -172,7 +172,7 @@ def test_broken_half_way_and_repeated(hub, client, measured):
     kept = contents(measured)
     hub.faults.append(Fault("POST", "/commit/"))
     status, said = client(remote.command, "push", measured, "me/robust-clip", "--license", "mit")
-    assert status == 2
+    assert status == 1
     assert said.startswith(f"error: the push of {measured} to me/robust-clip did not go through: ")
     assert contents(measured) == kept
     assert set(hub.files("me/robust-clip")) == {".gitattributes"}
