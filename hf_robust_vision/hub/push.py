@@ -65,32 +65,11 @@ class PushReport:
         return "\n".join([*lines, f"downloaded again: {self.repeat}"] if self.repeat else lines)
 
 
-def push_robust_encoder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    what: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
-    base_model: str | None = None,
-    license: str | None = None,
-    dry_run: bool = False,
-    verify: bool = False,
-    verify_samples: int | None = 32,
-    dataset: Any = None,
-    device: Any = None,
-) -> PushReport:
-    """Upload a folder that a recipe wrote: weights, processor, card, curve, `robustness.json` and its samples.
-
-    Only these files are uploaded; checkpoints, optimizer state and `training_args.bin` stay at home. They arrive in one
-    commit, which also deletes the files of an earlier push that this one does not have. The folder is only read.
+@dataclass(frozen=True)
+class PushSettings:
+    """What `push_robust_encoder` takes by name.
 
     Args:
-        folder: With weights, `robustness.json`, its samples files and the card.
-        repo_id: `owner/name`, or a name of yours. It is created if it does not exist.
         what: "model" (a stock `CLIPModel`), "tower" (its vision half, a `CLIPVisionModelWithProjection`), or "adapter"
             (as peft writes it); by default what the folder holds.
         private: Create a private repository; by default what your account says.
@@ -107,35 +86,71 @@ def push_robust_encoder(
         device: Where to do it; by default on the CPU.
 
     Raises:
+        ValueError: If a pull request is to go to a branch.
+    """
+
+    what: str | None = None
+    private: bool | None = None
+    revision: str | None = None
+    commit_message: str | None = None
+    token: str | None = None
+    create_pr: bool = False
+    base_model: str | None = None
+    license: str | None = None
+    dry_run: bool = False
+    verify: bool = False
+    verify_samples: int | None = 32
+    dataset: Any = None
+    device: Any = None
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision not in (None, "main"):
+            raise ValueError(
+                f"a pull request goes to the main branch, not to revision={self.revision!r}; leave one out."
+            )
+
+    def command(self, folder: str | Path, repo_id: str) -> str:
+        """The line that does it again."""
+        flags = ["what", "revision", "base_model", "license"]
+        words = [word for name in flags if (value := getattr(self, name)) is not None for word in (f"--{name}", value)]
+        words += [f"--{name}" for name in ("private", "create_pr") if getattr(self, name)]
+        return shlex.join(["hf-robust-vision", "push", str(folder), repo_id, *words])
+
+
+def push_robust_encoder(folder: str | Path, repo_id: str, **settings: Any) -> PushReport:
+    """Upload a folder that a recipe wrote: weights, processor, card, curve, `robustness.json` and its samples.
+
+    Only these files are uploaded; checkpoints, optimizer state and `training_args.bin` stay at home. They arrive in one
+    commit, which also deletes the files of an earlier push that this one does not have. The folder is only read.
+
+    Args:
+        folder: With weights, `robustness.json`, its samples files and the card.
+        repo_id: `owner/name`, or a name of yours. It is created if it does not exist.
+        settings: See `PushSettings`.
+
+    Raises:
         ValueError: If the folder is not complete or not measured, or the repository's id or the token is missing.
         PushError: If the Hub can not be reached or refuses; the folder is as it was.
         VerificationError: If what was pushed can not be read back or gives other outcomes than the recorded ones.
     """
-    if create_pr and revision not in (None, "main"):
-        raise ValueError(f"a pull request goes to the main branch, not to revision={revision!r}; leave one out.")
-    if dry_run:
+    how = PushSettings(**settings)
+    if how.dry_run:
         _check_id(repo_id)
     else:
-        check_target(repo_id, token)
-    release = prepare_release(folder, what, base_model=base_model, license=license)
+        check_target(repo_id, how.token)
+    release = prepare_release(folder, how.what, base_model=how.base_model, license=how.license)
     names = tuple(sorted([*release.files, CARD]))
-    if dry_run:
+    if how.dry_run:
         return PushReport(repo_id, release.kind, names)
-    flags = {"--what": what, "--revision": revision, "--base_model": base_model, "--license": license}
-    words = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
-    words += [flag for flag, wanted in (("--private", private), ("--create_pr", create_pr)) if wanted]
-    again = shlex.join(["hf-robust-vision", "push", str(folder), repo_id, *words])
     try:
-        repo, info = _upload(release, repo_id, token, private, revision, commit_message, create_pr)
+        repo, info = _upload(release, repo_id, how)
     except Exception as error:  # the client raises its own, its HTTP library's, OSError, RuntimeError and ValueError
         raise PushError(
             f"the push of {folder} to {repo_id} did not go through: {_reason(error)} Nothing is lost: {folder} is as it "
-            f"was, and a commit arrives whole or not at all. To repeat it: {again}"
+            f"was, and a commit arrives whole or not at all. To repeat it: {how.command(folder, repo_id)}"
         ) from error
-    url = info.pr_url or info.commit_url
-    measuring = {"dataset": dataset, "max_samples": verify_samples, "device": device}
-    repeat = _verify(release, repo, info, token, measuring) if verify else None
-    return PushReport(repo, release.kind, names, info.oid, url, repeat)
+    repeat = _verify(release, repo, info, how) if how.verify else None
+    return PushReport(repo, release.kind, names, info.oid, info.pr_url or info.commit_url, repeat)
 
 
 def check_target(repo_id: str, token: str | None = None) -> None:
@@ -158,26 +173,18 @@ def _check_id(repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} is no id of a repository, wanted owner/name: {error}") from error
 
 
-def _upload(
-    release: Release,
-    repo_id: str,
-    token: str | None,
-    private: bool | None,
-    revision: str | None,
-    message: str | None,
-    create_pr: bool,
-) -> tuple[str, CommitInfo]:
-    api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision not in (None, "main") and not str(revision).startswith("refs/"):
-        api.create_branch(repo, branch=str(revision), exist_ok=True)
+def _upload(release: Release, repo_id: str, how: PushSettings) -> tuple[str, CommitInfo]:
+    api = HfApi(token=how.token)
+    repo = api.create_repo(repo_id, private=how.private, exist_ok=True).repo_id
+    if how.revision not in (None, "main") and not str(how.revision).startswith("refs/"):
+        api.create_branch(repo, branch=str(how.revision), exist_ok=True)
     # Not `upload_folder`: it splits an upload into several commits.
     info = api.create_commit(
         repo,
-        _operations(release, repo, api.list_repo_files(repo, revision=revision)),
-        commit_message=message or f"Robust CLIP {release.kind} with its measurements",
-        revision=revision,
-        create_pr=create_pr,
+        _operations(release, repo, api.list_repo_files(repo, revision=how.revision)),
+        commit_message=how.commit_message or f"Robust CLIP {release.kind} with its measurements",
+        revision=how.revision,
+        create_pr=how.create_pr,
     )
     return repo, info
 
@@ -194,9 +201,7 @@ def _operations(release: Release, repo: str, present: Sequence[str]) -> list[Any
     return [*added, *(CommitOperationDelete(name) for name in stale)]
 
 
-def _verify(
-    release: Release, repo: str, info: CommitInfo, token: str | None, measuring: dict[str, Any]
-) -> Repeat | None:
+def _verify(release: Release, repo: str, info: CommitInfo, how: PushSettings) -> Repeat | None:
     """Download the commit, compare every byte, load it, and measure it again where it has a text tower."""
     told = f"{repo} was pushed ({info.pr_url or info.commit_url}), but "
     with TemporaryDirectory() as place:
@@ -204,16 +209,18 @@ def _verify(
         try:
             # Forced: the client would copy a file of that hash from its cache, and prove nothing.
             wanted: dict[str, Any] = {"revision": info.oid, "allow_patterns": names, "force_download": True}
-            snapshot_download(repo, token=token, local_dir=place, **wanted)
+            snapshot_download(repo, token=how.token, local_dir=place, **wanted)
             changed = [name for name in names if _sha256(Path(place) / name) != release.sha256(name, repo)]
             if changed:
                 raise ValueError(f"these files came back with other bytes: {changed}")
             loaded = load_robust_encoder(place)
             # The tower's bytes were cut from the measured model; without its text half it can not be measured.
-            repeat = None if release.kind == "tower" else loaded.repeat(**measuring)
+            if release.kind == "tower":
+                return None
+            repeat = loaded.repeat(how.dataset, max_samples=how.verify_samples, device=how.device)
         except Exception as error:  # as above, and whatever loading and measuring raise
             raise VerificationError(f"{told}could not be verified: {_reason(error)}") from error
-    if repeat is not None and repeat.differing:
+    if repeat.differing:
         raise VerificationError(
             f"{told}on this machine {repeat}, such as {list(repeat.differing[:5])}. On another kind of device rounding "
             "can tip samples at the border; otherwise the card is wrong."

@@ -10,6 +10,7 @@ from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.tasks import AnswerExample
 
 from .curve import COLOURS, Curve, axes_of, curve_of
+from .escape import one_line
 
 
 MARKERS = "osD^"
@@ -46,23 +47,24 @@ def plot_panels(panels: Mapping[str, Sequence[Curve]], axes: tuple[str, str], pa
     Raises:
         ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
     """
-    figure = _figure()(figsize=(5.6 * len(panels), 3.8), dpi=150, layout="constrained")
+    figure = _figure(5.6 * len(panels), 3.8)
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for column, (title, curves) in zip(columns, panels.items()):
         for place, curve in enumerate(curves):
             eps, colour = [point.eps for point in curve.points], COLOURS[curve.colour % len(COLOURS)][0]
             values = [100 * point.value for point in curve.points]
             bounds = [[100 * bound for bound in (point.low, point.high)] for point in curve.points]
-            column.plot(eps, values, marker=MARKERS[place % len(MARKERS)], color=colour, label=curve.label)
+            column.plot(eps, values, marker=MARKERS[place % len(MARKERS)], color=colour, label=one_line(curve.label))
             column.fill_between(eps, *zip(*bounds), color=colour, alpha=0.15, linewidth=0)
         column.set(xlabel=axes[0], ylim=(0, 101), xlim=(0, None))
-        column.set_title(title, fontsize=10)
+        column.set_title(one_line(title), fontsize=10, parse_math=False)
         column.grid(alpha=0.25)
     columns[0].set_ylabel(axes[1])
-    if len(panels) == 1:
-        columns[0].legend(frameon=False)
-    else:
-        figure.legend(*columns[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    outside: dict[str, Any] = {} if len(panels) == 1 else {"loc": "outside right upper", "fontsize": 8}
+    owner = columns[0] if len(panels) == 1 else figure
+    legend = owner.legend(*columns[0].get_legend_handles_labels(), frameon=False, **outside)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.savefig(path)
     return Path(path)
 
@@ -78,8 +80,8 @@ def draw_answers(examples: Mapping[str, AnswerExample], question: str, path: str
     Raises:
         ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
     """
-    figure = _figure()(figsize=(6.0, 2.3 * len(examples) + 0.4), dpi=150, layout="constrained")
-    figure.suptitle(question, fontsize=11)
+    figure = _figure(6.0, 2.3 * len(examples) + 0.4)
+    figure.suptitle(one_line(question), fontsize=11, parse_math=False)
     for row, (name, example) in zip(figure.subplots(len(examples), 3, squeeze=False), examples.items()):
         perturbation = (example.adversarial - example.image) / (2 * example.eps) + 0.5
         titles = (
@@ -89,15 +91,15 @@ def draw_answers(examples: Mapping[str, AnswerExample], question: str, path: str
         )
         for axes, picture, title in zip(row, (example.image, perturbation, example.adversarial), titles):
             axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set_title(title, fontsize=9)
+            axes.set_title(one_line(title), fontsize=9, parse_math=False)
             axes.axis("off")
     figure.savefig(path)
     return Path(path)
 
 
-def _figure() -> Any:
+def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('plots need matplotlib: pip install "hf-robust-vision[report]"') from error
-    return Figure
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")

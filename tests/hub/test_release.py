@@ -120,6 +120,8 @@ def test_refused_arguments(folder, monkeypatch):
     for wrong in ("a/b/c", "me/robust clip", "me/-x"):
         with pytest.raises(ValueError, match="wanted owner/name"):
             push_robust_encoder(folder, wrong, dry_run=True)
+    with pytest.raises(TypeError, match="dryrun"):  # not a push for real
+        push_robust_encoder(folder, "me/robust-clip", dryrun=True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
         push_robust_encoder(folder, "me/robust-clip")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -7,8 +7,12 @@ import sys
 import pytest
 from PIL import Image
 
-from hf_robust_vision.report.pictures import plot_curve
+from hf_robust_vision.report.curve import Curve, Point
+from hf_robust_vision.report.pictures import plot_curve, plot_panels
 from tests.evaluation.test_results import result
+
+
+POINTS = [Point(0, 1, 0.9, 1), Point(4, 0.5, 0.4, 0.6)]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -19,6 +23,15 @@ def test_picture(norm, tmp_path):
     with Image.open(path) as picture:
         assert min(picture.size) > 300
         assert len(picture.convert("RGB").getcolors(10**6)) > 10
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # a font need not know every letter
+@pytest.mark.parametrize("name", ["$x", "a $\\frac$ b", "$\\nothing{$", "undecodable \udcff", "\x00", "two\nlines"])
+def test_a_name_is_no_formula(name, tmp_path):
+    """findings-reliability 13: matplotlib would read it between dollar signs, and fail at the end of the run."""
+    pytest.importorskip("matplotlib")
+    assert plot_curve([result(dataset=name, model=name)], tmp_path / "curve.png").stat().st_size > 0
+    plot_panels({"one": [Curve(name, 1, POINTS)], name: [Curve(name, 2, POINTS)]}, ("eps", "%"), tmp_path / "two.png")
 
 
 def test_missing_matplotlib_says_what_to_type(monkeypatch, tmp_path):
