@@ -23,6 +23,7 @@ from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.cli.evaluate import add_measuring, measuring
 from hf_robust_vision.configs import read_yaml
 from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.typed import from_plain
 from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report
 from hf_robust_vision.terminal import Parser, user_errors
 from hf_robust_vision.training.config import Radius
@@ -55,7 +56,7 @@ def read_list(file: Path, only: list[str] | None) -> tuple[RobustnessProtocol, l
     for entry in (values.get("defaults", {}), *values["datasets"]):
         refuse_strays(file, entry, known)
     entries = [values.get("defaults", {}) | entry for entry in values["datasets"]]
-    sets = [EvaluationSet(**entry) for entry in entries]
+    sets = [from_plain(EvaluationSet, entry) for entry in entries]
     if stray := sorted(set(only or ()) - {str(part.name) for part in sets}):
         raise ValueError(f"{stray} are no datasets of {file}; it has {[part.name for part in sets]}.")
     return how, [part for part in sets if only is None or part.name in only]

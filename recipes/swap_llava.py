@@ -37,6 +37,7 @@ from hf_robust_vision.report.pictures import draw_answers
 from hf_robust_vision.report.tables import accuracy, percent, text_table
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.swap.source import load_source
+from hf_robust_vision.terminal import Parser, at_least, user_errors
 from hf_robust_vision.training.config import Radius
 
 
@@ -145,20 +146,26 @@ def check_inputs(tower: str) -> None:
 def main() -> None:
     """Measure, swap, measure, save."""
     run_alone("swap_llava.py")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vlm", default=str(demo_checkpoint("demo-llava")), help="Folder or Hub id of the VLM.")
     parser.add_argument("--tower", default="outputs/sim-clip-demo", help="Folder or Hub id of the hardened CLIP.")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/swap-llava"))
     parser.add_argument("--eps", type=Radius, nargs="+", default=[Radius("8/255")])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--restarts", type=int, default=2)
-    parser.add_argument("--num_questions", type=int, default=300)
-    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--steps", type=at_least(1), default=50)
+    parser.add_argument("--restarts", type=at_least(1), default=2)
+    parser.add_argument("--num_questions", type=at_least(1), default=300)
+    parser.add_argument("--batch_size", type=at_least(1), default=50)
     parser.add_argument("--target", help="Also attack towards this text.")
     parser.add_argument("--sanity", action="store_true", help="Check the attacked numbers for gradient masking.")
     parser.add_argument("--check_attack", action="store_true", help="Print accuracy over steps and eps, and stop.")
     args = parser.parse_args()
+    with user_errors():
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the words ask for."""
     if not args.check_attack:
         check_inputs(args.tower)
     vlm = AutoModelForImageTextToText.from_pretrained(args.vlm, dtype=torch.float32).eval()
@@ -168,10 +175,7 @@ def main() -> None:
         check_attack(vlm, processor, args)
         return
     results = measure(vlm, processor, args, "before")
-    try:
-        report = swap_vision_encoder(vlm, args.tower, processor=processor)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    report = swap_vision_encoder(vlm, args.tower, processor=processor)
     print(*report.warnings, sep="\n", file=sys.stderr)
     results += measure(vlm, processor, args, "after")
     vlm.save_pretrained(args.output_dir)

@@ -75,7 +75,7 @@ class EvaluationSet:
     def __post_init__(self) -> None:
         for name, most in (("max_samples", None), ("resolution", MAX_RESOLUTION)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and 1 <= value <= (most or value)):
+            if value is not None and not (type(value) is int and 1 <= value <= (most or value)):
                 limit = f" and at most {most}" if most else ""
                 raise ValueError(f"{name} must be a whole number of at least 1{limit}, got {value!r}.")
 

@@ -150,3 +150,35 @@ def test_misspelt_names_are_refused(two, tmp_path):
     two.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="'folder'"):
         read_list(two, ["nope"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eps": 4}, {"eps": "4/255"}, {"steps": True}, {"batch_size": 2.5}, {"datasets": {}}, {"datasets": ["demo"]},
+        {"defaults": []}, {"norm": 2}, {"datasets": [{"resolution": 0}]}, {"datasets": [{"resolution": 100_000}]},
+        {"datasets": [{"max_samples": -1}]}, {"datasets": [{"max_samples": 2.5}]}, {"queries": 5}, {"datasets": [{"split": 3}]},
+        {"datasets": [{"skip_corrupt": "no"}]}, {"datasets": [{"max_samples": True}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_another_type_or_size_are_refused(two, change):
+    """findings-reliability 8 and 16, for the list of datasets."""
+    two.write_text(yaml.safe_dump(yaml.safe_load(two.read_text()) | change))
+    with pytest.raises(
+        ValueError, match=next(iter(change)).rstrip("s") + "|dataset|resolution|max_samples|split|skip_corrupt"
+    ):
+        read_list(two, None)
+
+
+def test_a_recipe_ends_in_one_line(two, tmp_path):
+    """findings-reliability 16: an output that is a file, and a list that is not there."""
+    (tmp_path / "file").write_text("mine")
+    for words, said in (
+        (["--output_dir", tmp_path / "file"], "is no folder"),
+        (["--datasets", "nope.yaml"], "nope.yaml"),
+    ):
+        done = run("demo-clip", "--datasets", two, *words, cwd=tmp_path)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
