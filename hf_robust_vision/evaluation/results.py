@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hf_robust_vision import __version__
 
@@ -21,7 +21,6 @@ from .typed import from_plain, read_json, read_text
 
 SCHEMA = 1
 RESULTS_FILE = "robustness.json"
-Read = TypeVar("Read", "SampleRecord", "RobustnessResult")
 
 
 @dataclass
@@ -47,15 +46,6 @@ class SampleRecord:
     score: float | None = None
     fooled_by: str | None = None
     clean_score: float | None = None
-
-    @classmethod
-    def from_dict(cls, values: Any) -> SampleRecord:
-        """Read a line of a samples file.
-
-        Raises:
-            ValueError: If a field is missing or of another type.
-        """
-        return from_plain(cls, values)
 
     @property
     def clean_hit(self) -> bool:
@@ -124,8 +114,9 @@ class RobustnessResult:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}: nothing was measured.")
         if not 0 <= self.eps < math.inf or (self.norm == "linf" and self.eps > 1):
             raise ValueError(f"eps must be a radius over pixels in [0, 1], got {self.eps}.")
-        if strange := [name for name in (self.samples, self.images) if name is not None and not _is_file_name(name)]:
-            raise ValueError(f"samples and images must be names in the results' own folder, got {strange[0]!r}.")
+        for file in (self.samples, self.images):
+            if file is not None and (file in ("", ".", "..") or set(file) & set("/\\\0")):
+                raise ValueError(f"samples and images must be names in the results' own folder, got {file!r}.")
         if not all(isinstance(row.get("name"), str) for row in self.attacks):
             raise ValueError("an attack has no name.")
 
@@ -156,7 +147,7 @@ class RobustnessResult:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Any) -> RobustnessResult:
+    def from_dict(cls, values: Any, where: str = "a result") -> RobustnessResult:
         """Read what `to_dict` wrote, now or in an earlier version; unknown fields of a newer one are left out.
 
         Raises:
@@ -164,7 +155,7 @@ class RobustnessResult:
         """
         if isinstance(values, dict):  # earlier versions did not say it; one protocol of theirs did not carry
             values = {"carry": values.get("protocol") != "tecoa"} | values
-        return from_plain(cls, values)
+        return from_plain(cls, values, where)
 
 
 def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
@@ -265,7 +256,7 @@ def load_results(path: str | Path) -> list[RobustnessResult]:
         raise ValueError(f'{path} is no {RESULTS_FILE}: it must hold an object with a list "results".')
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {content.get('schema')!r}, this version reads {SCHEMA}.")
-    return [_located(RobustnessResult, row, f"{path}: result {n}") for n, row in enumerate(content["results"], 1)]
+    return [RobustnessResult.from_dict(row, f"{path}: result {n}") for n, row in enumerate(content["results"], 1)]
 
 
 def check_results_file(folder: str | Path) -> None:
@@ -287,17 +278,10 @@ def load_samples(path: str | Path) -> list[SampleRecord]:
     path, found = Path(path), dict[int | str, SampleRecord]()
     for number, line in enumerate(read_text(path).splitlines(), 1):
         where = f"{path}, line {number}"
-        record = _located(SampleRecord, read_json(line, where), where)
+        record = from_plain(SampleRecord, read_json(line, where), where)
         if found.setdefault(record.id, record) != record:
             raise ValueError(f"{where} says something else about sample {record.id!r} than a line before it.")
     return list(found.values())
-
-
-def _located(cls: type[Read], values: Any, where: str) -> Read:
-    try:
-        return cls.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def pretty_eps(result: RobustnessResult) -> str:
@@ -321,10 +305,6 @@ def tracked_metrics(results: Iterable[RobustnessResult]) -> dict[str, float]:
         metrics[f"{prefix}clean_accuracy"] = result.clean_accuracy
         metrics[prefix + result.robust_name] = result.robust_accuracy
     return metrics
-
-
-def _is_file_name(text: str) -> bool:
-    return text not in ("", ".", "..") and not set(text) & set("/\\\0")
 
 
 def write_atomically(path: str | Path, text: str) -> None:

@@ -15,23 +15,29 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 
-def from_plain(cls: type[T], values: Any) -> T:
+def from_plain(cls: type[T], values: Any, where: str) -> T:
     """A dataclass from the fields that a file holds; unknown ones, of a newer version, are left out.
 
     Raises:
-        ValueError: If a field is missing or of another type, or a number is not finite.
+        ValueError: If a field is missing or of another type, a number is not finite, or the class refuses it; it begins
+            with `where`.
     """
+    try:
+        return cls(**_checked(cls, values))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _checked(cls: Any, values: Any) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise ValueError(f"a {cls.__name__} must be a JSON object, got {_shown(values)}.")
-    hints, known = _annotations(cls), dict[str, Any]()  # type: ignore[arg-type]
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if item.name in values:
-            if not _fits(values[item.name], hints[item.name]):
-                raise ValueError(f"{item.name} must be {item.type}, got {_shown(values[item.name])}.")
-            known[item.name] = values[item.name]
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+    hints = _annotations(cls)
+    for item in dataclasses.fields(cls):
+        if item.name not in values and dataclasses.MISSING is item.default is item.default_factory:
             raise ValueError(f"{item.name} is missing.")
-    return cls(**known)
+        if item.name in values and not _fits(values[item.name], hints[item.name]):
+            raise ValueError(f"{item.name} must be {item.type}, got {_shown(values[item.name])}.")
+    return {name: values[name] for name in hints if name in values}
 
 
 def read_json(text: str, where: str | Path) -> Any:
