@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_robust_vision.attacks import Attack, Ball, Objective, Protocol, StartNoise, Success, make_ball
 from hf_robust_vision.towers.base import weights_sha256
 
-from .results import SampleRecord, summarize
+from .results import SampleRecord, eps_text, summarize
 
 
 SampleId = int | str
@@ -60,9 +60,8 @@ class RobustnessProtocol:
 
     def __str__(self) -> str:
         """What it is, for a person: the attacks, and the radii with their own restarts."""
-        unit = "/255" if self.norm == "linf" else ""
         own = {eps: f" ({count} restarts)" for eps, count in self.restarts}
-        radii = [f"{eps * 255 if unit else eps:g}{unit}{own.get(eps, '')}" for eps in sorted(self.eps)]
+        radii = [f"{eps_text(eps, self.norm)}{own.get(eps, '')}" for eps in sorted(self.eps)]
         return f"{self.protocol}\n  {self.norm}, eps {', '.join(radii)}"
 
     def at(self, eps: float) -> tuple[Ball, Protocol]:

@@ -16,7 +16,7 @@ TIMED = 8  # images of the timed pass; a GPU is faster with a full batch, which 
 
 
 def say_cost(task: Task, how: RobustnessProtocol, fewer: str, *, models: int = 1) -> None:
-    """Print how many passes a measurement takes at most, and, by timing one, how long that is.
+    """Print the attacks that a task allows, how many passes they take at most, and, by timing one, how long that is.
 
     Args:
         task: What will be measured.
@@ -27,7 +27,9 @@ def say_cost(task: Task, how: RobustnessProtocol, fewer: str, *, models: int = 1
     rank, world = rank_and_world()
     if rank > 0:
         return
-    how, _ = task.fit(how)
+    how, left_out = task.fit(how)
+    missing = f"\n  left out, not defined for so few classes: {', '.join(left_out)}" if left_out else ""
+    print(f"{how}{missing}", flush=True)
     levels = task.levels(how)
     each = sum(stage.attack.steps * stage.attack.restarts for level in levels for stage in level.stages)
     if not each:

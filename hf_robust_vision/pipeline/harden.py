@@ -166,7 +166,6 @@ def _measure(
     encoder.to(trainer.args.device)
     task = ZeroShot(encoder, trainer.text_bank(test, encoder), test)
     if trainer.args.should_save and model == "before":
-        print(how, flush=True)
         say_cost(task, how, "--max_test_samples N", models=2)
     return evaluate(task, how, model_name=model, samples_dir=trainer.args.output_dir)
 

@@ -232,7 +232,7 @@ def measure_and_report(
     """As `measure_model`; then the processes part, and the first one prints the numbers and writes the report."""
     results = measure_model(model, sets, how, output_dir, **settings)
     if rank_and_world()[0] == 0:
-        print(how, results_text(results), sep="\n")
+        print(results_text(results))
         if settings.get("sanity"):
             print(sanity_text(results))
         print(*write_report([output_dir], output_dir, examples=settings.get("examples", 4)), sep="\n")

@@ -40,6 +40,7 @@ from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation.results import (
     RESULTS_FILE,
     RobustnessResult,
+    eps_text,
     load_results,
     pretty_eps,
     save_results,
@@ -284,7 +285,7 @@ def pairs(done: Mapping[Training, Sequence[RobustnessResult]], measuring: Measur
             continue
         for eps, clean in ((EPS[0], True), *((eps, False) for eps in EPS)):
             mean, low, high = paired_interval(standing(one, eps, clean) - standing(other, eps, clean))
-            row = {"one": one.label, "other": other.label, "eps": "clean" if clean else f"{eps * 255:g}/255"}
+            row = {"one": one.label, "other": other.label, "eps": "clean" if clean else eps_text(eps, "linf")}
             rows.append(row | {"difference": mean, "low": low, "high": high})
     return rows
 
