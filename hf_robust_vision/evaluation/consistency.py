@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 from .results import RobustnessResult, SampleRecord, load_samples
 
@@ -32,11 +34,20 @@ def check_results(results: Sequence[RobustnessResult], folder: str | Path) -> di
         check_attacked(result)
         if result.samples in records:
             check_samples(result, records[result.samples])
-    known = [result for result in results if result.samples in records]
-    for _, run in groupby(sorted(known, key=lambda result: (result.run, result.level)), key=lambda result: result.run):
-        for smaller, larger in pairwise(run):
+    for measurement in measurements([result for result in results if result.samples in records]):
+        for smaller, larger in pairwise(measurement):
             _check_radii(smaller, larger, records)
     return records
+
+
+def measurements(results: Sequence[RobustnessResult]) -> list[list[RobustnessResult]]:
+    """Results that were measured together, each at rising radii: their files' names differ in the radius only."""
+
+    def together(result: RobustnessResult) -> tuple[Any, ...]:
+        return *result.run, re.sub(r"-eps[\d.e+-]+(?=-\w+\.jsonl$)", "", str(result.samples))
+
+    ordered = sorted(results, key=lambda result: (together(result), result.level))
+    return [list(found) for _, found in groupby(ordered, key=together)]
 
 
 def check_attacked(result: RobustnessResult) -> None:
@@ -91,9 +102,8 @@ def outcomes(result: RobustnessResult, records: Sequence[SampleRecord]) -> tuple
 def _flags(result: RobustnessResult, record: SampleRecord) -> tuple[bool, bool]:
     _, recall, k = result.metric.partition("_recall@")
     if recall:  # the outputs are ranks
-        return int(record.clean) < int(k), int(
-            record.clean if record.adversarial is None else record.adversarial
-        ) < int(k)
+        worst = record.clean if record.adversarial is None else record.adversarial
+        return int(record.clean) < int(k), int(worst) < int(k)
     if result.task == "corruption":  # a hit on the corrupted image is a hit, whatever the clean one was taken for
         return record.clean == record.label, record.robust_hit
     return record.clean_hit, record.robust_hit

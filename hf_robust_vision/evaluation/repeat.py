@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -16,7 +15,7 @@ from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
-from .consistency import check_results
+from .consistency import check_results, measurements
 from .results import RobustnessResult, SampleRecord
 from .task import RobustnessProtocol
 from .tasks.zero_shot import evaluate_zero_shot
@@ -80,8 +79,7 @@ def repeat_zero_shot(
     if missing := [result.samples for result in wanted if result.samples not in found]:
         raise ValueError(f"{Path(folder) / str(missing[0])} is missing: the samples of a result lie beside it.")
     repeats = []
-    for _, rows in groupby(sorted(wanted, key=lambda row: (row.run, row.level)), key=lambda row: row.run):
-        run = list(rows)
+    for run in measurements(wanted):
         recorded = [{record.id: record for record in found[str(result.samples)]} for result in run]
         kept = _evenly(list(recorded[0]), max_samples)
         images = _select(_images(run[0], dataset, encoder.transform), run[0], {i: recorded[0][i] for i in kept})

@@ -61,11 +61,11 @@ def test_records_that_a_result_is_no_sum_of(records, said):
         check_samples(of(RECORDS), records)
 
 
-def write(folder, *columns, **changes):
+def write(folder, *columns, digest="0a1b2c3d", **changes):
     """One result a radius, each with its records."""
     results = []
     for place, records in enumerate(columns):
-        path = folder / f"samples-{place}.jsonl"
+        path = folder / f"samples-m-eps{(place + 1) / 255:.5f}-{digest}.jsonl"
         path.write_text("".join(f"{json.dumps(asdict(record))}\n" for record in records))
         results.append(of(records, eps=(place + 1) / 255, samples=path.name, **changes))
     return results
@@ -75,9 +75,7 @@ def test_a_sample_that_fell_in_the_smaller_ball_has_fallen_in_the_larger(tmp_pat
     risen = changed(1, adversarial=0, fooled_by=None)
     check_results(write(tmp_path, risen, RECORDS), tmp_path)
     results = write(tmp_path, RECORDS, risen)
-    with pytest.raises(
-        ValueError, match=r"samples-1\.jsonl and samples-0\.jsonl: sample 1 fell at the smaller radius"
-    ):
+    with pytest.raises(ValueError, match=r"eps0.00784-.* and .*eps0.00392-.*: sample 1 fell at the smaller radius"):
         check_results(results[::-1], tmp_path)
     check_results(write(tmp_path, RECORDS, risen, carry=False), tmp_path)
     check_results([results[0], replace(results[1], model_sha256="f" * 64)], tmp_path)  # another model's
@@ -87,6 +85,13 @@ def test_radii_are_of_the_same_samples(tmp_path):
     other = [replace(record, id=record.id + 1) for record in RECORDS]
     with pytest.raises(ValueError, match="say different things about the clean sample 1"):
         check_results(write(tmp_path, RECORDS, other), tmp_path)
+
+
+def test_other_samples_or_attacks_may_be_measured_into_one_folder(tmp_path):
+    """What was not measured together need not agree: fewer samples, other prompts, weaker attacks."""
+    risen = changed(1, adversarial=0, fooled_by=None)
+    few, more = write(tmp_path, RECORDS[:2])[0], write(tmp_path, RECORDS, risen, digest="ffffffff")[1]
+    check_results([few, more], tmp_path)
 
 
 def test_files_that_are_not_there_are_not_missed(tmp_path):
