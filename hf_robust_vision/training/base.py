@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ from hf_robust_vision.towers.weights import check_weights
 
 from .batch import Batch
 from .checkpoints import Setting, complete_checkpoint
-from .collapse import Spread, check_collapse, warn_of_single_images
+from .collapse import check_collapse, mean_pairwise_cosine
 from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
 from .layers import Reads, decay_learning_rates, freeze_first_blocks
@@ -55,11 +56,10 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         reference: The original model; by default a frozen copy of `model` or, with `use_peft`, `model` without its
             adapter, which takes no memory of its own.
         data_collator: Items to batches.
-        callbacks: As for `Trainer`.
-        optimizers: As for `Trainer`.
+        callbacks, optimizers: As for `Trainer`.
 
     Raises:
-        ValueError: If the launcher wraps the model in a way that would break the attack.
+        ValueError: If the model is broken, no update could be made, or the launcher would break the attack.
     """
 
     args_class: ClassVar[type[AdversarialTrainingArguments]] = AdversarialTrainingArguments
@@ -120,7 +120,12 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         if self.is_fsdp_enabled:
             make_shardable(encoder)
         compile_in_place(encoder, self.accelerator)
-        warn_of_single_images(args.train_batch_size * args.world_size)
+        if args.train_batch_size * args.world_size < 2:
+            warnings.warn(
+                "one image a step has no spread, so that a collapse of the embeddings goes unseen; train with a "
+                "per_device_train_batch_size of 2 or more to notice it.",
+                stacklevel=2,
+            )
         self._measured: dict[str, list[Tensor]] = {}
         self._last_images: Tensor | None = None
         self._seen, self._seen_at = 0, time.time()
@@ -171,6 +176,9 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     ) -> Any:
         """Attack the batch, then take the method's loss on what the attack found."""
         images = check_images(inputs["images"])
+        # Two ways into one network. The attack goes around DDP's wrapper: a backward pass through that would average
+        # gradients over the processes at every attack step. The loss goes through it, or gradients would not be
+        # averaged at all, and nothing would say so.
         encoder = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             batch = Batch(images, inputs["labels"], inputs["ids"], self.targets)
@@ -187,16 +195,10 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     def attack(self, objective: Objective, batch: Batch) -> Tensor:
         """Adversarial images of a batch, the last iterate of PGD from the samples' own random starts."""
         args = self.args
+        # By sample and step, so that neither batch, nor process, nor a resume changes where an attack starts.
         noise = StartNoise(args.seed, batch.ids.tolist(), self.state.global_step) if args.attack_random_start else None
-        return pgd(
-            objective,
-            batch.images,
-            args.attack_ball(),
-            steps=args.attack_steps,
-            step_size=args.attack_step_size,
-            noise=noise,
-            best=False,
-        )
+        steps, size = args.attack_steps, args.attack_step_size
+        return pgd(objective, batch.images, args.attack_ball(), steps=steps, step_size=size, noise=noise, best=False)
 
     # What is logged
 
@@ -222,18 +224,21 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     @torch.no_grad()
     def _monitor(self, encoder: Encoder, batch: Batch, objective: Objective, adversarial: Tensor) -> None:
         """Measure, on this batch, how strong the attack is and how far the encoder went from the original."""
-        clean = encoder(batch.images).image_embeds
-        spread = Spread.of(clean, batch.original.image_embeds, self.accelerator.reduce)
-        self.record("cosine_to_original", F.cosine_similarity(clean, batch.original.image_embeds))
-        self.record("pairwise_cosine", spread.pairwise)
+        clean, original = encoder(batch.images).image_embeds, batch.original.image_embeds
+        self.record("cosine_to_original", F.cosine_similarity(clean, original))
         self.record("attack_loss", objective(adversarial))
         self.record("attack_gain", objective(adversarial) - objective(batch.images))
-        self._check_collapse(spread)
+        self.record("pairwise_cosine", self._check_spread(clean, original))
 
-    def _check_collapse(self, spread: Spread) -> None:
+    def _check_spread(self, embeds: Tensor, original: Tensor) -> Tensor:
+        """Mean cosine between different images of a step; a run that has collapsed is stopped.
+
+        The loss can not tell: where all images have one embedding, a Siamese loss is at its best.
+        """
+        spread, before = (mean_pairwise_cosine(of, self.accelerator.reduce) for of in (embeds, original))
         hint = self._way_out(self.against_collapse)
-        step, how = self.state.global_step, self.args.on_collapse
-        check_collapse(float(spread.pairwise), float(spread.original), how, step, hint)
+        check_collapse(float(spread), float(before), self.args.on_collapse, self.state.global_step, hint)
+        return spread
 
     def check_health(self) -> None:
         """Stop a run whose weights are not finite, or whose embeddings collapsed in its last batch."""
@@ -247,7 +252,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
             with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(self.model)):
                 embeds = encoder(self._last_images).image_embeds
                 original = self.reference(self._last_images).image_embeds
-            self._check_collapse(Spread.of(embeds, original, self.accelerator.reduce))
+            self._check_spread(embeds, original)
 
     def _way_out(self, typed: str) -> str:
         last = complete_checkpoint(self.args.output_dir)
@@ -321,25 +326,24 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     def training_record(self) -> dict[str, Any]:
         """How this model was trained, for results and card."""
         args = self.args
-        return (
-            {
-                "method": self.method,
-                "norm": args.attack_norm,
-                "eps": float(args.attack_eps),
-                "attack_steps": args.attack_steps,
-                "attack_step_size": None if args.attack_step_size is None else float(args.attack_step_size),
-                "steps": self.state.global_step,
-                "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                "learning_rate": args.learning_rate,
-                "weight_decay": args.weight_decay,
-                "max_grad_norm": args.max_grad_norm,
-                "seed": args.seed,
-                "world_size": args.world_size,
-                "precision": "bf16" if self.accelerator.mixed_precision == "bf16" else "float32",
-            }
-            | args.tuning_record()
-            | args.own_settings()
+        same = (
+            "attack_steps",
+            "attack_step_size",
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "seed",
+            "world_size",
         )
+        record = {
+            "method": self.method,
+            "norm": args.attack_norm,
+            "eps": float(args.attack_eps),
+            "steps": self.state.global_step,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "precision": "bf16" if self.accelerator.mixed_precision == "bf16" else "float32",
+        }
+        return record | {name: getattr(args, name) for name in same} | args.tuning_record() | args.own_settings()
 
 
 def _need_updates(dataset: Any, args: AdversarialTrainingArguments) -> None:

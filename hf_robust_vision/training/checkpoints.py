@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from hf_robust_vision.evaluation.results import write_atomically
 
 
 MANIFEST = "checkpoint_complete"
-_NUMBER = re.compile(r"^checkpoint-(\d+)$")
 
 
 class Setting(NamedTuple):
@@ -29,7 +28,7 @@ class Setting(NamedTuple):
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether a folder has the name of a checkpoint."""
-    return _NUMBER.match(Path(folder).name) is not None
+    return Path(folder).name.removeprefix("checkpoint-").isdecimal()
 
 
 def mark_complete(checkpoint: str | Path, settings: Mapping[str, Setting]) -> None:
@@ -69,13 +68,12 @@ def resumable_checkpoint(place: str | Path) -> str:
     if found is None:
         raise ValueError(f"{place} holds no complete checkpoint to resume.")
     if fault := fault_of(found):
-        run = Path(found).parent
-        earlier = [path for path in reversed(_complete(run)) if _step(path) < _step(Path(found))]
-        whole = next((path for path in earlier if fault_of(path) is None), None)
-        way = "no earlier one is whole: start anew in another --output_dir"
-        if whole is not None:
-            way = f"to go on from the one before it, type --resume_from_checkpoint {whole}"
-        raise ValueError(f"{fault}; {way}.")
+        earlier = takewhile(lambda path: path.name != Path(found).name, _complete(Path(found).parent))
+        whole = [path for path in earlier if fault_of(path) is None]
+        way = "no earlier one is whole: start anew in another --output_dir."
+        if whole:
+            way = f"to go on from the one before it, type --resume_from_checkpoint {whole[-1]}."
+        raise ValueError(f"{fault}; {way}")
     return found
 
 
@@ -140,8 +138,7 @@ def _complete(run: Path) -> list[Path]:
 
 
 def _step(checkpoint: Path) -> int:
-    match = _NUMBER.match(checkpoint.name)
-    return int(match[1]) if match else -1
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:

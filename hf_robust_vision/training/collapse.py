@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,41 +20,17 @@ class CollapseError(RuntimeError):
     """The embeddings of different images have become one point."""
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Mean cosine between different images of a step, for the tuned and the original encoder."""
-
-    pairwise: Tensor
-    original: Tensor
-
-    @classmethod
-    def of(cls, embeds: Tensor, original: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Spread:
-        """From two sets of embeddings of the same images, shape (batch, dim).
-
-        Args:
-            embeds: Of the tuned encoder.
-            original: Of the original.
-            total: Sums a tensor over the processes, where the images of a step are shared out.
-        """
-        return cls(mean_pairwise_cosine(embeds, total), mean_pairwise_cosine(original, total))
-
-
 def mean_pairwise_cosine(embeds: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
-    """Mean cosine over all pairs of different rows, those of other processes too; 0 for a single row."""
+    """Mean cosine over all pairs of different rows, those of other processes too; 0 for a single row.
+
+    Args:
+        embeds: Shape (rows, dim).
+        total: Sums a tensor over the processes, where the images of a step are shared out.
+    """
     unit = F.normalize(embeds.float(), dim=-1)
     sums = total(torch.cat([unit.sum(0), unit.new_tensor([len(unit)])]))
     count = sums[-1]
     return (sums[:-1].square().sum() - count) / (count * (count - 1)).clamp(min=1)
-
-
-def warn_of_single_images(images: int) -> None:
-    """Say that a collapse goes unseen where a step sees one image only: there is no pair to compare."""
-    if images < 2:
-        warnings.warn(
-            "one image a step has no spread, so that a collapse of the embeddings goes unseen; train with a "
-            "per_device_train_batch_size of 2 or more to notice it.",
-            stacklevel=3,
-        )
 
 
 def check_collapse(pairwise: float, original: float, on_collapse: str, step: int, hint: str) -> None:

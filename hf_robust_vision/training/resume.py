@@ -1,4 +1,4 @@
-"""Checkpoints that a run goes on from: when one is written, and what has to be the same when it goes on."""
+"""What a trainer saves, and goes on from: stock folders at the end, checkpoints with a manifest meanwhile."""
 
 from __future__ import annotations
 
@@ -10,22 +10,38 @@ from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from hf_robust_vision.data.fingerprint import fingerprint
+from hf_robust_vision.towers.adapters import ADAPTER_FOLDER, has_adapter, load_adapter, merged
+from hf_robust_vision.towers.clip import Encoder
 from hf_robust_vision.towers.weights import check_weights
 
-from .adapter_checkpoints import AdapterTrainer
-from .checkpoints import Setting, fault_of, mark_complete, need_settings, resumable_checkpoint, rotate, unmark
+from .checkpoints import (
+    Setting,
+    fault_of,
+    is_checkpoint,
+    mark_complete,
+    need_settings,
+    resumable_checkpoint,
+    rotate,
+    unmark,
+)
 from .config import AdversarialTrainingArguments
 
 
-class ResumableTrainer(AdapterTrainer):
-    """The part of `Trainer` that writes checkpoints and goes on from them."""
+class ResumableTrainer(Trainer):
+    """The part of `Trainer` that writes and reads folders, for encoders that may hold an adapter.
+
+    A checkpoint then holds the adapter alone. `save_model` writes the stock model with the adapter merged into it, and
+    the adapter in a folder of its own beside it.
+    """
 
     method: ClassVar[str]
     args: AdversarialTrainingArguments
+    model: Any
     start: Setting  # the model to start from
     _seen: int
     _seen_at: float
@@ -33,6 +49,15 @@ class ResumableTrainer(AdapterTrainer):
     def check_health(self) -> None:
         """Raise where the model of this moment is not worth saving; every process must ask."""
         raise NotImplementedError
+
+    def whole_encoder(self) -> Encoder:
+        """The network of this moment, as it trains."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def hardened_encoder(self) -> Encoder:
+        """The network that `save_model` writes: the model that trains or, with an adapter, a merged copy of it."""
+        encoder = self.whole_encoder()
+        return merged(encoder) if has_adapter(encoder) else encoder
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
@@ -63,7 +88,6 @@ class ResumableTrainer(AdapterTrainer):
                 precision are not those that it was trained with.
         """
         found = resumable_checkpoint(self.args.output_dir if resume is True else str(resume))
-        self.check_adapter(found)
         need_settings(found, self._settings())
         state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
         best = state.best_model_checkpoint
@@ -89,11 +113,6 @@ class ResumableTrainer(AdapterTrainer):
             "precision": Setting(bf16, f"--bf16 {str(bf16).lower()}"),
         } | args.run_settings()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled:  # which loads after it has shared the weights out
-            check_weights(self.model.state_dict(), resume_from_checkpoint)
-
     def _is_over(self, state: TrainerState) -> bool:
         wanted = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
         return state.global_step >= wanted > 0
@@ -106,19 +125,45 @@ class ResumableTrainer(AdapterTrainer):
             self._load_best_model()
         return TrainOutput(state.global_step, float("nan"), {})
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if has_adapter(self.model):
+            load_adapter(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # which loads after it has shared the weights out
+            check_weights(self.model.state_dict(), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if has_adapter(self.model):
+            load_adapter(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        if not has_adapter(self.model) or is_checkpoint(folder):
+            super()._save(str(folder), state_dict)
+        elif self.args.should_save:
+            trained, self.model = self.model, self.hardened_encoder()
+            try:
+                super()._save(str(folder))
+            finally:
+                self.model = trained
+            self.model.save_pretrained(folder / ADAPTER_FOLDER)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_health()  # before anything is written: what is complete is taken for good
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             unmark(folder)  # an earlier run may have left it, and this one may be killed half-way
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # or another process might write before the mark is gone
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:  # an old checkpoint may only go once the new one is complete
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # each writes its own state of the random numbers
         if self.args.should_save:
             mark_complete(folder, self._settings())
             rotate(run_dir, limit, best=self.state.best_model_checkpoint)

@@ -181,9 +181,9 @@ def test_resume_with_and_without_adapter_do_not_mix(clip_folder, tmp_path):
     make_trainer(clip_folder, tmp_path / "lora", **settings, **LORA).train()
     make_trainer(clip_folder, tmp_path / "full", **settings).train()
     full, lora = make_trainer(clip_folder, tmp_path, max_steps=3), make_trainer(clip_folder, tmp_path, **LORA)
-    with pytest.raises(ValueError, match="holds an adapter; go on with --use_peft true"):
+    with pytest.raises(ValueError, match="go on with .*--use_peft true"):
         full.train(resume_from_checkpoint=str(tmp_path / "lora" / "checkpoint-1"))
-    with pytest.raises(ValueError, match="does not hold an adapter; go on with --use_peft false"):
+    with pytest.raises(ValueError, match="go on with .*--use_peft false"):
         lora.train(resume_from_checkpoint=str(tmp_path / "full" / "checkpoint-1"))
 
 
