@@ -273,7 +273,7 @@ def report(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str,
 
 def main() -> None:
     """Perform what is missing, and write the page."""
-    run_alone("compare.py")
+    run_alone("research/compare.py")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = parser.add_mutually_exclusive_group()
     table.add_argument("--ablation", action="store_true", help="change one part of TIMA at a time")

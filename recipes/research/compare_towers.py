@@ -319,7 +319,7 @@ def summary(done: Mapping[Training, Sequence[RobustnessResult]]) -> list[dict[st
 
 def main() -> None:
     """Choose on validation, measure on test, write the page."""
-    run_alone("compare_towers.py")
+    run_alone("research/compare_towers.py")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", type=words(str), default=["sim-clip"], help=f"some of {', '.join(METHODS)}")
     parser.add_argument("--features", type=words(str), default=["pooled", "both"], help=f"of {', '.join(FEATURES)}")

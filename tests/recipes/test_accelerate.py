@@ -78,7 +78,7 @@ def test_the_list_of_datasets_is_shared_out(clip_folder, image_folder, tmp_path)
     assert said.count("report.html") == 1
 
 
-@pytest.mark.parametrize("name", ["compare", "compare_towers", "swap_llava"])
+@pytest.mark.parametrize("name", ["research/compare", "research/compare_towers", "swap_llava"])
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_recipes_of_one_process_refuse_a_launcher(name, rank, monkeypatch):
     """Every process would write the same files."""
