@@ -26,13 +26,7 @@ Records = Mapping[int | str, SampleRecord]
 
 @dataclass(frozen=True)
 class Repeat:
-    """What a repeated measurement gave.
-
-    Args:
-        samples: How many were measured again.
-        flags: Clean and robust outcomes compared: one clean and, per radius, one robust a sample.
-        differing: Ids whose clean or robust outcome is another than the recorded one.
-    """
+    """How many samples were measured again, how many outcomes compared, and the ids of those with another outcome."""
 
     samples: int
     flags: int

@@ -32,9 +32,8 @@ from .usage import KINDS, replace_usage, usage_block
 
 CARD = "README.md"
 PICTURE = "robustness.png"
-TOWER_RECORD = (
-    "robust_vision_record"  # in the config of a tower alone: its hash, and that of the model that was measured
-)
+# In the config of a tower alone: its hash, and that of the model that was measured.
+TOWER_RECORD = "robust_vision_record"
 
 # Everything else stays at home: checkpoints, optimizer state, and `training_args.bin`, a pickle that can hold a token.
 _MODEL = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")

@@ -28,18 +28,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Look:
-    """What one model says about one image before and after the attack.
+    """What one model answers to one image before and after the attack, and whether that is right.
 
-    Args:
-        label: Of the model.
-        colour: Of the model.
-        before: Its answer on the clean image.
-        after: Its answer under attack.
-        right_before: Is the first answer right?
-        right_after: Is the second one right?
-        gain: How much the picture of the perturbation is enlarged.
-        perturbation: `data:` address; None where the sample was wrong before and so not attacked.
-        adversarial: `data:` address, None likewise.
+    The pictures are `data:` addresses, the perturbation enlarged by `gain`; None where the sample was wrong before and
+    so not attacked.
     """
 
     label: str

@@ -17,11 +17,7 @@ MARKERS = "osD^"
 
 
 def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
-    """Draw clean (eps 0) and robust accuracy over eps, one line a model, with 95 % intervals.
-
-    Args:
-        results: Of one dataset and protocol.
-        path: Picture to write; the ending says the format.
+    """Draw clean (eps 0) and robust accuracy over eps of one dataset and protocol, one line a model, with intervals.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
@@ -37,15 +33,10 @@ def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
 
 
 def plot_panels(panels: Mapping[str, Sequence[Curve]], axes: tuple[str, str], path: str | Path) -> Path:
-    """Draw curves with their bands side by side.
-
-    Args:
-        panels: Title to curves.
-        axes: What radii and heights count.
-        path: Picture to write; the ending says the format.
+    """Draw curves with their bands, one panel a title; `axes` says what radii and heights count.
 
     Raises:
-        ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
+        ModuleNotFoundError: As `plot_curve`.
     """
     figure = _figure(5.6 * len(panels), 3.8)
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -70,15 +61,10 @@ def plot_panels(panels: Mapping[str, Sequence[Curve]], axes: tuple[str, str], pa
 
 
 def draw_answers(examples: Mapping[str, AnswerExample], question: str, path: str | Path) -> Path:
-    """Draw image, enlarged perturbation and attacked image with the answers, one row a model.
-
-    Args:
-        examples: Name of the model to its attacked question.
-        question: What was asked.
-        path: Picture to write.
+    """Draw image, enlarged perturbation and attacked image of a question with the answers, one row a model.
 
     Raises:
-        ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
+        ModuleNotFoundError: As `plot_curve`.
     """
     figure = _figure(6.0, 2.3 * len(examples) + 0.4)
     figure.suptitle(one_line(question), fontsize=11, parse_math=False)
