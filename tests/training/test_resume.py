@@ -227,6 +227,16 @@ def test_an_update_may_be_shared_out_in_another_way(clip_folder, run, six_steps)
     assert largest_gap(weights(again), six_steps[1]) < 1e-3  # two steps of at most 1e-3 in which Adam may round apart
 
 
+def test_another_number_of_processes_may_go_on(clip_folder, run, six_steps):
+    settings = RUN | {"per_device_train_batch_size": 3, "resume": str(run / "checkpoint-4")}
+    assert start(clip_folder, run, world=2, **settings) == [0, 0], said(run)
+    assert largest_gap(final(run), final(run, 1)) == 0
+    assert largest_gap(final(run), six_steps[1]) < 1e-3
+    settings |= {"per_device_train_batch_size": 6}
+    assert 0 not in start(clip_folder, run, world=2, **settings)
+    assert "--per_device_train_batch_size 6 --gradient_accumulation_steps 1 in 1 processes, and this run" in said(run)
+
+
 def test_a_stream_may_not(clip_folder, tmp_path):
     """Its images would come in another order."""
     settings = RUN | {"train": make_stream(10), "per_device_train_batch_size": 2}
