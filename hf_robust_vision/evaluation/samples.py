@@ -70,7 +70,7 @@ class SampleStore:
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", self.label).strip("-")
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", self.label).strip("-")[:120]  # a file name may have 255 bytes
         # Radii may lie near each other: as many digits as tell two floats apart, five where these do.
         short = [f"{level:.5f}" for level in self.levels]
         names = short if len(set(short)) == len(short) else [f"{level:.17g}" for level in self.levels]
