@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.fingerprint import fingerprint
 from hf_robust_vision.towers.adapters import ADAPTER_FOLDER, has_adapter, load_adapter, merged
 from hf_robust_vision.towers.clip import Encoder
@@ -170,10 +172,19 @@ class ResumableTrainer(Trainer):
 
 
 def _data_setting(dataset: Any) -> Setting:
-    """Of a stream only its names are known."""
+    """What the images are, wherever they lie: jobs of a cluster copy them to a disk of their own each time."""
     name, split = getattr(dataset, "name", type(dataset).__name__), getattr(dataset, "split", None)
     size = len(dataset) if hasattr(dataset, "__len__") else None
-    value = [split, size, getattr(dataset, "class_names", None), getattr(dataset, "ids", None)]
-    value += [fingerprint(dataset.rows) if hasattr(dataset, "rows") else name]
+    value: list[Any] = [split, size, getattr(dataset, "class_names", name)]
+    if isinstance(dataset, LabelledImages):
+        some = dataset.ids[:: max(len(dataset) // 16, 1)]  # the bytes of all would take an epoch
+        content = [{"image": _content(dataset.rows[row][dataset.image_column])} for row in some]
+        value += [dataset.ids, dataset.labels(), fingerprint(content)]
     sha256 = hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
     return Setting(sha256, f"--dataset_name {name} (split {split}, {size} images, {sha256[:12]})")
+
+
+def _content(image: Any) -> Any:
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image["path"]
+    return Path(image).read_bytes() if isinstance(image, str | Path) else image

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_robust_vision.data.datasets import load_labelled_images
 from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.methods.tima import TIMATrainer
 from hf_robust_vision.training.checkpoints import MANIFEST, complete_checkpoint, mark_complete, rotate
-from tests.conftest import build_clip, build_processor, make_dataset
+from tests.conftest import build_clip, build_processor, make_dataset, picture
 from tests.training.helpers import largest_gap, make_stream, make_trainer, weights
 from tests.training.ranks import final, said, start
 
@@ -235,6 +236,25 @@ def test_another_number_of_processes_may_go_on(clip_folder, run, six_steps):
     settings |= {"per_device_train_batch_size": 6}
     assert 0 not in start(clip_folder, run, world=2, **settings)
     assert "--per_device_train_batch_size 6 --gradient_accumulation_steps 1 in 1 processes, and this run" in said(run)
+
+
+def test_the_same_images_elsewhere_are_the_same(clip_folder, image_folder, tmp_path):
+    """A job that is queued again copies them to a disk of its own, and all files are new."""
+    transform, settings = make_dataset(3).transform, RUN | {"max_steps": 2}
+    data = load_labelled_images(image_folder, "train", transform)
+    make_trainer(clip_folder, tmp_path / "run", train=data, **settings).train()
+    shutil.copytree(image_folder, tmp_path / "scratch", copy_function=shutil.copyfile)
+    again = make_trainer(
+        clip_folder, tmp_path / "run", train=load_labelled_images(tmp_path / "scratch", "train", transform), **settings
+    )
+    again.train(resume_from_checkpoint=True)
+    first = next((tmp_path / "scratch" / "train" / "red").iterdir())
+    picture(99, 0).save(first)
+    other = load_labelled_images(tmp_path / "scratch", "train", transform)
+    with pytest.raises(
+        ValueError, match="trained with --dataset_name tiny-images .*this run has --dataset_name scratch"
+    ):
+        make_trainer(clip_folder, tmp_path / "run", train=other, **settings).train(resume_from_checkpoint=True)
 
 
 def test_a_stream_may_not(clip_folder, tmp_path):
