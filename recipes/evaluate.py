@@ -56,7 +56,7 @@ def read_list(file: Path, only: list[str] | None) -> tuple[RobustnessProtocol, l
     for entry in (values.get("defaults", {}), *values["datasets"]):
         refuse_strays(file, entry, known)
     entries = [values.get("defaults", {}) | entry for entry in values["datasets"]]
-    sets = [from_plain(EvaluationSet, entry) for entry in entries]
+    sets = [from_plain(EvaluationSet, entry, str(file)) for entry in entries]
     if stray := sorted(set(only or ()) - {str(part.name) for part in sets}):
         raise ValueError(f"{stray} are no datasets of {file}; it has {[part.name for part in sets]}.")
     return how, [part for part in sets if only is None or part.name in only]
