@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,8 +12,6 @@ from hf_robust_vision.attacks import CrossEntropy, Objective
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.towers.clip import Encoder
 from hf_robust_vision.training.base import AdversarialTrainer, Batch
-
-from .features import cosines
 
 
 class ClassTrainer(AdversarialTrainer):
@@ -33,12 +32,8 @@ class ClassTrainer(AdversarialTrainer):
         self.bank = self.text_bank(cast(LabelledImages, self.train_dataset), self.reference.encoder)
 
     def logits(self, image_embeds: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Cosines times the model's own frozen scale, shape (batch, classes).
-
-        Args:
-            image_embeds: Shape (batch, dim), not normalised.
-            texts: Class embeddings, shape (classes, dim); by default those of the original text tower.
-        """
+        """Cosines times the model's own frozen scale, shape (batch, classes); by default with the original's texts."""
+        # A scale that trains could lower the cross-entropy by itself, with no image any closer to its class.
         return self.bank.logit_scale * cosines(image_embeds, self.bank.embeddings if texts is None else texts)
 
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
@@ -46,12 +41,14 @@ class ClassTrainer(AdversarialTrainer):
         return CrossEntropy(lambda images: self.logits(encoder(images).image_embeds), batch.labels)
 
 
-def divergence(teacher: Tensor, student: Tensor, reduction: str = "batchmean") -> Tensor:
-    """KL(teacher || student) of the distributions that two sets of logits give.
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Cosine of every row of one tensor with every row of another, shape (rows, columns), in float32 at least."""
+    wide = first.to(torch.promote_types(first.dtype, torch.float32))
+    # Autocast would round the product to bfloat16; times a scale of 100 that is an error of a tenth in a logit.
+    with torch.autocast(wide.device.type, enabled=False):
+        return F.normalize(wide, dim=-1) @ F.normalize(second.to(wide), dim=-1).T
 
-    Args:
-        teacher: Logits, shape (batch, classes).
-        student: Logits, shape (batch, classes).
-        reduction: "batchmean", or "sum" over the batch as well.
-    """
+
+def divergence(teacher: Tensor, student: Tensor, reduction: str = "batchmean") -> Tensor:
+    """KL(teacher || student) of two sets of logits, averaged over the batch or, with "sum", added up over it."""
     return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction=reduction, log_target=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from .features import FeatureArguments, FeatureTrainer
 
 @dataclass
 class FAREArguments(FeatureArguments):
-    """Arguments of `FARETrainer`: those of every method on features, and no others."""
+    """Arguments of `FARETrainer`: those of every method on features."""
 
 
 class FARETrainer(FeatureTrainer):
@@ -36,10 +36,7 @@ class FARETrainer(FeatureTrainer):
     method: ClassVar[str] = "FARE"
     tag_names: ClassVar[tuple[str, ...]] = ("fare",)
     paper: ClassVar[str | None] = "2402.12336"
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.distance = self.distance_by(squared_l2)
+    pooled_distance = staticmethod(squared_l2)
 
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
         """Distance to the original's features of the clean images."""

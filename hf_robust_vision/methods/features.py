@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_robust_vision.attacks import cosine_distance
@@ -38,13 +37,19 @@ class FeatureArguments(AdversarialTrainingArguments):
 
 
 class FeatureTrainer(AdversarialTrainer):
-    """Base of the methods that draw the features of an adversarial image to those of the clean one."""
+    """Base of the methods that draw the features of an adversarial image to those of the clean one.
+
+    A method names its distance of pooled embeddings; `distance` is then that on the features that were asked for.
+    """
+
+    pooled_distance: Callable[[Tensor, Tensor], Tensor] = staticmethod(cosine_distance)
 
     args: FeatureArguments
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.token_variance = token_variance(self.reference, self.train_dataset)
+        self.distance = self.distance_by(self.pooled_distance)
 
     @classmethod
     def reads(cls, args: Any) -> Reads:
@@ -56,11 +61,7 @@ class FeatureTrainer(AdversarialTrainer):
         return model(images, token_layer=self.token_layer)
 
     def distance_by(self, pooled: Callable[[Tensor, Tensor], Tensor]) -> FeatureDistance:
-        """The distance on the features that were asked for.
-
-        Args:
-            pooled: Distance of pooled embeddings, `cosine_distance` or `squared_l2`.
-        """
+        """The distance on the features that were asked for, with `pooled` on the pooled embeddings."""
         return FeatureDistance(self.args.feature, pooled, self.token_variance)
 
 
@@ -68,13 +69,8 @@ class FeatureTrainer(AdversarialTrainer):
 class FeatureDistance:
     """Distance of encoder outputs per image, on the features that are to become robust.
 
-    `pooled` compares the projected class-token embeddings v; `patch_tokens` the tokens h of one layer, as
-    `mean((h - h0)^2) / variance`; `both` adds the two.
-
-    Args:
-        feature: "pooled", "patch_tokens" or "both".
-        pooled: Distance of pooled embeddings, `cosine_distance` or `squared_l2`.
-        token_variance: Variance of the original's tokens on clean images, see `token_variance`.
+    "pooled" compares the projected class-token embeddings by the distance `pooled`, "patch_tokens" the tokens h of one
+    layer as `mean((h - h0)^2) / token_variance`, "both" adds the two.
     """
 
     feature: str
@@ -87,6 +83,7 @@ class FeatureDistance:
         if self.feature != "patch_tokens":
             distance = self.pooled(_wide(output.image_embeds), _wide(target.image_embeds))
         if self.feature != "pooled":
+            # Deep layers have tokens of any size; over their variance they count as much as the pooled term.
             error = (_wide(output.patch_tokens) - _wide(target.patch_tokens)).square().flatten(1).mean(1)
             distance = distance + error / self.token_variance
         assert isinstance(distance, Tensor)
@@ -96,16 +93,11 @@ class FeatureDistance:
 def token_variance(reference: Reference, dataset: Any, images: int = 64) -> float:
     """Variance of each token dimension over images and patches, averaged over the dimensions.
 
-    Measured with the original model on the first clean images of the dataset, so that it is one fixed number
-    whatever the batch, the rank or a resume. 1 if the reference reads no tokens or there is no dataset.
-
-    Args:
-        reference: The original model.
-        dataset: Items with "images".
-        images: How many of them to use.
+    1 if the reference reads no tokens or there is no dataset.
     """
     if reference.token_layer is None or dataset is None:
         return 1.0
+    # Of the first images rather than of a batch: one number for every process, and the same again after a resume.
     sample = torch.stack([item["images"] for item in islice(dataset, images)])
     tokens = reference(sample.to(next(reference.encoder.parameters()).device)).patch_tokens
     return float(tokens.double().flatten(0, 1).var(0).mean())
@@ -117,25 +109,11 @@ def split_output(output: EncoderOutput, size: int) -> tuple[EncoderOutput, Encod
     return EncoderOutput(**first), EncoderOutput(**{key: value[size:] for key, value in output.items()})
 
 
-def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine of every row of one tensor with every row of another, in float32 at least whatever the autocast.
-
-    Args:
-        first: Shape (rows, dim), not necessarily normalised.
-        second: Shape (columns, dim), on any device.
-
-    Returns:
-        Shape (rows, columns).
-    """
-    wide = _wide(first)
-    with torch.autocast(wide.device.type, enabled=False):
-        return F.normalize(wide, dim=-1) @ F.normalize(second.to(wide), dim=-1).T
-
-
 def detached(output: EncoderOutput) -> EncoderOutput:
     """The same values without gradient."""
     return EncoderOutput(**{key: value.detach() for key, value in output.items()})
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.half, torch.bfloat16) else tensor
+    # Autocast hands out bfloat16, which has no number between 0.996 and 1: a small attack would change no cosine.
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

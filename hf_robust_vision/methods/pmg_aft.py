@@ -43,14 +43,11 @@ def pmg_aft_loss(
         adversarial: Tuned model's logits of the adversarial images.
         teacher: Original model's logits of the ADVERSARIAL images.
         labels: True classes, shape (batch,).
-        profile: "code" sums both KL terms over the batch while CE is its mean, and lets the gradient flow into the
-            clean target; "textbook" averages over the batch and stops that gradient.
-
-    Reference:
-        PMG-AFT, https://huggingface.co/papers/2401.04350.
+        profile: See `PMGAFTTrainer`.
     """
     code = profile == "code"
     reduction = "sum" if code else "batchmean"
+    # Held fixed, the clean answers draw the adversarial ones; with gradient they come to meet them, and get worse.
     target = clean if code else clean.detach()
     guidance = divergence(teacher.detach(), adversarial, reduction)
     return F.cross_entropy(adversarial, labels) + guidance + divergence(target, adversarial, reduction)

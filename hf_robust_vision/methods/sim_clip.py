@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,18 +48,12 @@ class SimCLIPArguments(FeatureArguments):
 def siamese_loss(distance: FeatureDistance, clean: EncoderOutput, adversarial: EncoderOutput) -> Tensor:
     """Symmetric stop-gradient loss of two views, one value per image.
 
-    `1/2 d(adversarial, sg clean) + 1/2 d(clean, sg adversarial)`; with d = 1 - cosine this is the paper's loss
-    plus 1. If `clean` carries no gradient (the official code's frozen target) the second half is constant, and the
-    gradient is one half of that of d.
-
-    Args:
-        distance: d, on the chosen features.
-        clean: Features of the clean images.
-        adversarial: Features of the adversarial images.
-
-    Reference:
-        Sim-CLIP, https://huggingface.co/papers/2407.14971, eq. 4 and 5.
+    `1/2 d(adversarial, sg clean) + 1/2 d(clean, sg adversarial)` with d the `distance`, eq. 4 and 5 of the paper; with
+    d = 1 - cosine this is the paper's loss plus 1. If `clean` carries no gradient (the official code's frozen target)
+    the second half is constant, and the gradient is one half of that of d.
     """
+    # With a symmetric d the stop-gradients halve the gradient and do nothing else: both views still move towards each
+    # other. What keeps SimSiam from collapsing is its predictor on one view, which this loss lacks.
     return (distance(adversarial, detached(clean)) + distance(clean, detached(adversarial))) / 2
 
 
@@ -90,25 +84,21 @@ class SimCLIPTrainer(FeatureTrainer):
 
     args: SimCLIPArguments
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.distance = self.distance_by(cosine_distance)
-        self.attack_distance = self.distance_by(DISTANCES[self.args.attack_distance])
-
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
         """Distance to the tuned clean embedding (`paper`) or to the original's (`frozen`, `anchored`)."""
-        target = batch.original
+        distance, target = self.distance_by(DISTANCES[self.args.attack_distance]), batch.original
         if self.args.form == "paper":
             target = detached(self.features(encoder, batch.images))
-        return lambda images: self.attack_distance(self.features(encoder, images), target)
+        return lambda images: distance(self.features(encoder, images), target)
 
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
         """The Siamese loss of the chosen form."""
         if self.args.form == "frozen":
             return siamese_loss(self.distance, batch.original, self.features(model, adversarial)).mean()
+        # One pass through the wrapper: it is faster than two, and under FSDP2 the weights are gathered once.
         both = self.features(model, torch.cat([batch.images, adversarial]))
         clean, attacked = split_output(both, len(adversarial))
         loss = siamese_loss(self.distance, clean, attacked)
-        if self.args.form == "anchored":
+        if self.args.form == "anchored":  # the clean view alone is held: the adversarial one is drawn to it already
             loss = loss + self.args.anchor_weight * self.distance(clean, batch.original)
         return loss.mean()

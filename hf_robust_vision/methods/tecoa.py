@@ -16,7 +16,7 @@ from .classes import ClassTrainer
 
 @dataclass
 class TeCoAArguments(AdversarialTrainingArguments):
-    """Arguments of `TeCoATrainer`: those of every adversarial trainer, and no others."""
+    """Arguments of `TeCoATrainer`: those of every adversarial trainer."""
 
 
 class TeCoATrainer(ClassTrainer):

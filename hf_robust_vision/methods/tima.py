@@ -17,8 +17,7 @@ from hf_robust_vision.training.base import Batch
 from hf_robust_vision.training.config import AdversarialTrainingArguments, need_number, one_of
 from hf_robust_vision.training.layers import Reads
 
-from .classes import ClassTrainer, divergence
-from .features import cosines
+from .classes import ClassTrainer, cosines, divergence
 
 
 CHOICES = {
@@ -85,13 +84,8 @@ class TIMAArguments(AdversarialTrainingArguments):
 
 
 def hyperspherical_energy(texts: Tensor) -> Tensor:
-    """Minimum-hyperspherical-energy loss (MHE): mean over pairs of `1 / (1 + ||t_j - t_k||^2)`, a scalar.
-
-    On the unit sphere the squared distance is `2 - 2 cos`. The "1 +" bounds the gradient where two texts coincide.
-
-    Args:
-        texts: Unit class embeddings, shape (classes, dim).
-    """
+    """Minimum-hyperspherical-energy loss (MHE) of unit class embeddings: mean over pairs of `1 / (1 + ||t_j - t_k||^2)`."""
+    # On the unit sphere the squared distance is 2 - 2 cos; the "1 +" bounds the gradient where two texts coincide.
     energy = 1 / (3 - 2 * cosines(texts, texts))
     others = ~torch.eye(len(texts), dtype=torch.bool, device=texts.device)
     return energy[others].mean()
@@ -107,6 +101,7 @@ def required_gap(texts: Tensor, labels: Tensor, *, margin: float, mode: str = "d
         mode: "distance" is `m (1 - s)` with s the cosine of the two class texts, "similarity" is `m max(s, 0)`,
             "constant" is `m`. What stands at the true class is cut off by the gate.
     """
+    # Without gradient: cross-entropy falls with the gap, so the texts would learn to move together.
     similarity = cosines(texts, texts).detach()[labels]
     gaps = {"distance": 1 - similarity, "similarity": similarity.clamp_min(0), "constant": torch.ones_like(similarity)}
     return margin * gaps[mode]
@@ -120,8 +115,8 @@ def confusable(original: Tensor, labels: Tensor, *, eta: float, scale: float, ga
         labels: True classes, shape (batch,).
         eta: Threshold.
         scale: Of the logits.
-        gate: "class": the class's cosine is below the true one by at most `1 - eta` of the latter's size. "sample": the original gives the
-            true class a probability below `eta`. "none": everywhere. Never for the true class itself.
+        gate: "class": the class's cosine is below the true one by at most `1 - eta` of the latter's size. "sample": the
+            original gives the true class a probability below `eta`. "none": everywhere. Never for the true class itself.
     """
     true = labels[:, None]
     if gate == "class":
@@ -138,8 +133,8 @@ def confusable(original: Tensor, labels: Tensor, *, eta: float, scale: float, ga
 class TIMATrainer(ClassTrainer):
     """Fine-tune both towers: the text tower spreads the classes, the image tower keeps a margin that depends on them.
 
-    With z' the embedding of the adversarial image, T the tuned and T0 the original class embeddings, z0 the original
-    embedding of the clean image and `scale` the model's own frozen logit scale:
+    With z' the embedding of the adversarial image, z0 the original's of the clean one, T the tuned and T0 the original
+    class embeddings and `scale` the model's own frozen logit scale:
 
     - margin (TAM, ASAM): `CE(scale * (cos(z', t_k) + gate_k * gap_k), c)`, see `required_gap` and `confusable`;
     - MHE: `hyperspherical_energy(T)`;
@@ -148,15 +143,11 @@ class TIMATrainer(ClassTrainer):
     - TAKD: `KL(softmax(scale cos(z0, T)) || softmax(scale cos(z, T)))` with T held fixed, which reaches the image
       tower only.
 
-    Their weighted sum is minimised in one stage. The class prompts are encoded again with gradient at every step, in
-    the forward pass of the images; unseen class names later go through the tuned text tower. The attacker raises the
-    cross-entropy without margin, with the texts held fixed.
+    Their weighted sum is minimised in one stage, with the class prompts encoded anew at every step. The attacker raises
+    the cross-entropy without margin. With `margin=0`, all weights 0 and `text_params="none"` it is TeCoA.
 
-    No public code exists and we did not read the full texts: which of this the papers state and which is our
-    reading is said line by line in docs/methods/tima.md, which also lists the readings that an option switches.
-
-    Relations:
-        With `margin=0`, all weights 0 and `text_params="none"` it is TeCoA.
+    No public code exists and we did not read the full texts: docs/methods/tima.md says line by line which of this the
+    papers state and which is our reading.
 
     Reference:
         TIMA, https://huggingface.co/papers/2405.17678 (2024), https://doi.org/10.1609/aaai.v40i29.39603 (AAAI-26).
@@ -189,11 +180,15 @@ class TIMATrainer(ClassTrainer):
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
         """The weighted sum of the four terms, from one forward pass of both towers."""
         args = self.args
+        # A second view that no weighted term reads would double the cost of the step.
         needs_clean = bool(args.takd_weight) and args.takd_student == "clean"
         output = model(torch.cat([adversarial, batch.images]) if needs_clean else adversarial, prompts=self.prompts)
         texts = self._classes(output.text_embeds)
+        # One tower a distillation: `original` carries no gradient to the images, `fixed` none to the texts. Otherwise
+        # each could be satisfied by the other tower's move.
         original, fixed = batch.original.image_embeds, texts.detach()
         attacked, student = output.image_embeds[: len(adversarial)], output.image_embeds[-len(adversarial) :]
+        # Unweighted, and logged where the weight is 0 as well: what a weight would do can be seen before it is typed.
         terms: dict[str, tuple[float | None, Tensor]] = {
             "margin": (1.0, self._margin_loss(attacked, texts, batch)),
             "mhe": (args.mhe_weight, hyperspherical_energy(texts)),
