@@ -34,7 +34,7 @@ from hf_robust_vision.evaluation.tasks import VQA, VLMProtocol, attack_example, 
 from hf_robust_vision.evaluation.tasks.vqa import Question
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.report.pictures import draw_answers
-from hf_robust_vision.report.tables import accuracy, percent, text_table
+from hf_robust_vision.report.tables import percent, point, text_table
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.swap.source import load_source
 from hf_robust_vision.terminal import Parser, at_least, user_errors
@@ -56,7 +56,7 @@ def print_table(results: Sequence[RobustnessResult], drift: float) -> None:
             ("clean", radii[0], "clean"),
             *((eps_text(e, "linf"), e, "robust") for e in radii if e),
         ]:
-            cells = [accuracy(by_key[group, model, eps], kind) for model in ("before", "after")]
+            cells = [point(by_key[group, model, eps], kind) for model in ("before", "after")]
             rows.append([group, name, *cells])
     print(f"\n{text_table(['questions', 'eps', 'before', 'after'], rows)}")
     print(f"mean cosine of the clean patch tokens, old tower to new: {drift:.3f}\n")

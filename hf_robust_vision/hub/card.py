@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from hf_robust_vision.evaluation.consistency import check_attacked, check_results
 from hf_robust_vision.evaluation.results import RobustnessResult, write_atomically
 from hf_robust_vision.report import protocol
-from hf_robust_vision.report.escape import markdown, markdown_code
-from hf_robust_vision.report.tables import accuracy, markdown_table, training_settings
+from hf_robust_vision.report.tables import point, training_settings
+from hf_robust_vision.report.templates import template
 
 from .usage import usage_block
 
@@ -37,21 +38,11 @@ _TASKS = {
 }
 
 
-def make_card(
-    results: Sequence[RobustnessResult],
-    *,
-    model_name: str,
-    base_model: str | None = None,
-    dataset: str | None = None,
-    tags: Sequence[str] = (),
-    picture: str | None = None,
-    license: str | None = None,
-    paper: str | None = None,
-) -> ModelCard:
-    """A card whose table and `model-index` hold the same numbers as `robustness.json`.
+@dataclass(frozen=True)
+class CardSettings:
+    """What a card tells beside its numbers.
 
     Args:
-        results: Of the hardened model (`model="after"`) and, beside them, of the original (`model="before"`).
         model_name: Title.
         base_model: Hub id of the original. A mere folder name is told in the text only: as metadata it would link to
             somebody else's model, or to none.
@@ -60,24 +51,53 @@ def make_card(
         picture: File name of the curve beside the card.
         license: Such as "apache-2.0" or "mit".
         paper: arXiv number of the method.
+    """
+
+    model_name: str
+    base_model: str | None = None
+    dataset: str | None = None
+    tags: Sequence[str] = ()
+    picture: str | None = None
+    license: str | None = None
+    paper: str | None = None
+
+
+def make_card(results: Sequence[RobustnessResult], **settings: Any) -> ModelCard:
+    """A card whose table and `model-index` hold the same numbers as `robustness.json`.
+
+    Args:
+        results: Of the hardened model (`model="after"`) and, beside them, of the original (`model="before"`).
+        settings: See `CardSettings`.
 
     Raises:
         ValueError: If there is no result of the hardened model, or one that no attack was made for.
     """
-    after = hardened(results)
+    about, after = CardSettings(**settings), hardened(results)
     for result in results:
         check_attacked(result)
     if not after:
         raise ValueError("a card needs at least one measured result of the hardened model.")
     data = ModelCardData(
-        model_name=model_name,
-        license=license,
-        tags=[*TAGS, *tags],
-        datasets=[dataset] if dataset else None,
+        model_name=about.model_name,
+        license=about.license,
+        tags=[*TAGS, *about.tags],
+        datasets=[about.dataset] if about.dataset else None,
         eval_results=eval_results(after),
     )
-    set_kind(data, "model", base_model)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(results, model_name, base_model, picture, paper)}")
+    set_kind(data, "model", about.base_model)
+    trained = next((result for result in after if result.training), after[0])
+    training = trained.training or {}
+    one_tower = training.get("text_params", "none") == "none"
+    text = template("card.md").render(
+        about=about,
+        tuned="vision tower was" if one_tower else "vision and text towers were",
+        method=training.get("method", "an unknown method"),
+        usage=usage_block("model", ".", after[0], about.base_model),
+        rows=[_row(result, results[0]) for result in results],
+        tables=[protocol.Table(rows) for rows in protocol.grouped(((one.model, one), one) for one in after)],
+        training=training_settings(trained),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def set_kind(data: CardData, kind: str, base_model: str | None) -> None:
@@ -98,7 +118,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def write_card(folder: str | Path, results: Sequence[RobustnessResult], **settings: Any) -> Path:
-    """Write `README.md` into a model folder; the settings are those of `make_card`.
+    """Write `README.md` into a model folder; the settings are those of `CardSettings`.
 
     Raises:
         ValueError: As `make_card`, or if the samples files of the folder say something else than the results.
@@ -109,109 +129,43 @@ def write_card(folder: str | Path, results: Sequence[RobustnessResult], **settin
     return path
 
 
-def results_table(results: Sequence[RobustnessResult]) -> str:
-    """Clean and robust accuracy of each model at each radius, with 95 % intervals, as Markdown."""
-    rows = []
-    for result in results:
-        attack = f"{result.protocol}, {result.threat}"
-        if (result.metric, result.dataset) != (results[0].metric, results[0].dataset):
-            attack += f" ({result.metric} on {result.dataset})"
-        rows.append([result.model, attack, accuracy(result, "clean"), accuracy(result, "robust"), result.num_samples])
-    return markdown_table(["model", "attack", "clean", "robust", "samples"], rows)
-
-
 def eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
     """The rows of `model-index`: clean accuracy once per dataset, robust accuracy with its attacks per radius."""
     rows: list[EvalResult] = []
     told = set()
     for result in results:
-        task = _TASKS.get(result.task, result.task.replace("_", "-"))
-        about: dict[str, Any] = {
-            "task_type": task,
-            "task_name": task.replace("-", " ").capitalize(),
-            "dataset_type": result.dataset,
-            "dataset_name": result.dataset,
-            "dataset_split": result.split,
-        }
-        kind = result.metric.replace(" ", "_")
         group = "" if result.group == "all" else f", {result.group} classes"
-        size: dict[str, Any] = {"group": result.group, "num_samples": result.num_samples}
         if (what := (result.task, result.metric, result.dataset, result.split, result.group)) not in told:
             told.add(what)
-            rows.append(
-                EvalResult(
-                    **about,
-                    metric_type=kind,
-                    metric_name=f"Clean {result.metric}{group}",
-                    metric_value=result.clean_accuracy,
-                    metric_args=size | {"ci95": result.ci95["clean_accuracy"]},
-                )
-            )
-        attack = {"protocol": result.protocol, "norm": result.norm, "eps": result.eps}
+            rows.append(_index_row(result, "clean", f"Clean {result.metric}{group}", {}))
+        attack: dict[str, Any] = {"protocol": result.protocol, "norm": result.norm, "eps": result.eps}
         attack |= {"severity": result.severity} if result.severity is not None else {}
         # What is None is not written to YAML, and would not come back.
-        attacks = [{key: value for key, value in row.items() if value is not None} for row in result.attacks]
-        rows.append(
-            EvalResult(
-                **about,
-                metric_type=f"robust_{kind}",
-                metric_name=f"Robust {result.metric} ({result.threat}{group})",
-                metric_value=result.robust_accuracy,
-                metric_args=attack | size | {"ci95": result.ci95["robust_accuracy"], "attacks": attacks},
-            )
-        )
+        attack["attacks"] = [{key: value for key, value in row.items() if value is not None} for row in result.attacks]
+        rows.append(_index_row(result, "robust", f"Robust {result.metric} ({result.threat}{group})", attack))
     return rows
 
 
-def _body(
-    results: Sequence[RobustnessResult],
-    model_name: str,
-    base_model: str | None,
-    picture: str | None,
-    paper: str | None,
-) -> str:
-    after = hardened(results)
-    training = next((result.training for result in after if result.training), {})
-    tuned = "vision tower was" if training.get("text_params", "none") == "none" else "vision and text towers were"
-    method = markdown(training.get("method", "an unknown method"))
-    method = f"[{method}](https://arxiv.org/abs/{paper})" if paper else method
-    made_from = f" made from {markdown_code(base_model)}" if base_model else ""
-    terms = f" ({markdown_code(base_model)})" if base_model else ""
-    settings = next((training_settings(result) for result in after if result.training), [])
-    image = f"![Accuracy over eps]({picture})\n\n" if picture else ""
-    measured = "\n\n".join(_measured(table) for table in protocol.grouped((result, result) for result in after))
-    how = "\n".join(f"- {markdown(key)}: {markdown(value)}" for key, value in settings) or "Not recorded."
-    return f"""# {markdown(model_name)}
-
-A `CLIPModel`{made_from}: its {tuned} fine-tuned against adversarial images ({method}). It loads without any extra package:
-
-{usage_block("model", ".", after[0], base_model)}
-
-## Measured robustness
-
-{results_table(results)}
-
-{image}Attacks are white-box through normalisation unless they say otherwise; the worst case counts for each sample. The
-intervals are 95 %. Every sample's outcome lies in the `samples-*.jsonl` files, the full protocol in `robustness.json`.
-
-{measured}
-
-## Training
-
-{how}
-
-## Limits
-
-The numbers hold for this data, these attacks and these radii; a stronger attack can only lower the robust ones.
-Zero-shot robustness does not show how a vision-language model with this tower behaves: measure the model that you
-deploy. The terms of the original{terms} hold for what was made from it.
-"""
+def _index_row(result: RobustnessResult, kind: str, name: str, attack: dict[str, Any]) -> EvalResult:
+    task = _TASKS.get(result.task, result.task.replace("_", "-"))
+    metric, accuracy = result.metric.replace(" ", "_"), f"{kind}_accuracy"
+    size = {"group": result.group, "num_samples": result.num_samples, "ci95": result.ci95[accuracy]}
+    return EvalResult(
+        task_type=task,
+        task_name=task.replace("-", " ").capitalize(),
+        dataset_type=result.dataset,
+        dataset_name=result.dataset,
+        dataset_split=result.split,
+        metric_type=metric if kind == "clean" else f"robust_{metric}",
+        metric_name=name,
+        metric_value=getattr(result, accuracy),
+        metric_args=attack | size,
+    )
 
 
-def _measured(table: Sequence[RobustnessResult]) -> str:
-    """How the results of one table were measured: the data, the attacks at each radius, and what was left out."""
-    labelled = [(result.model, result) for result in table]
-    parts = [f"**{markdown(protocol.heading(table[0]))}.** {markdown(protocol.about(table[0]))}"]
-    if table[0].attacks:
-        parts.append(markdown_table(*protocol.attack_table(labelled)))
-    return "\n\n".join([*parts, *map(markdown, protocol.notes(labelled))])
+def _row(result: RobustnessResult, first: RobustnessResult) -> list[Any]:
+    """Of the table: what differs from the first row's metric and data is named."""
+    attack = f"{result.protocol}, {result.threat}"
+    if (result.metric, result.dataset) != (first.metric, first.dataset):
+        attack += f" ({result.metric} on {result.dataset})"
+    return [result.model, attack, point(result, "clean"), point(result, "robust"), result.num_samples]

@@ -43,9 +43,9 @@ def markdown_code(text: Any) -> Verbatim:
     return Verbatim(f"{fence}{space}{line}{space}{fence}")
 
 
-def python(text: str) -> str:
+def python(text: str) -> Verbatim:
     """Text as a literal of Python that holds no comment of HTML either."""
-    return _printable(json.dumps(text, ensure_ascii=False)).replace("<!--", "<\\x21--")
+    return Verbatim(_printable(json.dumps(text, ensure_ascii=False)).replace("<!--", "<\\x21--"))
 
 
 def _printable(text: str) -> str:

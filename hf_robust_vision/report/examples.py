@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -45,17 +46,6 @@ class Look:
     adversarial: str | None = None
 
 
-@dataclass(frozen=True)
-class Example:
-    """One sample: its truth, its clean picture, the radius shown, and each model's look at it."""
-
-    sample: int | str
-    truth: str
-    eps: str
-    clean: str
-    looks: list[Look]
-
-
 class _Saved:
     """Records and images of one result that saved some."""
 
@@ -81,30 +71,45 @@ class _Saved:
 
 
 @dataclass(frozen=True)
-class _View:
+class Example:
     """One sample at one radius, in the eyes of the models that saved it there."""
 
     sample: int | str
-    eps: float
     saved: list[_Saved]
 
     @property
-    def truth(self) -> str:
-        return self.saved[0].name(self.saved[0].records[self.sample].label)
+    def eps(self) -> str:
+        """The radius as people write it."""
+        return pretty_eps(self.saved[0].measured.result)
 
     @property
-    def worth(self) -> tuple[int, int]:
-        """How many models saw it; then 3 where they part under attack, 2 where one falls, 1 where all stand, else 0."""
+    def truth(self) -> str:
+        """The right answer."""
+        return self.saved[0].name(self.saved[0].records[self.sample].label)
+
+    @cached_property
+    def clean(self) -> str:
+        """The clean picture as a `data:` address."""
+        return picture(self.saved[0].images.read(self.sample, self.saved[0].eps)[0])
+
+    @cached_property
+    def looks(self) -> list[Look]:
+        """Each model's."""
+        return [saved.look(self.sample) for saved in self.saved]
+
+    @property
+    def worth(self) -> tuple[int, int, float]:
+        """What makes it worth showing: how many models saw it, how they part, and the radius that shows it best.
+
+        They part by 3 where one stands and another falls, 2 where one falls, 1 where all stand, else 0.
+        """
         records = [saved.records[self.sample] for saved in self.saved]
         attacked = [record for record in records if record.clean_hit]
         fell = any(not record.robust_hit for record in attacked)
         stood = any(record.robust_hit for record in records)
-        return len(records), (3 if stood else 2) if fell else min(len(attacked), 1)
-
-    def example(self) -> Example:
-        clean, _ = self.saved[0].images.read(self.sample, self.eps)
-        looks = [saved.look(self.sample) for saved in self.saved]
-        return Example(self.sample, self.truth, pretty_eps(self.saved[0].measured.result), picture(clean), looks)
+        part = (3 if stood else 2) if fell else min(len(attacked), 1)
+        # The smallest radius that fells a model says most; one that fells none says most where it is large.
+        return len(records), part, -self.saved[0].eps if fell else self.saved[0].eps
 
 
 def pick_examples(measured: Sequence[Measured], count: int) -> list[Example]:
@@ -117,23 +122,21 @@ def pick_examples(measured: Sequence[Measured], count: int) -> list[Example]:
         measured: Results of one dataset and protocol.
         count: Examples wanted; fewer if fewer were saved.
     """
-    saved = [_Saved(one) for one in measured if _has_images(one)]
-    views = [_best_view(sample, saved) for sample in dict.fromkeys(i for one in saved for i in one.images.ids())]
+    by_eps: dict[float, list[_Saved]] = {}
+    for one in map(_Saved, filter(_has_images, measured)):
+        by_eps.setdefault(one.eps, []).append(one)
+    best: dict[int | str, Example] = {}
+    for saved in by_eps.values():
+        for sample in dict.fromkeys(sample for one in saved for sample in one.images.ids() if sample in one.records):
+            example = Example(sample, [one for one in saved if sample in one.images and sample in one.records])
+            best[sample] = max(best.get(sample, example), example, key=lambda view: view.worth)
     turns: Counter[str] = Counter()
-    ordered: list[tuple[int, int, _View]] = []
-    for view in sorted((view for view in views if view and view.worth[1]), key=lambda view: view.worth, reverse=True):
-        ordered.append((turns[view.truth], len(ordered), view))
-        turns[view.truth] += 1
-    return [view.example() for _, _, view in sorted(ordered, key=lambda row: row[:2])[: max(count, 0)]]
-
-
-def _best_view(sample: int | str, saved: Sequence[_Saved]) -> _View | None:
-    views = []
-    for eps in sorted({one.eps for one in saved}):
-        seen = [one for one in saved if one.eps == eps and sample in one.images and sample in one.records]
-        if seen:
-            views.append(_View(sample, eps, seen))
-    return max(views, key=lambda view: (view.worth, -view.eps if view.worth[1] > 1 else view.eps), default=None)
+    ordered: list[tuple[int, int, Example]] = []
+    shown = [example for example in best.values() if example.worth[1]]
+    for example in sorted(shown, key=lambda example: example.worth[:2], reverse=True):
+        ordered.append((turns[example.truth], len(ordered), example))
+        turns[example.truth] += 1
+    return [example for _, _, example in sorted(ordered, key=lambda row: row[:2])[: max(count, 0)]]
 
 
 def _has_images(measured: Measured) -> bool:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RobustnessResult, load_results, pretty_eps, write_atomically
 
 from . import protocol
-from .curve import COLOURS, STYLE, Curve, Point, axes_of, curve_of, draw_curves, palette, point
-from .escape import markdown, markdown_code
+from .curve import COLOURS, Curve, axes_of, colours_of, curve_of, draw_curves
 from .examples import Example, Measured, pick_examples
-from .tables import markdown_table, percent, setting, training_settings, with_interval, words
+from .tables import Point, percent, point, setting, training_settings, words
+from .templates import template
 
 
 _TONES = {"passed": "good", "flagged": "bad"}
@@ -48,17 +45,12 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class Section:
-    """All results of one dataset, task and protocol."""
+class Section(protocol.Table):
+    """All results of one dataset, task and protocol, as the pages show them."""
 
-    title: str
     place: int
-    result: RobustnessResult  # any of them: what they share
     radii: list[tuple[float, str]]
     models: list[ModelRow]
-    attacks: tuple[list[str], list[list[str]]]
-    about: str
-    notes: list[str]
     examples: list[Example]
 
     @property
@@ -74,21 +66,17 @@ class Section:
         curves = [model.curve for model in self.models]
         return draw_curves(curves, axes_of(result), title=title, chance=chance, alone=alone)
 
-    def rows(self) -> list[list[str]]:
+    def rows(self) -> list[list[Any]]:
         """Of the table of accuracies in Markdown."""
-        points = [
-            (model.label, [model.clean, *(model.robust.get(level) for level, _ in self.radii)])
+        return [
+            [model.label, model.clean, *(model.robust.get(level, "not measured") for level, _ in self.radii)]
             for model in self.models
         ]
-        return [
-            [label, *("not measured" if one is None else with_interval(one.value, (one.low, one.high)) for one in row)]
-            for label, row in points
-        ]
 
-    def example_rows(self) -> list[list[str]]:
+    def example_rows(self) -> list[list[Any]]:
         """Of the table of examples in Markdown."""
         return [
-            [str(example.sample), example.truth, example.eps, look.label, look.before, look.after]
+            [example.sample, example.truth, example.eps, look.label, look.before, look.after]
             for example in self.examples
             for look in example.looks
         ]
@@ -127,14 +115,15 @@ def write_report(
         "datasets": list(dict.fromkeys(f"{one.result.dataset} ({one.result.split})" for one in measured)),
         "means": _means(sections),
         "versions": ", ".join(sorted(versions)),
+        "colours": COLOURS,
     }
     folder = Path(output_dir)
     pages = [folder / "report.html", folder / "report.md"]
-    write_atomically(pages[0], _template("report.html").render(**shared, palette=palette(), curve_style=STYLE))
-    write_atomically(pages[1], _template("report.md").render(**shared))
+    for page in pages:
+        write_atomically(page, template(page.name).render(**shared))
     for section in sections:
         pages.append(folder / section.curve_file)
-        write_atomically(pages[-1], f"{section.curve(alone=True)}\n")
+        write_atomically(pages[-1], section.curve(alone=True))
     return pages
 
 
@@ -166,9 +155,7 @@ def read_measured(files: Sequence[str | Path]) -> list[Measured]:
         (label if len(hashes[label]) == 1 else f"{label} {result.model_sha256[:6]}", result, folder)
         for label, result, folder in rows
     ]
-    labels = sorted({label: None for label, _, _ in unique}, key=lambda label: not label.startswith("undefended"))
-    first = 0 if labels[0].startswith("undefended") else 1  # grey is the undefended model's
-    colours = {label: first + place for place, label in enumerate(labels)}
+    colours = colours_of((label for label, _, _ in unique), "undefended")
     found: dict[tuple[Any, ...], Measured] = {}
     for label, result, folder in unique:
         key = (label, protocol.alike(result), result.level)
@@ -207,16 +194,11 @@ def _label(result: RobustnessResult, named: str | None) -> str:
 
 def _section(measured: Sequence[Measured], place: int, examples: int) -> Section:
     results = [(one.label, one.result) for one in measured]
-    labels = dict.fromkeys(one.label for one in measured)
     return Section(
-        title=protocol.heading(results[0][1]),
-        place=place,
-        result=results[0][1],
+        results,
+        place,
         radii=sorted({(result.level, pretty_eps(result)) for _, result in results}),
-        models=[_model([one for one in measured if one.label == label]) for label in labels],
-        attacks=protocol.attack_table(results),
-        about=protocol.about(results[0][1]),
-        notes=protocol.notes(results),
+        models=[_model([one for one in measured if one.label == label]) for label in dict(results)],
         examples=pick_examples(measured, examples),
     )
 
@@ -257,20 +239,3 @@ def _means(sections: Sequence[Section]) -> dict[str, Any] | None:
         cells = [percent(sum(column) / len(column)) for column in columns]
         rows.append({"colour": row[0].colour, "cells": [label, *cells]})
     return {"radii": [text for _, text in radii], "rows": rows, "count": len(sections)} if labels and radii else None
-
-
-@lru_cache
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"),
-        autoescape=name.endswith(".html"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    if name.endswith(".md"):
-        environment.finalize = markdown
-    environment.filters |= {"percent": percent, "code": markdown_code}
-    environment.globals |= {"colours": len(COLOURS), "table": markdown_table}
-    return environment.get_template(name)

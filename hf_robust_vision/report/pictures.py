@@ -9,7 +9,7 @@ from typing import Any
 from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.tasks import AnswerExample
 
-from .curve import COLOURS, Curve, axes_of, curve_of
+from .curve import COLOURS, Curve, axes_of, colours_of, curve_of
 from .escape import one_line
 
 
@@ -22,11 +22,9 @@ def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
     """
-    models = sorted(dict.fromkeys(result.model for result in results), key=lambda model: model != "before")
-    first = 0 if models[0] == "before" else 1  # grey is the original's
     curves = [
         curve_of(model, colour, [result for result in results if result.model == model])
-        for colour, model in enumerate(models, first)
+        for model, colour in colours_of((result.model for result in results), "before").items()
     ]
     title = f"{results[0].dataset} ({results[0].split}), {results[0].protocol}"
     return plot_panels({title: curves}, axes_of(results[0]), path)

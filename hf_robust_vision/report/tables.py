@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, pretty_eps
@@ -15,16 +16,23 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def with_interval(share: float, interval: Sequence[float]) -> str:
-    """A fraction with its interval: "62.5 % (52.5 to 72.5)"."""
-    low, high = interval
-    return f"{percent(share)} ({100 * low:.1f} to {100 * high:.1f})"
+@dataclass(frozen=True)
+class Point:
+    """Accuracy with its 95 % interval, all fractions, at a level in the unit of the axis."""
+
+    eps: float
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{percent(self.value)} ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
-def accuracy(result: RobustnessResult, kind: str) -> str:
-    """The "clean" or the "robust" accuracy of a result with its interval."""
+def point(result: RobustnessResult, kind: str) -> Point:
+    """The "clean" or the "robust" accuracy of a result."""
     name = f"{kind}_accuracy"
-    return with_interval(getattr(result, name), result.ci95[name])
+    return Point(0.0 if kind == "clean" else result.level, getattr(result, name), *result.ci95[name])
 
 
 def counted(number: int, noun: str) -> str:
@@ -76,7 +84,7 @@ def results_text(results: Sequence[RobustnessResult]) -> str:
     return "\n".join(
         one_line(
             f"{row.dataset} ({row.split}, {row.num_samples}), {row.protocol}, {row.threat}: "
-            f"clean {accuracy(row, 'clean')}, robust {accuracy(row, 'robust')}"
+            f"clean {point(row, 'clean')}, robust {point(row, 'robust')}"
         )
         for row in results
     )
@@ -85,6 +93,6 @@ def results_text(results: Sequence[RobustnessResult]) -> str:
 def comparison_text(results: Sequence[RobustnessResult]) -> str:
     """Clean and robust accuracy before and after, one line a radius, for a terminal."""
     before, after = ([row for row in results if row.model == model] for model in ("before", "after"))
-    rows = [("clean", accuracy(before[0], "clean"), accuracy(after[0], "clean"))]
-    rows += [(pretty_eps(one), accuracy(one, "robust"), accuracy(two, "robust")) for one, two in zip(before, after)]
+    rows = [("clean", point(before[0], "clean"), point(after[0], "clean"))]
+    rows += [(pretty_eps(one), point(one, "robust"), point(two, "robust")) for one, two in zip(before, after)]
     return text_table(("eps", "before", "after"), rows)
