@@ -19,6 +19,9 @@ class EncoderOutput(ModelOutput):
     image_embeds: Tensor = None  # type: ignore[assignment]  # of the class token, shape (batch, dim)
     patch_tokens: Tensor = None  # type: ignore[assignment]  # of the layer asked for, shape (batch, patches, width)
     text_embeds: Tensor = None  # type: ignore[assignment]  # of the prompts, shape (prompts, dim)
+    # What a language model reads: shape (batch, tokens, width); of earlier layers, too, (batch, tokens, layers, width).
+    language_tokens: Tensor = None  # type: ignore[assignment]
+    deepstack_tokens: Tensor = None  # type: ignore[assignment]
 
 
 @contextmanager

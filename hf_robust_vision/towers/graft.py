@@ -1,0 +1,148 @@
+"""A VLM's folder with another tower in it: everything else stays, bit for bit, and is never in memory at once."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from .base import tensor_sha256
+
+
+# What describes a model or its numbers is of the original, and would be untrue of the result.
+_NOT_OURS = ("README.md", "robustness.json", "swap_report.json", "harden_report.json", "training_args.bin")
+
+
+@dataclass
+class Origin:
+    """Where the rest of a VLM is: its files, or the whole model in memory, which shares the tower's weights.
+
+    Args:
+        files: Of its weights, `.safetensors`.
+        name: Folder or Hub id.
+        revision: Of the Hub.
+        whole: The model in memory.
+    """
+
+    files: tuple[Path, ...] = ()
+    name: str = ""
+    revision: str | None = None
+    whole: Any = field(default=None, repr=False)
+
+    def __deepcopy__(self, memo: Any) -> Origin:
+        return self  # the frozen copy of a tower needs no second language model
+
+    def check_files(self) -> None:
+        """Refuse weights that can not be written again one tensor at a time.
+
+        Raises:
+            ValueError: If there are none, they are not safetensors, or one is damaged.
+        """
+        if not self.files:
+            raise ValueError(f"{self.name} holds no weights.")
+        for file in self.files:
+            if file.suffix != ".safetensors":
+                raise ValueError(
+                    f"{file} is no .safetensors file: load the model and save it again with save_pretrained."
+                )
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is damaged or cut off: download it again. ({error})") from error
+
+    def check_names(self, encoder: Any) -> None:
+        """Refuse an encoder whose weights have no place in the files, before hours of training.
+
+        Raises:
+            ValueError: If transformers would write a weight under another name than the one that it was read from.
+        """
+        there = {name for file in self.files for name in _names(file)}
+        if strange := sorted(set(revert_weight_conversion(encoder, encoder.state_dict())) - there):
+            raise ValueError(
+                f"{self.name} names its weights in another way than transformers writes them: {strange[0]}."
+            )
+
+    def rest_sha256(self, encoder: Any) -> str:
+        """SHA-256 over all weights that are not the encoder's: those of the language model and its head.
+
+        Over their values, not their names: a model in memory has other ones than its file, and a tied head twice.
+        """
+        return hashlib.sha256(
+            "".join(sorted({tensor_sha256(value) for value in self._rest(encoder)})).encode()
+        ).hexdigest()
+
+    def save_with(self, encoder: Any, state: Mapping[str, Tensor], folder: Path, **kwargs: Any) -> None:
+        """Write the whole VLM with the weights of an encoder, in the precision that its files have.
+
+        Args:
+            encoder: Without its language model.
+            state: Its weights under their names in the module.
+            folder: Made if it is not there; what it holds of other files stays.
+            kwargs: For `save_pretrained` of a model in memory.
+
+        Raises:
+            ValueError: If a weight has no place in the original files; then nothing is written.
+        """
+        if self.whole is not None:
+            own = self.whole.state_dict()
+            with torch.no_grad():
+                for name, value in state.items():
+                    own[name].copy_(value)
+            self.whole.save_pretrained(folder, **kwargs)
+            return
+        new = revert_weight_conversion(encoder, dict(state))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as place:
+            for file in self.files:
+                _write_shard(file, new, Path(place) / file.name)
+            missing = set(new) - {name for file in self.files for name in _names(file)}
+            if missing:
+                raise ValueError(f"{sorted(missing)[0]} is in none of the weights of {self.name}.")
+            for file in Path(place).iterdir():  # all or none
+                file.replace(folder / file.name)
+        for file in self.files[0].parent.iterdir():
+            beside = (
+                file.is_file() and not file.name.startswith(".") and file.suffix not in (".safetensors", ".bin", ".pt")
+            )
+            if beside and file.name not in _NOT_OURS and not file.name.startswith("samples-"):
+                shutil.copyfile(file, folder / file.name)
+
+    def _rest(self, encoder: Any) -> Iterator[Tensor]:
+        own = encoder.state_dict()
+        if self.whole is not None:
+            yield from (value for name, value in self.whole.state_dict().items() if name not in own)
+            return
+        ours = set(revert_weight_conversion(encoder, own))
+        for file in self.files:
+            with safe_open(file, "pt") as content:
+                yield from (content.get_tensor(name) for name in _names(file) if name not in ours)
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, "pt") as content:
+        return list(content.keys())
+
+
+def _write_shard(file: Path, new: Mapping[str, Tensor], target: Path) -> None:
+    """A file of weights with those of `new` in it, in the dtype that they had."""
+    with safe_open(file, "pt") as content:
+        names, metadata = list(content.keys()), content.metadata()
+        if not set(names) & set(new):
+            shutil.copyfile(file, target)
+            return
+        tensors = {}
+        for name in names:
+            old = content.get_tensor(name)
+            tensors[name] = new[name].detach().to("cpu", old.dtype).contiguous() if name in new else old
+    save_file(tensors, target, metadata=metadata)

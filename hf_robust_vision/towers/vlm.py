@@ -1,0 +1,367 @@
+"""The tower inside a vision-language model, seen through the tokens that its language model reads.
+
+transformers gives nearly every VLM one hook: `get_image_features` returns, as `pooler_output`, exactly what the language
+model reads of an image. The stock image processors are torch code, and differentiable. So one encoder serves all of
+them; what it holds is the VLM without its language model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+
+from hf_robust_vision.pixels import PixelTransform
+
+from .base import EncoderOutput, attack_mode
+from .graft import Origin
+from .vlm_inputs import TOLERANCE, ramps
+from .weights import FLOATS, check_weights, weights_files
+
+
+MOST_PIXELS = 448  # side of the square that a tower of any size is given by default
+
+
+class Absent(nn.Module):
+    """Stands where the language model was: it holds nothing and can not be run."""
+
+
+class VLMEncoder:
+    """What a VLM's class gets, by `seeing`, to be an encoder: images in [0, 1] to what its language model reads.
+
+    The language model and its head are absent. `save_pretrained` writes the whole VLM all the same: the rest comes
+    from `origin`, bit for bit.
+    """
+
+    stock_class: type[PreTrainedModel]
+    transform: PixelTransform
+    image_processor: Any
+    origin: Origin
+    train_projector: bool = False
+
+    def forward(
+        self: Any, images: Tensor, token_layer: int | None = None, language_tokens: bool = True
+    ) -> EncoderOutput:
+        """Encode images in [0, 1] of one size.
+
+        Args:
+            images: Shape (batch, 3, height, width).
+            token_layer: A VLM's tower has no layer of its own to read: only None.
+            language_tokens: Always given.
+
+        Returns:
+            `language_tokens`, shape (batch, tokens, width of the language model); `deepstack_tokens`, shape (batch,
+            tokens, layers, width), where the language model reads several layers; `image_embeds`, the mean token.
+        """
+        if token_layer is not None:
+            raise ValueError("a VLM's encoder gives language_tokens; for patch tokens load the tower alone.")
+        read = self.get_image_features(**self.image_inputs(images), return_dict=True)
+        tokens = _by_image(read.pooler_output, len(images))
+        deep = getattr(read, "deepstack_features", None)
+        layers: Any = None if not deep else torch.stack([_by_image(layer, len(images)) for layer in deep], dim=2)
+        return EncoderOutput(image_embeds=tokens.mean(1), language_tokens=tokens, deepstack_tokens=layers)
+
+    encode_images = forward
+
+    def image_inputs(self: Any, images: Tensor) -> dict[str, Tensor]:
+        """What the hook takes: pixel values, differentiable in the images, and the grids and masks of their size."""
+        # An image a sample: some processors would take a plain list for one sample of many images. In float32, as a
+        # stock processor runs before any autocast.
+        with torch.autocast(images.device.type, enabled=False):
+            made = self.image_processor(
+                images=[[image] for image in images],
+                do_rescale=False,
+                input_data_format="channels_first",
+                return_tensors="pt",
+            )
+        inputs = {name: value.to(images.device) for name, value in made.items() if name in self.hook_arguments}
+        return inputs | {"pixel_values": inputs["pixel_values"].to(self.dtype)}
+
+    @property
+    def hook_arguments(self: Any) -> frozenset[str]:
+        """Names that `get_image_features` takes."""
+        inner = getattr(self.base_model, "get_image_features", self.get_image_features)
+        return frozenset(inspect.signature(inner).parameters)
+
+    @property
+    def tower(self: Any) -> nn.Module:
+        """The vision tower, as transformers finds it."""
+        return self.get_encoder(modality="image")
+
+    def freeze_unread(self: Any, **_: Any) -> None:
+        """Let gradients flow to the tower's weights that the tokens depend on; to the projector's, too, if asked.
+
+        A weight that nothing reads (a layer behind the one that the projector takes, a pooling head) would break DDP,
+        and weight decay would still shrink it. Which these are, a backward pass tells for any class.
+        """
+        self.requires_grad_(False)
+        (self if self.train_projector else self.tower).requires_grad_(True)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        training = self.training
+        self.eval()
+        output = self(self.probe())
+        parts = [output.language_tokens, output.deepstack_tokens]
+        total = sum(part.float().square().sum() for part in parts if part is not None)
+        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+        self.train(training)
+        for parameter, gradient in zip(trained, gradients):
+            parameter.requires_grad_(gradient is not None)
+
+    def probe(self: Any) -> Tensor:
+        """An image of the size that is attacked, different everywhere, shape (1, 3, height, width)."""
+        size = self.transform.crop or self.transform.resize
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return ramps(height, width)[1].to(next(self.parameters()).device)
+
+    def save_checkpoint(self: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write what is here, tower and projector, under its names in the module: of a run, not a model to load."""
+        from safetensors.torch import save_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        state = {name: value.contiguous() for name, value in (state_dict or self.state_dict()).items()}
+        save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        self.config.save_pretrained(folder)
+
+    def save_pretrained(
+        self: Any, save_directory: str | Path, *, state_dict: Any = None, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Write the whole VLM as the stock folder of its own class: this tower, and the rest of where it came from."""
+        if is_main_process:
+            self.origin.save_with(self, state_dict or self.state_dict(), Path(save_directory), **kwargs)
+
+
+@cache
+def seeing(kind: type[PreTrainedModel]) -> Any:
+    """The class of a VLM without its language model, as an encoder; weights have the names that they have in the VLM.
+
+    Raises:
+        ValueError: If the class has no hook for image features, or does not tell where its language model is.
+    """
+    for needed in ("get_image_features", "get_decoder", "get_output_embeddings"):
+        if not hasattr(kind, needed):
+            raise ValueError(
+                f"{kind.__name__} has no {needed}(), which tells what its language model reads of an image."
+            )
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, config, *args, **kwargs)
+        for part in (self.get_output_embeddings(), self.get_decoder()):
+            if part is not None:
+                self.set_submodule(path_of(self, part), Absent())
+
+    body = {
+        "__init__": __init__,
+        "__module__": kind.__module__,  # transformers finds the names of weights in files by class
+        "stock_class": kind,
+        "_tied_weights_keys": {},  # the head is not there to be tied
+        "tie_weights": lambda self, *args, **kwargs: None,
+    }
+    return type(kind.__name__, (VLMEncoder, kind), body)
+
+
+def path_of(model: nn.Module, part: nn.Module) -> str:
+    """Dotted name of a module inside another."""
+    return next(path for path, module in model.named_modules() if module is part)
+
+
+def is_vlm(model: Any) -> bool:
+    """Whether a model, or its class, has the hook."""
+    return (
+        hasattr(model, "get_image_features")
+        and hasattr(model, "get_decoder")
+        and not hasattr(model, "get_text_features")
+    )
+
+
+def view_vlm(vlm: Any, processor: Any, resolution: int | None = None) -> Any:
+    """See `as_encoder`: a VLM in memory as an encoder that shares the weights of its tower and projector.
+
+    Raises:
+        ValueError: If the VLM is quantised, offloaded or spread over devices, or its processor is another model's.
+    """
+    _refuse_unlike(vlm)
+    with torch.device("meta"):
+        encoder = seeing(cast(Any, type(vlm)))(vlm.config)
+    for path, module in encoder.named_modules():
+        if isinstance(module, Absent):
+            continue
+        theirs = vlm.get_submodule(path)
+        for name, child in module.named_children():
+            if not any(isinstance(part, Absent) for part in child.modules()):
+                setattr(module, name, theirs.get_submodule(name))
+        for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            setattr(module, name, getattr(theirs, name))
+    encoder.origin = Origin(whole=vlm)
+    return _finished(encoder.train(vlm.training), processor, resolution)
+
+
+def load_vlm(
+    name: str,
+    config: Any = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    resolution: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """See `load_encoder`: the tower and projector of a VLM's folder or Hub id; the language model is not read.
+
+    Raises:
+        ValueError: If it is no VLM of a supported kind, is quantised, or a weight of tower or projector is missing.
+    """
+    config = config or AutoConfig.from_pretrained(name, revision=revision)
+    named = (getattr(config, "architectures", None) or ("",))[0]
+    kind = getattr(transformers, named, None)
+    if kind is None or not is_vlm(kind):
+        raise ValueError(
+            f"{name} holds a {config.model_type!r} model ({named or 'no architecture named'}), which has no "
+            "get_image_features() that tells what its language model reads of an image."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantised: harden the original in bfloat16 or float32, and quantise the result.")
+    origin = Origin(files=tuple(weights_files(name, revision)), name=name, revision=revision)
+    origin.check_files()
+    encoder, info = seeing(kind).from_pretrained(
+        name, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if lacking:
+        raise ValueError(
+            f"{name} lacks {len(lacking)} weights of the tower of a {named} ({', '.join(lacking[:3])}), which would be "
+            "left random. Export the whole model with save_pretrained."
+        )
+    check_weights(encoder.state_dict(), name)
+    encoder.origin = origin
+    origin.check_names(encoder)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} has no image processor (preprocessor_config.json): {error}") from error
+    return _finished(encoder, processor, resolution)
+
+
+def _finished(encoder: Any, processor: Any, resolution: int | None) -> Any:
+    """Give an encoder its image processor, and refuse both where they do not belong together."""
+    encoder.image_processor = getattr(processor, "image_processor", processor)
+    if not callable(encoder.image_processor) or not hasattr(encoder.image_processor, "image_mean"):
+        raise TypeError(f"wanted the processor of a VLM or its image processor, got {type(processor).__name__}.")
+    encoder.transform = square(encoder.image_processor, encoder.config, resolution)
+    _compare_with_stock(encoder)
+    _need_gradient(encoder)
+    return encoder
+
+
+def square(processor: Any, config: Any, resolution: int | None = None) -> PixelTransform:
+    """How images are fitted before they are attacked: to the tower's size where it has one, else to a square.
+
+    Args:
+        processor: Image processor.
+        config: Of the VLM.
+        resolution: Side in pixels; by default the processor's, or the tower's up to `MOST_PIXELS`.
+    """
+    size = dict(processor.size)
+    crop = dict(getattr(processor, "crop_size", None) or {}) if getattr(processor, "do_center_crop", False) else {}
+    fixed = crop.get("height") or size.get("height")
+    vision = getattr(config, "vision_config", config)
+    own = getattr(vision, "image_size", None) or MOST_PIXELS
+    side = resolution or fixed or min(own[0] if isinstance(own, list | tuple) else own, MOST_PIXELS)
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    whole = "shortest_edge" not in size  # the processor would stretch an image to its square, and not crop it
+    return PixelTransform((side, side) if whole and fixed and resolution is None else side, (side, side), mean, std)
+
+
+def _by_image(tokens: Any, images: int) -> Tensor:
+    """Tokens of one image after another, in whatever pieces a family gives them, as (images, tokens, width)."""
+    whole = tokens if isinstance(tokens, Tensor) else torch.cat([part.reshape(-1, part.shape[-1]) for part in tokens])
+    return whole.reshape(images, -1, whole.shape[-1])
+
+
+def _refuse_unlike(vlm: Any) -> None:
+    name = type(vlm).__name__
+    tensors = list(vlm.parameters())
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(f"parts of the {name} are offloaded: load it without device_map, or name its folder instead.")
+    if odd := next((t.dtype for t in tensors if t.dtype not in FLOATS), None):
+        raise ValueError(f"the {name} is quantised ({odd}): harden the original in bfloat16 or float32.")
+    if len(devices := {str(tensor.device) for tensor in tensors}) > 1:
+        raise ValueError(f"the {name} is spread over {', '.join(sorted(devices))}: load it on one device.")
+
+
+@torch.no_grad()
+def _compare_with_stock(encoder: Any) -> None:
+    """Refuse a processor that makes something else of a picture than it makes of our tensor, or of another model.
+
+    Raises:
+        ValueError: If names, shapes, grids or pixels differ, or the model can not read what it makes.
+    """
+    processor = type(encoder.image_processor).__name__
+    side = encoder.probe().shape[-1]
+    picture, images = ramps(side * 3 // 2 + 1, side * 2)
+    stock = encoder.image_processor(images=[[picture]], return_tensors="pt")
+    ours = encoder.image_inputs(images.to(encoder.device))
+    for name, value in ours.items():
+        theirs = stock[name]
+        same = value.shape == theirs.shape
+        if same and name == "pixel_values":
+            std = max(encoder.transform.std)
+            same = bool((value.float().cpu() - theirs.float()).abs().max() * std <= TOLERANCE)
+        elif same:
+            same = torch.equal(value.cpu(), theirs)
+        if not same:
+            raise ValueError(f"{processor} gives other {name} for a tensor than for the same picture.")
+    try:
+        output = encoder(encoder.probe())
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{encoder.stock_class.__name__} can not read what {processor} makes, which is another model's: {error}"
+        ) from error
+    width = encoder.config.get_text_config().hidden_size
+    if output.language_tokens.shape[-1] != width:
+        raise ValueError(
+            f"get_image_features() of {encoder.stock_class.__name__} gives vectors of {output.language_tokens.shape[-1]}, "
+            f"and its language model reads {width}: what it reads is not known."
+        )
+
+
+def _need_gradient(encoder: Any) -> None:
+    """Refuse a tower whose tokens do not depend on the pixels by a gradient.
+
+    Raises:
+        ValueError: With the name of the module that cuts it.
+    """
+    images = encoder.probe().requires_grad_()
+    cut: list[str] = []
+
+    def look(path: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+            reaches = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+            if reaches and isinstance(tensor, Tensor) and not tensor.requires_grad:
+                cut.append(path)
+
+        return hook
+
+    with torch.enable_grad(), attack_mode(encoder):
+        hooks = [module.register_forward_hook(look(path)) for path, module in encoder.named_modules() if path]
+        try:
+            tokens = encoder(images).language_tokens
+        finally:
+            for handle in hooks:
+                handle.remove()
+        gradient = None
+        if tokens.requires_grad:
+            (gradient,) = torch.autograd.grad(tokens.float().square().sum(), images, allow_unused=True)
+    if gradient is None:
+        where = f"{cut[0]} cuts it" if cut else f"{type(encoder.image_processor).__name__} cuts it"
+        raise ValueError(f"no gradient reaches the pixels of {encoder.stock_class.__name__}: {where}.")
+    if not bool(gradient.any()):
+        raise ValueError(
+            f"the gradient of what {encoder.stock_class.__name__} reads is zero at every pixel: its projector or its "
+            "tower holds weights that are all zero."
+        )

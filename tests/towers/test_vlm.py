@@ -1,0 +1,280 @@
+"""One contract over the families: what a VLM's language model reads, as features of images in [0, 1]."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from hf_robust_vision.towers.base import weights_sha256
+from hf_robust_vision.towers.vlm import Absent, load_vlm, view_vlm
+
+from .zoo import FAMILIES, saved, tiny_vlm
+
+
+def images_for(encoder, count=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, *encoder.probe().shape[1:], generator=generator)
+
+
+def stock_tokens(vlm, processor, image):
+    """What the stock path makes of a picture, flat."""
+    made = processor(images=[[image]], return_tensors="pt")
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask", "batch_num_images")
+    taken = {name: made[name] for name in names if name in made}
+    if "image_grid_thw" not in made and vlm.config.model_type in (
+        "llava",
+        "vipllava",
+        "internvl",
+        "paligemma",
+        "gemma3",
+    ):
+        taken = {"pixel_values": made["pixel_values"]}
+    read = vlm.get_image_features(**taken, return_dict=True).pooler_output
+    pieces = [read] if isinstance(read, torch.Tensor) else list(read)
+    return torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestContract:
+    def test_tokens_are_those_of_the_stock_processor(self, family):
+        vlm, processor = tiny_vlm(family)
+        encoder = view_vlm(vlm, processor)
+        # Neither black nor white: where a resize overshoots these, the stock processor cuts.
+        cells = 0.25 + 0.5 * torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        whole = (F.interpolate(cells, encoder.probe().shape[-2:]) * 255).round()
+        picture = Image.fromarray(whole[0].permute(1, 2, 0).to(torch.uint8).numpy())
+        with torch.no_grad():
+            tokens = encoder(whole / 255).language_tokens
+            stock = stock_tokens(vlm, processor, picture)  # which rounds what it resized to whole grey levels
+        assert tokens.shape[0] == 1
+        assert tokens.shape[2] == vlm.config.get_text_config().hidden_size
+        torch.testing.assert_close(tokens[0], stock, atol=5e-2 * stock.std().item(), rtol=0)
+
+    def test_a_batch_is_its_images(self, family):
+        encoder = view_vlm(*tiny_vlm(family))
+        images = images_for(encoder, 3)
+        with torch.no_grad():
+            together = encoder(images)
+            alone = [encoder(image[None]) for image in images]
+        torch.testing.assert_close(together.language_tokens, torch.cat([one.language_tokens for one in alone]))
+        if together.deepstack_tokens is not None:
+            torch.testing.assert_close(together.deepstack_tokens, torch.cat([one.deepstack_tokens for one in alone]))
+
+    def test_gradient_reaches_every_pixel_that_is_read(self, family):
+        encoder = view_vlm(*tiny_vlm(family))
+        images = images_for(encoder).requires_grad_()
+        (gradient,) = torch.autograd.grad(encoder(images).language_tokens.square().sum(), images)
+        assert gradient.isfinite().all()
+        assert (gradient != 0).float().mean() > 0.99
+
+    def test_an_update_changes_the_tower_only_and_is_saved_whole(self, family, tmp_path):
+        vlm, processor = saved(family, tmp_path / "vlm")
+        encoder = load_vlm(str(tmp_path / "vlm"))
+        assert any(isinstance(module, Absent) for module in encoder.modules())
+        before = {name: value.clone() for name, value in encoder.state_dict().items()}
+        rest = encoder.origin.rest_sha256(encoder)
+        encoder.freeze_unread()
+        train(encoder)
+        tower = {id(value) for value in encoder.tower.parameters()}
+        changed = {name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed
+        assert changed <= {name for name, value in encoder.named_parameters() if id(value) in tower}
+        encoder.save_pretrained(tmp_path / "hardened")
+        again = load_vlm(str(tmp_path / "hardened"))
+        stock = type(vlm).from_pretrained(tmp_path / "hardened").eval()
+        images = images_for(encoder)
+        with torch.no_grad():
+            tokens = encoder.eval()(images).language_tokens
+            assert torch.equal(tokens, again(images).language_tokens)
+            assert torch.equal(tokens, view_vlm(stock, processor)(images).language_tokens)
+        assert rest == again.origin.rest_sha256(again)
+        ours, theirs = stock.state_dict(), vlm.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name not in changed)
+
+    def test_a_model_in_memory_shares_its_tower_and_is_saved_whole(self, family, tmp_path):
+        vlm, processor = tiny_vlm(family)
+        encoder = view_vlm(vlm, processor)
+        before = weights_sha256(vlm)
+        encoder.freeze_unread()
+        train(encoder)
+        assert weights_sha256(vlm) != before, "the VLM in memory sees the trained tower"
+        encoder.save_pretrained(tmp_path)
+        stock = type(vlm).from_pretrained(tmp_path)
+        assert weights_sha256(stock) == weights_sha256(vlm)
+
+    def test_what_trains_has_a_gradient(self, family):
+        encoder = view_vlm(*tiny_vlm(family))
+        encoder.freeze_unread()
+        trained = [value for value in encoder.parameters() if value.requires_grad]
+        output = encoder(images_for(encoder))
+        parts = [part for part in (output.language_tokens, output.deepstack_tokens) if part is not None]
+        gradients = torch.autograd.grad(sum(part.square().sum() for part in parts), trained, allow_unused=True)
+        assert trained
+        assert all(gradient is not None for gradient in gradients)
+
+
+def train(encoder):
+    """One update of what trains."""
+    optimizer = torch.optim.SGD([value for value in encoder.parameters() if value.requires_grad], lr=0.1)
+    encoder(images_for(encoder, seed=1)).language_tokens.square().mean().backward()
+    optimizer.step()
+
+
+class TestSaving:
+    def test_the_projector_trains_if_asked(self):
+        encoder = view_vlm(*tiny_vlm("llava"))
+        encoder.train_projector = True
+        encoder.freeze_unread()
+        assert all(value.requires_grad for value in encoder.model.multi_modal_projector.parameters())
+
+    def test_copies_share_the_language_model(self):
+        vlm, processor = tiny_vlm("llava")
+        encoder = view_vlm(vlm, processor)
+        assert copy.deepcopy(encoder).origin.whole is vlm
+
+    def test_names_of_old_files_are_kept(self, tmp_path):
+        saved("llava", tmp_path)
+        file = tmp_path / "model.safetensors"
+        old = {
+            name.replace("vision_tower.", "vision_tower.vision_model.").replace(
+                "language_model.", "language_model.model."
+            )
+            if not name.startswith("language_model.lm_head")
+            else name: value
+            for name, value in load_file(file).items()
+        }
+        old = {name.replace("lm_head.", "language_model.lm_head.", 1) if name.startswith("lm_head") else name: value
+               for name, value in old.items()}  # fmt: skip
+        save_file(old, file, metadata={"format": "pt"})
+        encoder = load_vlm(str(tmp_path))
+        encoder.save_pretrained(tmp_path / "again")
+        assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(old)
+
+    def test_shards_and_their_precision_are_kept(self, tmp_path):
+        vlm, processor = tiny_vlm("qwen2_5_vl")
+        vlm.to(torch.bfloat16).save_pretrained(tmp_path / "vlm", max_shard_size="100KB")
+        processor.save_pretrained(tmp_path / "vlm")
+        encoder = load_vlm(str(tmp_path / "vlm"))
+        assert encoder.dtype == torch.float32
+        encoder.save_pretrained(tmp_path / "again")
+        names = sorted(path.name for path in (tmp_path / "vlm").glob("*.safetensors"))
+        assert len(names) > 1
+        for name in names:
+            with safe_open(tmp_path / "vlm" / name, "pt") as old, safe_open(tmp_path / "again" / name, "pt") as new:
+                assert set(old.keys()) == set(new.keys())
+                assert all(torch.equal(old.get_tensor(key), new.get_tensor(key)) for key in old.keys())  # noqa: SIM118
+        assert (tmp_path / "again" / "model.safetensors.index.json").is_file()
+
+    def test_numbers_of_the_original_are_not_copied(self, tmp_path):
+        saved("llava", tmp_path / "vlm")
+        for name in ("README.md", "robustness.json", "swap_report.json"):
+            (tmp_path / "vlm" / name).write_text("of the original")
+        (tmp_path / "vlm" / "chat_template.jinja").write_text("kept")
+        load_vlm(str(tmp_path / "vlm")).save_pretrained(tmp_path / "again")
+        kept = {path.name for path in (tmp_path / "again").iterdir()}
+        assert kept == {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
+                        "chat_template.jinja"}  # fmt: skip
+
+    def test_a_weight_without_a_place_writes_nothing(self, tmp_path):
+        saved("llava", tmp_path / "vlm")
+        encoder = load_vlm(str(tmp_path / "vlm"))
+        with pytest.raises(ValueError, match="is in none of the weights"):
+            encoder.save_pretrained(tmp_path / "again", state_dict={"model.vision_tower.new": torch.zeros(1)})
+        assert not list((tmp_path / "again").iterdir())
+
+
+class TestRefusals:
+    def test_processor_of_another_model(self):
+        vlm, _ = tiny_vlm("llava")
+        _, processor = tiny_vlm("qwen2_5_vl")
+        with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration can not read what Qwen2VLImageProcessor"):
+            view_vlm(vlm, processor)
+
+    def test_not_a_processor(self):
+        with pytest.raises(TypeError, match="wanted the processor of a VLM or its image processor, got int"):
+            view_vlm(tiny_vlm("llava")[0], 3)
+
+    def test_offloaded(self):
+        vlm, processor = tiny_vlm("llava")
+        vlm.model.language_model.to("meta")
+        with pytest.raises(ValueError, match="offloaded"):
+            view_vlm(vlm, processor)
+
+    def test_quantised(self, tmp_path):
+        vlm, processor = saved("llava", tmp_path)
+        vlm.lm_head.weight = nn.Parameter(vlm.lm_head.weight.to(torch.int8), requires_grad=False)
+        with pytest.raises(ValueError, match=r"quantised \(torch.int8\)"):
+            view_vlm(vlm, processor)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="is quantised"):
+            load_vlm(str(tmp_path))
+
+    def test_a_tower_that_cuts_the_gradient_is_told_by_name(self):
+        vlm, processor = tiny_vlm("llava")
+        vlm.model.vision_tower.pre_layrnorm.register_forward_hook(lambda module, inputs, output: output.detach())
+        with pytest.raises(ValueError, match=r"no gradient reaches the pixels .*pre_layrnorm cuts it"):
+            view_vlm(vlm, processor)
+
+    def test_a_projector_of_zeros(self):
+        vlm, processor = tiny_vlm("gemma3")
+        nn.init.zeros_(vlm.model.multi_modal_projector.mm_input_projection_weight)
+        with pytest.raises(ValueError, match="zero at every pixel"):
+            view_vlm(vlm, processor)
+
+    @pytest.mark.parametrize("lost", ["vision_tower.post_layernorm.weight", "multi_modal_projector.linear_1.bias"])
+    def test_missing_weights(self, tmp_path, lost):
+        saved("llava", tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights[lost]
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="lacks 1 weights of the tower"):
+            load_vlm(str(tmp_path))
+
+    def test_weights_that_are_not_finite(self, tmp_path):
+        saved("llava", tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        weights["vision_tower.post_layernorm.weight"][0] = float("nan")
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            load_vlm(str(tmp_path))
+
+    def test_a_damaged_file(self, tmp_path):
+        saved("llava", tmp_path)
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(ValueError, match="damaged or cut off"):
+            load_vlm(str(tmp_path))
+
+    def test_a_family_without_the_hook(self, tmp_path):
+        saved("llava", tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config |= {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama"}
+        config.pop("vision_config"), config.pop("text_config")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            ValueError, match=r"'mllama' model \(MllamaForConditionalGeneration\), which has no get_image"
+        ):
+            load_vlm(str(tmp_path))
+
+    def test_no_image_processor(self, tmp_path):
+        saved("llava", tmp_path)
+        (tmp_path / "preprocessor_config.json").unlink()
+        with pytest.raises(ValueError, match="has no image processor"):
+            load_vlm(str(tmp_path))
+
+    def test_weights_as_pickle(self, tmp_path):
+        saved("llava", tmp_path)
+        shutil.move(tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"no .safetensors file"):
+            load_vlm(str(tmp_path))
