@@ -18,14 +18,8 @@ from .objectives import (
     cosine_distance,
     squared_l2,
 )
-from .pgd import fgsm, pgd
-from .protocol import (
-    PROTOCOLS,
-    Attack,
-    Protocol,
-    classification_objective,
-    get_protocol,
-)
+from .pgd import fgsm, pgd, pgd_last
+from .protocol import PROTOCOLS, Attack, Protocol, classification_objective, get_protocol
 from .search import NonFiniteGradientWarning
 from .square import square
 
@@ -58,6 +52,7 @@ __all__ = [
     "get_protocol",
     "make_ball",
     "pgd",
+    "pgd_last",
     "square",
     "squared_l2",
 ]

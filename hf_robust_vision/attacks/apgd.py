@@ -10,11 +10,16 @@ from torch import Tensor
 from .balls import Ball
 from .noise import StartNoise
 from .objectives import Objective, Success
-from .search import GradientGuard, Keeper, Survivors, check_settings, value_and_gradient
+from .search import Run, Search, check_count
 
 
+FIRST_STEP = 2.0  # times eps, the diameter: at first the search may jump across the ball
 MOMENTUM = 0.75  # share of the new step; the rest is the previous move
 RISE_SHARE = 0.75  # a window with fewer rising steps than this halves the step
+# As shares of the steps: the first window is the longest, because at the largest step the search looks for a region
+# and needs time before it can be judged. Each later one is shorter, down to a least: at a smaller step there is less
+# to explore, and a step that is still too long should not waste the rest of the budget.
+FIRST_WINDOW, SHORTER_BY, LEAST_WINDOW = 0.22, 0.03, 0.06
 
 
 def apgd(
@@ -26,23 +31,10 @@ def apgd(
     noise: StartNoise | None = None,
     restarts: int = 1,
     fooled: Success | None = None,
-    initial_step: float = 2.0,
 ) -> Tensor:
     """Raise an objective inside a ball with the published step-size schedule, per image.
 
-    Args:
-        objective: As in `pgd`.
-        images: As in `pgd`.
-        ball: As in `pgd`.
-        steps: Gradient steps per restart, after the first gradient at the start.
-        noise: As in `pgd`.
-        restarts: As in `pgd`.
-        fooled: As in `pgd`.
-        initial_step: First step size, as a multiple of eps.
-
-    Returns:
-        Adversarial images in [0, 1] of the same shape, at most `ball.eps` away, detached: a fooling one where
-        `fooled` flagged one, else the one of the highest loss.
+    Arguments and result are those of `pgd`; `steps` per restart come after the first gradient at the start.
 
     Raises:
         ValueError: If a setting makes no sense.
@@ -50,13 +42,11 @@ def apgd(
     Reference:
         Croce and Hein 2020, https://huggingface.co/papers/2003.01690, algorithm 1.
     """
-    check_settings(steps, restarts, noise)
-    whole = Survivors(objective, fooled, images.detach(), noise)
-    keeper, guard = Keeper(whole.images), GradientGuard(images.device)
-    for restart, run in keeper.runs(whole, ball, restarts):
-        _one_run(run, keeper, guard, ball, run.start(ball, restart), steps, initial_step * ball.eps)
-    guard.report()
-    return keeper.images
+    check_count("steps", steps)
+    search = Search(objective, images, ball, noise, restarts, fooled)
+    for run in search.runs():
+        _one_run(run, steps)
+    return search.result()
 
 
 @dataclass
@@ -86,6 +76,7 @@ class _State:
             best_gradient=gradient,
             best_loss=losses,
             loss=losses,
+            # One for each image: a batch mixes images that are stuck with others that still climb.
             step_size=start.new_full((len(start), 1, 1, 1), step_size),
             rises=torch.zeros_like(losses),
             loss_at_check=losses,
@@ -100,6 +91,8 @@ class _State:
 
     def move(self, ball: Ball, images: Tensor, momentum: float) -> Tensor:
         """The next iterate: a projected step, mixed with the previous move, projected again."""
+        # The last move is mixed in because steps of a fixed length zigzag across a ridge, and mixed they run along it.
+        # The step is projected first, or its part outside of the ball would drown the last move.
         step = ball.project(self.current + self.step_size * ball.ascend(self.gradient), images)
         # The last move may point out of the ball, so that even a mix of two points of the ball may lie outside.
         mixed = self.current + momentum * (step - self.current) + (1 - momentum) * (self.current - self.previous)
@@ -107,6 +100,7 @@ class _State:
 
     def record(self, moved: Tensor, losses: Tensor, gradient: Tensor) -> None:
         """Take the new iterate, and remember it where it is the best so far."""
+        # A rise is counted against the step before, not against the best: a climb back after a bad step is progress.
         self.rises += losses > self.loss
         better = losses > self.best_loss
         pick = better.view(-1, 1, 1, 1)
@@ -126,34 +120,33 @@ class _State:
         self.rises = torch.zeros_like(self.rises)
         pick = halve.view(-1, 1, 1, 1)
         self.step_size = torch.where(pick, self.step_size / 2, self.step_size)
+        # To the best image, because the smaller step is to search its neighbourhood: where the long one led last is an
+        # accident. `previous` stays, as in the published code, so that the first mix after a return holds the way from
+        # the iterate before the last one to the best, which was never a step.
         self.current = torch.where(pick, self.best, self.current)
         self.gradient = torch.where(pick, self.best_gradient, self.gradient)  # kept, so that going back is free
 
 
-def _one_run(
-    run: Survivors, keeper: Keeper, guard: GradientGuard, ball: Ball, start: Tensor, steps: int, step_size: float
-) -> None:
-    losses, gradient = value_and_gradient(run.objective, start)
-    state = _State.at(start.detach(), losses, guard(gradient), step_size)
-    # The first window is the longest: steps of 2 * eps look for a region first. Each later one is shorter, since the
-    # step inside it has less to explore.
-    window, shortest, shorter = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+def _one_run(run: Run, steps: int) -> None:
+    scored = run.start()
+    losses, gradient = run.ask(scored)
+    state = _State.at(scored.detach(), losses, gradient, FIRST_STEP * run.ball.eps)
+    window, shorter, least = (max(int(share * steps), 1) for share in (FIRST_WINDOW, SHORTER_BY, LEAST_WINDOW))
     since_check = 0
-    scored = start
     for step in range(steps):
-        going = keeper.offer(run, scored, state.loss)
+        going = run.offer(scored, state.loss)
         if going is not None:
             if len(going) == 0:
                 return
             run.keep(going)
             state.keep(going)
         # There is no move before the first one that it could be mixed with.
-        scored = state.move(ball, run.images, 1.0 if step == 0 else MOMENTUM)
-        losses, gradient = value_and_gradient(run.objective, scored)
-        state.record(scored.detach(), losses, guard(gradient))
+        scored = state.move(run.ball, run.images, 1.0 if step == 0 else MOMENTUM)
+        losses, gradient = run.ask(scored)
+        state.record(scored.detach(), losses, gradient)
         since_check += 1
         if since_check == window:
             # The check may put `current` back to the best image; `scored` stays what the loss was taken at.
             state.check(window)
-            window, since_check = max(window - shorter, shortest), 0
-    keeper.offer(run, scored, state.loss)
+            window, since_check = max(window - shorter, least), 0
+    run.offer(scored, state.loss)

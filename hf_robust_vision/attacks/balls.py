@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,18 +20,14 @@ class Ball(ABC):
             perturbation over the whole [0, 1] image.
 
     Raises:
-        ValueError: If `eps` is negative or not finite, or over 1 for `LinfBall`, which looks like 0-255 units.
+        ValueError: If `eps` is no length, see `check_length`.
     """
 
     eps: float
+    norm: ClassVar[str]  # its name, as results record it
 
     def __post_init__(self) -> None:
         check_length("eps", self.eps, self.norm)
-
-    @property
-    @abstractmethod
-    def norm(self) -> str:
-        """The name of the norm, as results record it."""
 
     @abstractmethod
     def start(self, images: Tensor, noise: Tensor) -> Tensor:
@@ -52,24 +49,18 @@ class Ball(ABC):
     def pull(self, slope: Tensor) -> Tensor:
         """How far each pixel of a shortest perturbation goes while none has met black or white, up to a factor.
 
-        Args:
-            slope: Absolute gradient of the linear function that the perturbation raises.
+        `slope` is the absolute gradient of the linear function that the perturbation raises.
         """
 
     def shortest(self, images: Tensor, gradient: Tensor, rise: Tensor) -> Tensor:
         """The shortest perturbation that raises a linear function by `rise` and leaves the images in [0, 1].
 
-        The pixels move together, each by its `pull`, until one meets black or white and stays there; the others then
-        go further. Each round fixes the pixels that would leave the range, so it ends after a few. `eps` plays no part.
-
-        Args:
-            images: In [0, 1], shape (batch, ...).
-            gradient: Of the linear function, the same shape.
-            rise: Wanted change of its value, shape (batch,); negative lowers it.
-
-        Returns:
-            The perturbation. Where no image in [0, 1] is high enough, the one to the highest corner.
+        `gradient` is that of the function, `rise` has shape (batch,) and may be negative, and `eps` plays no part. Where
+        no image in [0, 1] is high enough, the perturbation leads to the highest corner.
         """
+        # The pixels move together, each by its `pull`, until one meets black or white and stays there; the others then
+        # have to go further for it. FAB's code sorts all pixels by when they would meet; here each round fixes all that
+        # would leave the range at this pace, which gives the same after a few rounds.
         ascent = (gradient * rise.view(-1, *[1] * (images.ndim - 1)).sign()).flatten(1)
         room = torch.where(ascent > 0, 1 - images.flatten(1), images.flatten(1))
         slope = ascent.abs()
@@ -79,6 +70,7 @@ class Ball(ABC):
             still_wanted = rise.abs() - (slope * room).masked_fill(free, 0).sum(1)
             pace = (slope * pull).masked_fill(~free, 0).sum(1)
             way = torch.where(pace > 0, still_wanted / pace, torch.inf)[:, None] * pull
+            # Pixels only ever become fixed, so that this ends, at the latest with none free.
             inside = free & (way < room)
             if torch.equal(inside, free):
                 break
@@ -90,10 +82,7 @@ class Ball(ABC):
 class LinfBall(Ball):
     """No pixel changes by more than `eps`."""
 
-    @property
-    def norm(self) -> str:
-        """The name of the norm, as results record it."""
-        return "linf"
+    norm = "linf"
 
     def start(self, images: Tensor, noise: Tensor) -> Tensor:
         """A uniform point of the cube."""
@@ -105,6 +94,8 @@ class LinfBall(Ball):
 
     def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """Clip every pixel to within `eps` of the image and to [0, 1]."""
+        # Two boxes with parallel sides: clipped to one after the other, in any order, a point lands on the nearest point of
+        # both. That is not so in an L2 ball.
         # Against fixed bounds: a difference that is cut and added again would be rounded anew in every step, and creep.
         nearby = torch.minimum(torch.maximum(adversarial, images - self.eps), images + self.eps)
         return nearby.clamp(0, 1)
@@ -122,17 +113,12 @@ class LinfBall(Ball):
 class L2Ball(Ball):
     """The Euclidean length of the perturbation is at most `eps`."""
 
-    @property
-    def norm(self) -> str:
-        """The name of the norm, as results record it."""
-        return "l2"
+    norm = "l2"
 
     def start(self, images: Tensor, noise: Tensor) -> Tensor:
-        """A uniform direction at radius `eps`, where nearly all of a high-dimensional ball lies.
-
-        Its last digits may differ between devices, as those of `erfinv` do.
-        """
-        # Normal values of one variance, which `erfinv` makes of uniform ones, point nowhere in particular.
+        """A uniform direction at radius `eps`, where nearly all of a high-dimensional ball lies."""
+        # Normal values of one variance, which `erfinv` makes of uniform ones, point nowhere in particular. The last digits
+        # may differ between devices, as those of `erfinv` do.
         return self.project(images + (self.eps * self.ascend(torch.erfinv(noise))).to(images.dtype), images)
 
     def ascend(self, gradient: Tensor) -> Tensor:
@@ -141,6 +127,9 @@ class L2Ball(Ball):
 
     def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """Shorten the perturbation to `eps`, then clip to [0, 1], which can only shorten it further."""
+        # In this order, because the clean image lies in [0, 1]: a clip moves each pixel towards it, so that the result lies
+        # in both sets. Clipped first and shortened then it would lie in both as well, but a pixel that was cut at white
+        # would be drawn away from there again. Neither is the nearest point of both sets, which would take an iteration.
         perturbation = adversarial - images
         shrink = self.eps / _lengths(perturbation).clamp_min(self.eps if self.eps > 0 else 1.0)
         return (images + perturbation * shrink).clamp(0, 1)
@@ -169,14 +158,9 @@ def make_ball(norm: str, eps: float) -> Ball:
 def check_length(name: str, value: float, norm: str, *, zero: bool = True) -> None:
     """Refuse a radius or a step that is not one.
 
-    Args:
-        name: What it is called.
-        value: In pixels of [0, 1] for "linf", a Euclidean length for "l2".
-        norm: "linf" or "l2".
-        zero: Zero is allowed.
-
     Raises:
-        ValueError: If it is not finite, negative, or over 1 for "linf", which looks like 0-255 units.
+        ValueError: If it is negative, not finite, 0 where that is not allowed, or over 1 for "linf", where it looks
+            like 0-255 units.
     """
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{name} must be a finite number {'of at least' if zero else 'above'} 0, got {value}.")

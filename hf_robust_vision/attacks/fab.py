@@ -10,11 +10,11 @@ from torch import Tensor
 from .balls import Ball
 from .noise import StartNoise
 from .objectives import Objective, Success
-from .search import GradientGuard, Keeper, Survivors, check_settings, value_and_gradient
+from .search import Search, check_count
 
 
-OVERSHOOT = 1.05  # how far beyond the linearised boundary a step goes
-HOMEWARD = 0.1  # largest weight of the step that starts at the clean image
+OVERSHOOT = 1.05  # how far beyond the linearised boundary a step goes: exactly on it nothing is fooled yet
+HOMEWARD = 0.1  # largest weight of the step that starts at the clean image, where the plane is least true
 RETREAT = 0.9  # share of the perturbation that is kept after an iterate has fooled
 
 
@@ -55,22 +55,23 @@ def fab(
     Reference:
         Croce and Hein 2020, https://huggingface.co/papers/1907.02044, algorithm 1.
     """
-    check_settings(steps, restarts, noise)
+    check_count("steps", steps)
     if fooled is None:
         raise ValueError("fab looks for the nearest image that fools: it needs to be told what fools (fooled=).")
-    whole = Survivors(objective, fooled, images.detach(), noise)
-    keeper, guard = Keeper(whole.images), GradientGuard(images.device)
-    for restart, run in keeper.runs(whole, ball, restarts):
-        current = run.images.clone() if restart == 0 else (run.images + run.start(ball, restart)) / 2
+    search = Search(objective, images, ball, noise, restarts, fooled)
+    for run in search.runs():
+        # Half way, as published: well inside of the radius that counts, and far enough to meet another part of the boundary.
+        current = run.images.clone() if run.restart == 0 else (run.images + run.start()) / 2
         for _ in range(steps):
-            values, gradient = value_and_gradient(run.objective, current)
-            current = _step(current.detach(), run.images, values, guard(gradient), ball)
+            values, gradient = run.ask(current)
+            current = _step(current.detach(), run.images, values, gradient, ball)
             # With its graph kept: where nothing is fooled, `Logits` gives the next gradient without another pass.
             with torch.enable_grad():
                 hits = cast(Success, run.fooled)(current.requires_grad_(True))
+            # The distance takes the place of the loss, with its sign turned: the nearest is the best.
             distance = ball.distance(current.detach(), run.images)
-            nearer = hits & (distance <= ball.eps) & (-distance > keeper.losses[run.rows])
-            going = keeper.keep(run, current, -distance, nearer, None if nearest else nearer)
+            nearer = hits & (distance <= ball.eps) & (-distance > run.best_losses)
+            going = run.accept(current, -distance, nearer, None if nearest else nearer)
             if going is not None:
                 if len(going) == 0:
                     break
@@ -80,13 +81,17 @@ def fab(
                 # Back over the boundary: from beyond it no step finds anything nearer.
                 retreat = run.images + RETREAT * (current.detach() - run.images)
                 current = torch.where(hits.view(-1, 1, 1, 1), retreat, current.detach())
-    guard.report()
-    return keeper.images
+    return search.result()
 
 
 def _step(current: Tensor, images: Tensor, values: Tensor, gradient: Tensor, ball: Ball) -> Tensor:
     """On to the linearised boundary, from here and from the clean image, mixed by the distances of the two."""
+    # The objective is taken for linear: its boundary is a plane. The point of it that is nearest to the iterate crosses
+    # the boundary soonest, but drifts sideways from step to step. The one nearest to the clean image is what is wanted,
+    # but the plane is only true near the iterate. So the second is a bias, whose weight falls to nothing as the iterate
+    # comes near the boundary.
     at_clean = values + ((images - current) * gradient).flatten(1).sum(1)
+    # Within [0, 1] from the start: a projection on the plane that is clipped afterwards would fall short of it.
     onward = ball.shortest(current, gradient, -values)
     homeward = ball.shortest(images, gradient, -at_clean)
     near, far = ball.distance(current + onward, current), ball.distance(images + homeward, images)

@@ -1,8 +1,4 @@
-"""Random numbers that belong to a sample, not to a batch or a device.
-
-Each number is a hash of (seed, step, sample id, restart or stream) and of its own place in the image. So the images of
-a batch are drawn at once, on the device where they lie, and whole numbers have the same bits on every device.
-"""
+"""Random numbers that belong to a sample, not to a batch or a device: each is a hash of what it is for and its place."""
 
 from __future__ import annotations
 
@@ -15,8 +11,14 @@ import torch
 from torch import Tensor
 
 
-# SplitMix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195), whose n-th output is a hash of its key + n *
-# GAMMA: any can be computed without those before it. Constants are written as torch holds 64 bits, with a sign.
+# A generator with a state would have to be seeded and run for every sample alone, on the CPU: its numbers depend on
+# those drawn before, and torch's differ between devices. A number that is a hash of its counter needs no state: the
+# images of a batch are drawn in one call where they lie, and whole numbers have the same bits on every device.
+# The hash is SplitMix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195), whose n-th output is a mix of
+# key + n * GAMMA: shifts, xors and products, which every backend of torch has for int64, and which pass the usual tests
+# of randomness. GAMMA is 2^64 over the golden ratio, odd, so that n * GAMMA meets every 64-bit word once and near n lie
+# far apart. The shifts and factors are Stafford's (his 13th variant), found by search so that a changed bit of the input
+# changes each bit of the output half of the time. Constants are written as torch holds 64 bits, with a sign.
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MIXERS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 AT_ONCE = 2**20  # numbers that are hashed together: few steps for a GPU, little memory, and a CPU's cache holds them
@@ -30,7 +32,7 @@ class StartNoise:
     state is neither read nor advanced.
 
     Args:
-        seed: Seed of the run.
+        seed: Of the run.
         ids: One id per image of the batch, whole numbers or texts.
         step: Global training step; 0 in an evaluation.
     """
@@ -40,9 +42,7 @@ class StartNoise:
     step: int = 0
 
     def draw(self, images: Tensor, restart: int = 0) -> Tensor:
-        """Uniform noise in (-1, 1) of the shape and on the device of `images`, for `Ball.start`.
-
-        It is in float32 at least, and the same for images of every dtype.
+        """Uniform noise in (-1, 1) of the shape and on the device of `images`, float32 at least, for `Ball.start`.
 
         Raises:
             ValueError: If there is not one id per image.
@@ -56,10 +56,7 @@ class StartNoise:
     def uniform(self, shape: Sequence[int], *stream: int | str, device: torch.device | str = "cpu") -> Tensor:
         """Uniform numbers of [0, 1) in float32, multiples of 2^-24, shape (len(ids), *shape).
 
-        Args:
-            shape: Of the numbers of one sample.
-            stream: What they are for; another stream gives other numbers.
-            device: Where to draw them.
+        Another `stream`, which says what the numbers are for, gives other numbers.
         """
         ids = [_hash(sample) if isinstance(sample, str) else _signed(index(sample)) for sample in self.ids]
         # The ids are mixed before the rest is added, or sample 1 of one seed could be sample 2 of the next one.
@@ -67,6 +64,8 @@ class StartNoise:
             _hash("/".join(map(str, (self.seed, self.step, *stream))))
         )
         count = torch.Size(shape).numel()
+        # Two numbers from each word, since float32 holds no more than 24 bits exactly: `>> 8` leaves those, with a sign
+        # that adding 0.5 takes away.
         places = torch.arange((count + 1) // 2, device=device).mul_(GAMMA)
         numbers = torch.empty((len(ids), count), device=device)
         rows = max(AT_ONCE // count, 1)

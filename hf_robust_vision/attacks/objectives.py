@@ -70,30 +70,24 @@ class _PerSample:
 
 @dataclass(frozen=True)
 class _OfClasses(_PerSample):
-    """Shared by objectives of a classifier.
+    """Shared by objectives of a classifier."""
 
-    Args:
-        logits: Images to logits, shape (batch, classes).
-        labels: True classes, shape (batch,).
-    """
-
-    logits: ImagesToLogits
-    labels: Tensor
+    logits: ImagesToLogits  # to shape (batch, classes)
+    labels: Tensor  # true classes, shape (batch,)
 
 
 @dataclass(frozen=True)
 class _Targeted(_OfClasses):
-    """Shared by objectives that pull towards a chosen class.
+    """Shared by objectives that pull towards a chosen class."""
 
-    Args:
-        targets: Wanted classes, shape (batch,).
-    """
-
-    targets: Tensor
+    targets: Tensor  # wanted classes, shape (batch,)
 
 
 class CrossEntropy(_OfClasses):
     """Cross-entropy of the true class, from `logits` and `labels`."""
+
+    # Where a model is sure its gradient is a rounding error: an attack on it alone overrates a model of large logits.
+    # Hence the ratio and the margins below.
 
     def __call__(self, images: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
@@ -114,7 +108,9 @@ class DLR(_OfClasses):
         """One loss per image, shape (batch,)."""
         logits = self.logits(images)
         _need_classes(logits, 3, "DLR")
-        # The divisor takes away the scale of the logits, by which a model can make the gradient of cross-entropy vanish.
+        # The margin to the strongest wrong class, since that one is the nearest to fool with, over the distance from the
+        # first to the third logit: the divisor takes away the scale of the logits, by which a model can make gradients
+        # vanish. Not to the second, which is the margin itself up to its sign: the ratio would be -1 or 1 everywhere.
         ordered = logits.sort(dim=1, descending=True).values
         return -_margin(logits, self.labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 
@@ -134,12 +130,15 @@ class TargetedDLR(_Targeted):
         logits = self.logits(images)
         _need_classes(logits, 4, "targeted DLR")
         ordered = logits.sort(dim=1, descending=True).values
+        # Against the third logit alone, a target in third place would make the ratio 1 whatever the logits are.
         spread = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12
         return -(_pick(logits, self.labels) - _pick(logits, self.targets)) / spread
 
 
 class Margin(_OfClasses):
     """Highest wrong logit minus the true one: above zero where the image is misclassified."""
+
+    # For Square, which compares losses of one image and takes no gradient: no scale to take away, no vanishing.
 
     def __call__(self, images: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
@@ -149,6 +148,9 @@ class Margin(_OfClasses):
 class TargetedMargin(_Targeted):
     """Logit of a chosen class minus the true one: zero on the boundary between the two."""
 
+    # For FAB, whose steps need the distance to a boundary: a difference of two logits is the smoothest function with
+    # that zero level. A maximum over all wrong classes has kinks, and a ratio bends.
+
     def __call__(self, images: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
         logits = self.logits(images)
@@ -157,17 +159,11 @@ class TargetedMargin(_Targeted):
 
 @dataclass(frozen=True)
 class EmbeddingDistance(_PerSample):
-    """Distance of the features from given features, for attacks that know no labels.
+    """Distance of the features from given features, for attacks that know no labels."""
 
-    Args:
-        features: Images to features, shape (batch, ...).
-        target: Features to move away from, the same shape.
-        distance: `squared_l2`, `cosine_distance`, or any function of two such tensors to (batch,) losses.
-    """
-
-    features: ImagesToFeatures
-    target: Tensor
-    distance: Callable[[Tensor, Tensor], Tensor]
+    features: ImagesToFeatures  # to shape (batch, ...)
+    target: Tensor  # to move away from, the same shape
+    distance: Callable[[Tensor, Tensor], Tensor]  # `squared_l2`, `cosine_distance` or another, to shape (batch,)
 
     def __call__(self, images: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
@@ -185,13 +181,10 @@ def cosine_distance(features: Tensor, target: Tensor) -> Tensor:
 
 
 class Misclassified(_OfClasses):
-    """Success of an untargeted attack: the highest logit is not the true class.
-
-    Given the same `Logits` as the objective, it computes nothing twice.
-    """
+    """Success of an untargeted attack; given the same `Logits` as the objective, it computes nothing twice."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Boolean flags, shape (batch,). A logit that is not a number counts as fooled by nobody."""
+        """Is the highest logit not the true class? Shape (batch,); where logits are not finite nobody has fooled."""
         logits = self.logits(images).detach()
         return (logits.argmax(1) != self.labels) & logits.isfinite().all(1)
 

@@ -14,16 +14,7 @@ from .apgd import apgd
 from .balls import Ball, check_length
 from .fab import fab
 from .noise import StartNoise
-from .objectives import (
-    DLR,
-    CrossEntropy,
-    ImagesToLogits,
-    Margin,
-    Objective,
-    Success,
-    TargetedDLR,
-    TargetedMargin,
-)
+from .objectives import DLR, CrossEntropy, ImagesToLogits, Margin, Objective, Success, TargetedDLR, TargetedMargin
 from .pgd import default_step, pgd
 from .search import check_count
 from .square import square
@@ -53,8 +44,7 @@ class Attack:
     Args:
         name: What results call it.
         algorithm: "pgd", "apgd", "fab" or "square".
-        objective: What it raises; the task knows what the name stands for. For classification see
-            `classification_objective`.
+        objective: What it raises; the task knows what the name stands for, see `classification_objective`.
         steps: Gradient steps per restart and target; for "square" queries of the model per restart.
         restarts: Independent runs.
         step_size: Step of "pgd" in an Linf ball, in pixels of [0, 1], where a paper fixes it whatever eps is.
@@ -99,15 +89,7 @@ class Attack:
     def run(
         self, objective: Objective, images: Tensor, ball: Ball, noise: StartNoise, fooled: Success | None = None
     ) -> Tensor:
-        """Adversarial images in [0, 1], of the shape of `images`.
-
-        Args:
-            objective: What `self.objective` stands for on these images.
-            images: Clean images in [0, 1], shape (batch, 3, height, width).
-            ball: Where the perturbation may go.
-            noise: Owner of the random starts.
-            fooled: If given, an image that it flags is finished and leaves the batch. "fab" needs it.
-        """
+        """Adversarial images in [0, 1], as `pgd` gives them; `objective` is what `self.objective` stands for on these."""
         rest: dict[str, Any] = {"noise": noise, "restarts": self.restarts, "fooled": fooled}
         if self.algorithm == "square":
             return square(objective, images, ball, queries=self.steps, **rest)
@@ -118,14 +100,9 @@ class Attack:
     def describe(
         self, ball: Ball, *, resolution: int | str, seed: int, dtype: torch.dtype | str, target: str | None = None
     ) -> dict[str, Any]:
-        """The attack as one row of `RobustnessResult.attacks`, in plain values.
+        """The attack in `ball` as one row of `RobustnessResult.attacks`, in plain values.
 
-        Args:
-            ball: Where it ran.
-            resolution: Of the images.
-            seed: Of the random starts.
-            dtype: Of the model.
-            target: What it aims at, in words, where that is not a number of wrong classes.
+        `target` says in words what it aims at, where that is not a number of wrong classes.
         """
         row = asdict(self)
         targets, relative = row.pop("targets"), row.pop("relative_step")
@@ -187,10 +164,7 @@ class Protocol:
     ) -> Protocol:
         """The same protocol with another budget; attacks that become equal run once.
 
-        Args:
-            steps: Gradient steps of every attack that takes gradients.
-            restarts: Independent runs of every attack.
-            queries: Of the model, of every attack that takes no gradient.
+        `steps` are those of attacks that take gradients, `queries` of those that take none, `restarts` of all.
 
         Raises:
             ValueError: If a budget is none, or there is no attack that it could be of.
@@ -224,13 +198,9 @@ class Protocol:
 def classification_objective(
     attack: Attack, logits: ImagesToLogits, labels: Tensor, targets: Tensor | None = None
 ) -> Objective:
-    """What an attack on a classifier raises: "cross-entropy", "dlr", "margin", "targeted-dlr" or "targeted-margin".
+    """What an attack on a classifier raises, by its name in `OBJECTIVES`.
 
-    Args:
-        attack: Which attack.
-        logits: Images in [0, 1] to logits, shape (batch, classes).
-        labels: True classes, shape (batch,).
-        targets: The class that each image is pushed towards, for a targeted objective.
+    `targets`, shape (batch,), are the classes that the images are pushed towards, for a targeted objective.
 
     Raises:
         ValueError: If there is no such objective, or it is targeted without targets or the reverse.
@@ -278,7 +248,8 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("apgd-ce", (_APGD_CE,)),
         # Its code leaves APGD-CE the five restarts of AutoAttack's constructor.
         Protocol("robustvlm", (replace(_APGD_CE, restarts=5), _APGD_T)),
-        # The standard version of Croce and Hein 2020, https://huggingface.co/papers/2003.01690.
+        # The standard version of Croce and Hein 2020, https://huggingface.co/papers/2003.01690, from cheap to dear: each
+        # attack meets what the ones before left, and Square is only needed where gradients mislead.
         Protocol("autoattack", (_APGD_CE, _APGD_T, _FAB_T, _SQUARE)),
         # One start and one step size, so PGD-10 is the beginning of PGD-20 and PGD-100, and what it fools they fool:
         # the count after each attack is that attack's own. TeCoA's step is 1/255; in an L2 ball that means nothing.

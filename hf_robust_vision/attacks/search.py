@@ -1,10 +1,10 @@
-"""What the loops of all attacks share: the survivors of a batch, the best image so far, the guard of its gradients."""
+"""What the loops of all attacks share: the images that are left, the best found so far, the guard of the gradients."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from copy import copy
+from dataclasses import dataclass
 from numbers import Integral
 from typing import cast
 
@@ -20,31 +20,6 @@ class NonFiniteGradientWarning(UserWarning):
     """The attack met gradients that are not numbers; they were set to zero and counted."""
 
 
-class GradientGuard:
-    """Counts gradients that are not finite, sets them to zero, and says so once at the end."""
-
-    def __init__(self, device: torch.device):
-        self._bad = torch.zeros((), dtype=torch.long, device=device)
-        self._seen = 0
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """The gradient with zeros in the place of what is not finite."""
-        self._seen += len(gradient)
-        # Counted on the device: to look at it in every step would make the host wait.
-        self._bad += (~gradient.isfinite()).flatten(1).any(1).sum()
-        return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-    def report(self) -> None:
-        """Warn if any gradient was not finite."""
-        if count := int(self._bad.item()):
-            warnings.warn(
-                f"{count} of {self._seen} image gradients held values that are not finite; they were set to zero. "
-                "The attack is weaker than it claims: check the model, or run it in float32.",
-                NonFiniteGradientWarning,
-                stacklevel=3,
-            )
-
-
 def value_and_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (batch,) and their gradient with respect to the images; no parameter gradient is touched."""
     with torch.enable_grad():
@@ -53,32 +28,87 @@ def value_and_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Te
             raise ValueError(
                 f"an objective must give one loss per image, shape ({len(images)},), got {tuple(losses.shape)}."
             )
-        # Of the sum, not of the mean: an image's step must not depend on how many others are in the batch.
+        # Of the sum, not of the mean: an image's step must not depend on how many others are in the batch. And by
+        # `grad`, not `backward`: in training the parameters' gradients are the learner's.
         (gradient,) = torch.autograd.grad(losses.sum(), images)
     # APGD counts in the dtype of the losses, and bfloat16 can not count beyond 256.
     return losses.detach().to(torch.promote_types(losses.dtype, torch.float32)), gradient
 
 
-def check_count(name: str, value: int) -> None:
-    """Refuse what is not a whole number of at least 1: an attack that does nothing is no measurement."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+def check_count(name: str, value: object) -> None:
+    """Refuse a number of steps, restarts or queries that is not one: an attack that does nothing measures nothing."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
-def check_settings(steps: int, restarts: int, noise: StartNoise | None) -> None:
-    """Refuse settings that would silently do nothing or less than asked."""
-    check_count("steps", steps)
-    check_count("restarts", restarts)
-    if restarts > 1 and noise is None:
-        raise ValueError(f"restarts={restarts} without noise would repeat the same run; pass noise=StartNoise(...).")
+@dataclass
+class Search:
+    """One attack on one batch: what to give back for each image, and the runs that look for better.
+
+    The fields are the arguments that `pgd` explains.
+    """
+
+    objective: Objective
+    images: Tensor
+    ball: Ball
+    noise: StartNoise | None = None
+    restarts: int = 1
+    fooled: Success | None = None
+
+    def __post_init__(self) -> None:
+        check_count("restarts", self.restarts)
+        if self.restarts > 1 and self.noise is None:
+            raise ValueError(
+                f"restarts={self.restarts} without noise would repeat the same run; pass noise=StartNoise(...)."
+            )
+        self.images = self.images.detach()
+        device = self.images.device
+        self.found = self.images.clone()
+        # So that losses of every precision are compared as they are; mps has no float64.
+        precision = torch.float32 if device.type == "mps" else torch.float64
+        self.losses = torch.full((len(self.images),), -torch.inf, device=device, dtype=precision)
+        self.finished = torch.zeros(len(self.images), dtype=torch.bool, device=device)
+        self._bad = torch.zeros((), dtype=torch.long, device=device)
+        self._seen = 0
+
+    def runs(self) -> Iterator[Run]:
+        """The restarts, each on the images that none before it has finished; none where the ball is a point."""
+        for restart in range(self.restarts if self.ball.eps > 0 else 0):
+            rows = (~self.finished).nonzero().flatten()
+            if len(rows) == 0:
+                return
+            run = Run(self, restart)
+            if len(rows) < len(run.rows):
+                run.keep(rows)
+            yield run
+
+    def guard(self, gradient: Tensor) -> Tensor:
+        """The gradient with zeros in the place of what is not finite, which is counted."""
+        self._seen += len(gradient)
+        # Counted on the device: to look at it in every step would make the host wait.
+        self._bad += (~gradient.isfinite()).flatten(1).any(1).sum()
+        return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def result(self) -> Tensor:
+        """What was found, with a warning if any gradient on the way was not finite."""
+        if count := int(self._bad.item()):
+            warnings.warn(
+                f"{count} of {self._seen} image gradients held values that are not finite; they were set to zero. "
+                "The attack is weaker than it claims: check the model, or run it in float32.",
+                NonFiniteGradientWarning,
+                stacklevel=3,
+            )
+        return self.found
 
 
-class Survivors:
-    """The images that a run still works on: their rows in the batch, and all that closes over them."""
+class Run:
+    """One restart: the images that it still works on, their rows in the batch, and all that closes over them."""
 
-    def __init__(self, objective: Objective, fooled: Success | None, images: Tensor, noise: StartNoise | None):
-        self.rows = torch.arange(len(images), device=images.device)
-        self.objective, self.fooled, self.images, self.noise = objective, fooled, images, noise
+    def __init__(self, search: Search, restart: int):
+        self.search, self.restart, self.ball = search, restart, search.ball
+        self.rows = torch.arange(len(search.images), device=search.images.device)
+        self.objective, self.images = search.objective, search.images
+        self.fooled, self.noise = search.fooled, search.noise
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some rows only."""
@@ -93,60 +123,38 @@ class Survivors:
         self.noise = self.noise.take(rows) if self.noise is not None else None
         self.rows, self.images = self.rows[rows], self.images[rows]
 
-    def start(self, ball: Ball, restart: int) -> Tensor:
-        """Where this restart begins."""
+    def start(self) -> Tensor:
+        """Where this restart begins: a random point of the ball, or the clean image without noise."""
         if self.noise is None:
             return self.images.clone()
-        return ball.start(self.images, self.noise.draw(self.images, restart))
+        return self.ball.start(self.images, self.noise.draw(self.images, self.restart))
 
+    def ask(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and guarded gradient at some iterate, see `value_and_gradient`."""
+        losses, gradient = value_and_gradient(self.objective, images)
+        return losses, self.search.guard(gradient)
 
-class Keeper:
-    """Remembers, for every image, the adversarial image to return."""
+    @property
+    def best_losses(self) -> Tensor:
+        """Of the best found so far, over all restarts; -inf where there is none."""
+        return self.search.losses[self.rows]
 
-    def __init__(self, images: Tensor, best: bool = True):
-        self.images = images.clone()
-        self.best = best
-        # So that losses of every precision are compared as they are; mps has no float64.
-        precision = torch.float32 if images.device.type == "mps" else torch.float64
-        self.losses = torch.full((len(images),), -torch.inf, device=images.device, dtype=precision)
-        self.finished = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-
-    def runs(self, whole: Survivors, ball: Ball, restarts: int) -> Iterator[tuple[int, Survivors]]:
-        """The restarts, each on the images that none before it has finished; none where the ball is a point."""
-        for restart in range(restarts if ball.eps > 0 else 0):
-            rows = (~self.finished).nonzero().flatten()
-            if len(rows) == 0:
-                return
-            run = copy(whole)
-            if len(rows) < len(whole.rows):
-                run.keep(rows)
-            yield restart, run
-
-    def offer(self, run: Survivors, adversarial: Tensor, losses: Tensor) -> Tensor | None:
+    def offer(self, adversarial: Tensor, losses: Tensor) -> Tensor | None:
         """Keep what is better or fooled; say which rows of the run go on, or None for all of them."""
-        if not self.best:
-            return None
-        hit = run.fooled(adversarial) if run.fooled is not None else None
-        better = losses > self.losses[run.rows]
-        return self.keep(run, adversarial, losses, better if hit is None else better | hit, hit)
+        # `adversarial` is the very tensor that the objective has just seen, so that `Logits` answers `fooled` from
+        # memory: whether an iterate fools costs no pass of its own.
+        hit = self.fooled(adversarial) if self.fooled is not None else None
+        better = losses > self.best_losses
+        # What fools is kept even at a lower loss than before: the loss is the way, to fool is the end.
+        return self.accept(adversarial, losses, better if hit is None else better | hit, hit)
 
-    def keep(
-        self, run: Survivors, adversarial: Tensor, losses: Tensor, take: Tensor, done: Tensor | None
-    ) -> Tensor | None:
-        """Keep the rows of the run that are flagged by `take`, and end those flagged by `done`; see `offer`."""
-        rows = run.rows[take]
-        self.images[rows] = adversarial.detach()[take]
-        self.losses[rows] = losses[take].to(self.losses.dtype)
+    def accept(self, adversarial: Tensor, losses: Tensor, take: Tensor, done: Tensor | None) -> Tensor | None:
+        """Keep the rows flagged by `take`, and end those flagged by `done`; see `offer`."""
+        rows = self.rows[take]
+        self.search.found[rows] = adversarial.detach()[take]
+        self.search.losses[rows] = losses[take].to(self.search.losses.dtype)
         # Once a step the host waits for the device here: what has fallen costs no further step.
         if done is None or not bool(done.any()):
             return None
-        self.finished[run.rows[done]] = True
+        self.search.finished[self.rows[done]] = True
         return (~done).nonzero().flatten()
-
-    def offer_last(self, run: Survivors, adversarial: Tensor) -> None:
-        """Score the last iterate of a run without its gradient, or simply keep it."""
-        if not self.best:
-            self.images[run.rows] = adversarial
-            return
-        with torch.no_grad():
-            self.offer(run, adversarial, run.objective(adversarial))

@@ -12,11 +12,12 @@ from torch import Tensor
 from .balls import Ball
 from .noise import StartNoise
 from .objectives import Objective, Success
-from .search import Keeper, Survivors, check_count, check_settings
+from .search import Run, Search, check_count
 
 
-FIRST_SHARE = 0.8  # of the image's area that the first squares cover
-HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # proposals after which that share is halved
+# The squares shrink as steps of a descent do: large ones find the region, small ones the detail, and late in the search
+# a large change undoes more than it wins. The share of the area that they cover is halved after those proposals.
+FIRST_SHARE, HALVINGS = 0.8, (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 TILES = 5  # per side of the image, at the start in an L2 ball
 BLOCK = 100  # proposals whose random numbers are drawn at once: one by one they would cost more than a small model
 
@@ -33,20 +34,9 @@ def square(
 ) -> Tensor:
     """Raise an objective inside a ball by random squares, of which each is kept if it helps.
 
-    Every image has squares of its own, drawn from its own noise, so a result does not depend on the batch; and the
-    first proposals are the same whatever `queries` is.
-
-    Args:
-        objective: Images in [0, 1] to one loss per image, `Margin` in the paper. It needs no gradient.
-        images: Clean images in [0, 1], shape (batch, channels, height, width).
-        ball: As in `pgd`.
-        noise: Owner of the random numbers.
-        queries: Of the model, per image and restart; the start is one.
-        restarts: As in `pgd`.
-        fooled: As in `pgd`.
-
-    Returns:
-        Adversarial images in [0, 1] of the same shape, at most `ball.eps` away, detached.
+    Every image has squares of its own, drawn from its own noise, so a result does not depend on the batch. `queries`
+    are of the model, per image and restart, the start among them. The objective, `Margin` in the paper, needs no
+    gradient. Everything else is as in `pgd`.
 
     Raises:
         ValueError: If a setting makes no sense.
@@ -54,26 +44,25 @@ def square(
     Reference:
         Andriushchenko et al. 2020, https://huggingface.co/papers/1912.00049, algorithms 1 to 3.
     """
-    # Deviation: the paper stretches its schedule of sizes with the budget; the standard AutoAttack does not, nor do we.
+    # Deviation: the paper stretches its schedule of sizes with the budget; the standard AutoAttack does not, nor do we. So
+    # the first proposals are the same whatever the budget is.
     check_count("queries", queries)
-    check_settings(queries, restarts, noise)
-    whole = Survivors(objective, fooled, images.detach(), noise)
-    keeper = Keeper(whole.images)
+    search = Search(objective, images, ball, noise, restarts, fooled)
     squares = _L2Squares(ball) if ball.norm == "l2" else _LinfSquares(ball)
     with torch.no_grad():
-        for restart, run in keeper.runs(whole, ball, restarts):
-            _one_run(run, keeper, squares, queries, restart)
-    return keeper.images
+        for run in search.runs():
+            _one_run(run, squares, queries)
+    return search.result()
 
 
-def _one_run(run: Survivors, keeper: Keeper, squares: _Squares, queries: int, restart: int) -> None:
+def _one_run(run: Run, squares: _Squares, queries: int) -> None:
     assert run.noise is not None
     channels, height, width = run.images.shape[1:]
     device = run.images.device
-    numbers = run.noise.uniform(squares.start_shape(channels, width), restart, "square-start", device=device)
+    numbers = run.noise.uniform(squares.start_shape(channels, width), run.restart, "square-start", device=device)
     best = squares.start(run.images, numbers.to(run.images))
     losses = run.objective(best)
-    going = keeper.offer(run, best, losses)
+    going = run.offer(best, losses)
     table = torch.empty(0, device=device)
     for proposal in range(queries - 1):
         if going is not None:
@@ -83,12 +72,12 @@ def _one_run(run: Survivors, keeper: Keeper, squares: _Squares, queries: int, re
             best, losses, table = best[going], losses[going], table[going] if len(table) else table
         if proposal % BLOCK == 0:
             block = (BLOCK, squares.numbers(channels))
-            table = run.noise.uniform(block, restart, "square", proposal // BLOCK, device=device)
+            table = run.noise.uniform(block, run.restart, "square", proposal // BLOCK, device=device)
         share = FIRST_SHARE / 2 ** sum(proposal > halving for halving in HALVINGS)
         side = squares.side(math.sqrt(share * height * width), min(height, width))
         proposed = squares.propose(best, run.images, side, table[:, proposal % BLOCK])
         found = run.objective(proposed)
-        going = keeper.offer(run, proposed, found)
+        going = run.offer(proposed, found)
         better = found > losses
         best, losses = torch.where(better.view(-1, 1, 1, 1), proposed, best), torch.where(better, found, losses)
 
@@ -123,8 +112,7 @@ class _Squares(ABC):
 class _LinfSquares(_Squares):
     """Algorithm 2: each channel of a square goes to the lower or the upper end of its range."""
 
-    def start_shape(self, channels: int, width: int) -> tuple[int, ...]:
-        """One sign a channel and column."""
+    def start_shape(self, channels: int, width: int) -> tuple[int, ...]:  # one sign a channel and column
         return channels, 1, width
 
     def start(self, images: Tensor, numbers: Tensor) -> Tensor:
@@ -133,16 +121,16 @@ class _LinfSquares(_Squares):
         # later proposal does, so that no query is spent on small changes.
         return self.ball.project(images + self.ball.eps * _signs(numbers), images)
 
-    def numbers(self, channels: int) -> int:
-        """The corner and one sign a channel."""
+    def numbers(self, channels: int) -> int:  # the corner and one sign a channel
         return 2 + channels
 
     def side(self, wanted: float, most: int) -> int:
-        """At least one pixel."""
         return min(max(round(wanted), 1), most)
 
     def propose(self, best: Tensor, images: Tensor, side: int, numbers: Tensor) -> Tensor:
         """A square of one colour."""
+        # Painted over what was there, not added to it: every pixel stays at an end of its range, where the highest point
+        # of a nearly linear objective lies.
         colour = _signs(numbers[:, 2:]).to(images.dtype)[:, :, None, None]
         painted = self.ball.project(images + self.ball.eps * colour, images)
         return torch.where(_inside(*_offsets(numbers[:, :2], side, images), side), painted, best)
@@ -151,8 +139,7 @@ class _LinfSquares(_Squares):
 class _L2Squares(_Squares):
     """Algorithm 3: the budget of one window moves to another, as a bright hill beside a dark one."""
 
-    def start_shape(self, channels: int, width: int) -> tuple[int, ...]:
-        """One sign a channel and tile, and which way the tile lies."""
+    def start_shape(self, channels: int, width: int) -> tuple[int, ...]:  # a sign a channel and tile, and its way
         return channels + 1, TILES, TILES
 
     def start(self, images: Tensor, numbers: Tensor) -> Tensor:
@@ -169,18 +156,18 @@ class _L2Squares(_Squares):
         perturbation[:, :, top : top + tall * side, left : left + wide * side] = mosaic
         return self.ball.project(images + self.ball.eps * self.ball.ascend(perturbation), images)
 
-    def numbers(self, channels: int) -> int:
-        """Two corners, which way the hills lie, and one sign a channel."""
+    def numbers(self, channels: int) -> int:  # two corners, which way the hills lie, and one sign a channel
         return 5 + channels
 
     def side(self, wanted: float, most: int) -> int:
-        """At least three pixels where the image has them."""
-        # Odd, so that a hill has a middle.
+        # Odd, so that a hill has a middle, and three at least, where the image has them, so that it has a slope.
         return min(max(round(wanted), 3) | 1, most)
 
     def propose(self, best: Tensor, images: Tensor, side: int, numbers: Tensor) -> Tensor:
         """Add hills to the first window, with the budget of both windows and what the ball has left."""
-        # In an L2 ball a change has to be paid for: the second window is set back to the clean image.
+        # In an L2 ball a change has to be paid for: the second window is set back to the clean image, and its share of the
+        # squared length, with what the ball has left, goes to the first. So the perturbation stays at the edge of the ball
+        # without a projection that would fade all of it. Hills, because a plain square spends as much on its rim.
         down, right = _offsets(numbers[:, :2], side, images)
         here = _inside(down, right, side)
         there = _inside(*_offsets(numbers[:, 2:4], side, images), side)

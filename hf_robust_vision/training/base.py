@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
 
-from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd
+from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd_last
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import get_templates
@@ -198,7 +198,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         # By sample and step, so that neither batch, nor process, nor a resume changes where an attack starts.
         noise = StartNoise(args.seed, batch.ids.tolist(), self.state.global_step) if args.attack_random_start else None
         steps, size = args.attack_steps, args.attack_step_size
-        return pgd(objective, batch.images, args.attack_ball(), steps=steps, step_size=size, noise=noise, best=False)
+        return pgd_last(objective, batch.images, args.attack_ball(), steps=steps, step_size=size, noise=noise)
 
     # What is logged
 

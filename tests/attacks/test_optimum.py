@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_robust_vision.attacks import L2Ball, LinfBall, StartNoise, apgd, fgsm, pgd
+from hf_robust_vision.attacks import L2Ball, LinfBall, StartNoise, apgd, fgsm, pgd, pgd_last
 
 
 IMAGES = 0.5 + 0.05 * torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -53,7 +53,7 @@ def test_fgsm_with_noise_takes_a_longer_step():
     torch.testing.assert_close(fgsm(linear, IMAGES, ball, noise=noise), wanted)
 
 
-def test_last_iterate_is_returned_when_best_is_off():
+def test_pgd_gives_the_best_iterate_and_pgd_last_the_last_one():
     """One step of 3 * eps overshoots the top of a hill: the best iterate is the start, the last is not."""
 
     def hill(images):
@@ -62,6 +62,6 @@ def test_last_iterate_is_returned_when_best_is_off():
     noise, ball = StartNoise(0, range(4)), BALLS["linf"]
     start = ball.start(IMAGES, noise.draw(IMAGES))
     best = pgd(hill, IMAGES, ball, steps=1, step_size=0.3, noise=noise)
-    last = pgd(hill, IMAGES, ball, steps=1, step_size=0.3, noise=noise, best=False)
+    last = pgd_last(hill, IMAGES, ball, steps=1, step_size=0.3, noise=noise)
     torch.testing.assert_close(best, start)
     assert (hill(last) < hill(start)).all()

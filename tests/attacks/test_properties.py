@@ -18,6 +18,7 @@ from hf_robust_vision.attacks import (
     fgsm,
     make_ball,
     pgd,
+    pgd_last,
     square,
 )
 from hf_robust_vision.towers.base import attack_mode
@@ -36,7 +37,7 @@ def towards_the_nearest_class(objective, images, ball, noise):
 ATTACKS = {
     "pgd": lambda *a, **k: pgd(*a, steps=5, **k),
     "pgd-restarts": lambda *a, **k: pgd(*a, steps=3, restarts=2, **k),
-    "pgd-last": lambda *a, **k: pgd(*a, steps=5, best=False, **k),
+    "pgd-last": lambda *a, **k: pgd_last(*a, steps=5, **k),
     "fgsm": fgsm,
     "apgd": lambda *a, **k: apgd(*a, steps=8, **k),
     "apgd-restarts": lambda *a, **k: apgd(*a, steps=5, restarts=2, **k),
