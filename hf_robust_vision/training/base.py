@@ -6,12 +6,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
+from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd_last
 from hf_robust_vision.data.collator import collate_images
@@ -39,26 +40,33 @@ from .speed import compile_in_place, matmul_precision
 from .streams import StreamTrainer
 
 
+class TrainerParts(TypedDict, total=False):
+    """What `AdversarialTrainer` hands on to `Trainer` as it is; other options of `Trainer` would do nothing here."""
+
+    eval_dataset: LabelledImages | None
+    data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
+    callbacks: list[TrainerCallback] | None
+    optimizers: tuple[Any, Any]
+
+
 class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     """`Trainer` for adversarial fine-tuning of CLIP; a method is a subclass with two functions.
 
     A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
-    The attack runs through the unwrapped encoder with `autograd.grad`, the loss through the wrapped model, so that
-    DDP sees every gradient.
 
     Args:
         model: A `CLIPModel`, `CLIPVisionModelWithProjection`, or a folder or Hub id of one.
         args: Attack and training settings.
         train_dataset: `LabelledImages` or `StreamedImages`.
-        eval_dataset: `LabelledImages` for `evaluate()`.
         processing_class: `CLIPProcessor` of the model: its tokenizer embeds the class names, its image processor
             says how pixels are normalised, and both are saved with the model.
         reference: The original model; by default a frozen copy of `model` or, with `use_peft`, `model` without its
             adapter, which takes no memory of its own.
-        data_collator: Items to batches.
-        callbacks, optimizers: As for `Trainer`.
+        parts: `data_collator`, `callbacks` and `optimizers`, as for `Trainer`, and `eval_dataset`, `LabelledImages` for
+            `evaluate()`.
 
     Raises:
+        TypeError: At another option of `Trainer`, such as `compute_metrics`.
         ValueError: If the model is broken, no update could be made, or the launcher would break the attack.
     """
 
@@ -67,8 +75,6 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     tag_names: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str | None] = None
     against_collapse: ClassVar[str] = ""  # what else than a smaller learning rate to type
-    # Batches hold labels, and a CLIP accepts loss kwargs: Trainer would not divide by the accumulation steps.
-    loss_is_scaled_for_ga = False
 
     args: AdversarialTrainingArguments
     control: Any
@@ -78,26 +84,27 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         model: PreTrainedModel | str,
         args: AdversarialTrainingArguments,
         train_dataset: Any = None,
-        eval_dataset: LabelledImages | None = None,
+        *,
         processing_class: Any = None,
         reference: Reference | None = None,
-        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]] = collate_images,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        **parts: Unpack[TrainerParts],
     ):
+        if unknown := set(parts) - set(TrainerParts.__annotations__):
+            raise TypeError(f"{type(self).__name__} has no use for {', '.join(sorted(unknown))}; leave it out.")
         encoder = load_encoder(model) if isinstance(model, str) else as_encoder(model, _transform(processing_class))
         if has_adapter(encoder):
             raise ValueError("the model holds an adapter already; start from the model that it was trained on.")
         check_weights(encoder.state_dict(), "the model to start from")
         _need_updates(train_dataset, args)
-        sha256 = weights_sha256(encoder)
+        sha256 = weights_sha256(encoder)  # before an adapter joins them: it is the start that a resume compares
         self.start = Setting(sha256, f"--model_name_or_path {encoder.name_or_path} (weights {sha256[:12]})")
         reads = self.reads(args)
         self.token_layer = token_layer_of(reads.feature, reads.token_layer)
         freeze_unread(encoder, **asdict(reads))
         freeze_first_blocks(encoder, args.freeze_blocks)
-        if optimizers[0] is None:
+        if parts.get("optimizers", (None,))[0] is None:
             _need_optimizer(args, encoder)
+        # Before the adapter is added, or the original would learn with the model that is compared with it.
         self.reference = reference or Reference(encoder, self.token_layer, share_weights=args.use_peft)
         if args.use_peft:
             layers, seed = args.lora_target_modules, args.seed
@@ -105,17 +112,11 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         self.targets = lambda images, ids: self.reference(images)
         if args.cache_targets_mb:
             self.targets = TargetCache(self.reference, args.cache_targets_mb, train_dataset)
-        super().__init__(
-            model=encoder,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says to newer versions
+        parts.setdefault("data_collator", collate_images)
+        super().__init__(encoder, args, train_dataset=train_dataset, processing_class=processing_class, **parts)
+        # Ours is a mean over one batch of an update, which `Trainer` has to divide by the accumulation steps. As a CLIP's
+        # forward accepts loss kwargs, it would take it for divided already.
+        self.model_accepts_loss_kwargs = False
         check_launcher(self.accelerator, adapter=args.use_peft)
         if self.is_fsdp_enabled:
             make_shardable(encoder)
@@ -138,21 +139,14 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         return Reads()
 
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
-        """What the attacker maximises: adversarial images to one loss per image.
-
-        Args:
-            encoder: In evaluation mode, without parameter gradients.
-            batch: The clean batch.
-        """
+        """What the attacker maximises: images to one loss each; `encoder` is in `attack_mode`."""
         raise NotImplementedError(f"{type(self).__name__} must say what its attacker maximises.")
 
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
-        """What the learner minimises, a scalar. Call `model(...)` itself, never a method of the inner module.
+        """What the learner minimises, a scalar: the mean over this process's images.
 
-        Args:
-            model: The model as the launcher wrapped it.
-            batch: The clean batch.
-            adversarial: Adversarial images in [0, 1] of the batch's shape.
+        Call `model(...)` itself, as the launcher wrapped it, never a method of the inner module: only that call prepares
+        DDP to average gradients, and FSDP2 to gather weights.
         """
         raise NotImplementedError(f"{type(self).__name__} must say what its learner minimises.")
 
@@ -175,13 +169,15 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Attack the batch, then take the method's loss on what the attack found."""
-        images = check_images(inputs["images"])
+        images = check_images(inputs["images"])  # by batch: a collator of one's own may have normalised them
         # Two ways into one network. The attack goes around DDP's wrapper: a backward pass through that would average
         # gradients over the processes at every attack step. The loss goes through it, or gradients would not be
         # averaged at all, and nothing would say so.
         encoder = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             batch = Batch(images, inputs["labels"], inputs["ids"], self.targets)
+            # Dropout and a gradient to the weights would make the attack weaker and dearer: it would chase another
+            # network at every step. The loss below is taken in the mode that `Trainer` set.
             with attack_mode(encoder):
                 objective = self.attack_objective(encoder, batch)
                 adversarial = self.attack(objective, batch)
@@ -208,6 +204,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add drift, collapse, attack gain and speed to the training log."""
+        # `Trainer` logs the loss on every process at the same steps, so that all of them come to this `reduce`.
         if "loss" in logs and self._measured:
             means = {name: torch.stack(values).mean() for name, values in self._measured.items()}
             reduced = self.accelerator.reduce(means, reduction="mean")
@@ -218,6 +215,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         super().log(logs, start_time)
 
     def _is_logging_step(self) -> bool:
+        # Monitoring costs three forward passes. With accumulation each part of such an update is measured.
         every = self.state.logging_steps or int(self.args.logging_steps)  # the state resolves a fraction to steps
         return self.state.global_step % max(every, 1) == 0
 
@@ -226,15 +224,14 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         """Measure, on this batch, how strong the attack is and how far the encoder went from the original."""
         clean, original = encoder(batch.images).image_embeds, batch.original.image_embeds
         self.record("cosine_to_original", F.cosine_similarity(clean, original))
-        self.record("attack_loss", objective(adversarial))
-        self.record("attack_gain", objective(adversarial) - objective(batch.images))
+        self.record("attack_loss", reached := objective(adversarial))
+        self.record("attack_gain", reached - objective(batch.images))
         self.record("pairwise_cosine", self._check_spread(clean, original))
 
     def _check_spread(self, embeds: Tensor, original: Tensor) -> Tensor:
-        """Mean cosine between different images of a step; a run that has collapsed is stopped.
-
-        The loss can not tell: where all images have one embedding, a Siamese loss is at its best.
-        """
+        """Mean cosine between different images of a step; a run that has collapsed is stopped."""
+        # The loss can not tell: where all images have one embedding, a Siamese loss is at its best. Over the images of
+        # all processes, so that all come to one verdict: if one stopped alone, the others would wait for it.
         spread, before = (mean_pairwise_cosine(of, self.accelerator.reduce) for of in (embeds, original))
         hint = self._way_out(self.against_collapse)
         check_collapse(float(spread), float(before), self.args.on_collapse, self.state.global_step, hint)
@@ -261,16 +258,12 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     # Measuring
 
     def whole_encoder(self) -> Encoder:
-        """The network of this moment: the model that trains or, where its weights are shared out, a gathered copy."""
+        """The model that trains or, where its weights are shared out, a gathered copy."""
         encoder = super().whole_encoder()
         return gathered(encoder, self.reference.encoder) if is_sharded(encoder) else encoder
 
     def text_bank(self, dataset: LabelledImages, encoder: Encoder | None = None) -> TextBank:
-        """The zero-shot classifier of a dataset's classes, from the text tower of the model or of another encoder.
-
-        Raises:
-            ValueError: If the model or the processing class can not embed text.
-        """
+        """The zero-shot classifier of a dataset's classes, from the text tower of the model or of another encoder."""
         encoder = encoder if encoder is not None else self.whole_encoder()
         tokenizer = getattr(self.processing_class, "tokenizer", None)
         if not isinstance(encoder, CLIPEncoder) or tokenizer is None:
@@ -289,30 +282,25 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         """Clean and robust accuracy over the whole validation split, shared out over the processes.
 
         Returns:
-            `<prefix>_clean_accuracy`, `<prefix>_robust_accuracy`, `<prefix>_runtime`, fractions and seconds. With
+            `<prefix>_clean_accuracy` and `<prefix>_robust_accuracy` as fractions, `<prefix>_runtime` in seconds. With
             several `eval_eps` the robust accuracy is that of the first, and each has its own, such as
             `<prefix>_robust_accuracy_4_255`.
-
-        Raises:
-            ValueError: If there is no validation split.
         """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ValueError("evaluate() needs eval_dataset=LabelledImages, here or in the constructor.")
         protocol = get_protocol(self.args.eval_protocol, steps=self.args.eval_attack_steps)
         radii = tuple(float(eps) for eps in self.args.eval_eps or [self.args.attack_eps])
-        how = RobustnessProtocol(
-            protocol, radii, self.args.attack_norm, batch_size=self.args.eval_batch_size, seed=self.args.seed
-        )
+        size, seed = self.args.eval_batch_size, self.args.seed
+        how = RobustnessProtocol(protocol, radii, self.args.attack_norm, batch_size=size, seed=seed)
         encoder = self.whole_encoder()
-        results = evaluate_zero_shot(
-            encoder,
+        bank, name, loud = (
             self.text_bank(dataset, encoder),
-            dataset,
-            how,
-            model_name=f"step {self.state.global_step}",
-            device=self.args.device,
-            progress=not self.args.disable_tqdm,
+            f"step {self.state.global_step}",
+            not self.args.disable_tqdm,
+        )
+        results = evaluate_zero_shot(
+            encoder, bank, dataset, how, model_name=name, device=self.args.device, progress=loud
         )
         named = {"clean_accuracy": results[0].clean_accuracy}
         named["robust_accuracy"] = next(result.robust_accuracy for result in results if result.eps == radii[0])
@@ -326,21 +314,14 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     def training_record(self) -> dict[str, Any]:
         """How this model was trained, for results and card."""
         args = self.args
-        same = (
-            "attack_steps",
-            "attack_step_size",
-            "learning_rate",
-            "weight_decay",
-            "max_grad_norm",
-            "seed",
-            "world_size",
-        )
+        same = ("attack_steps", "attack_step_size", "learning_rate", "weight_decay", "max_grad_norm", "seed")
         record = {
             "method": self.method,
             "norm": args.attack_norm,
             "eps": float(args.attack_eps),
             "steps": self.state.global_step,
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "world_size": args.world_size,
             "precision": "bf16" if self.accelerator.mixed_precision == "bf16" else "float32",
         }
         return record | {name: getattr(args, name) for name in same} | args.tuning_record() | args.own_settings()

@@ -13,14 +13,7 @@ from hf_robust_vision.towers.base import EncoderOutput
 
 @dataclass
 class Batch:
-    """A clean batch, and what the original model says of it.
-
-    Args:
-        images: Clean images in [0, 1], shape (batch, 3, height, width).
-        labels: Shape (batch,).
-        ids: Of the samples, shape (batch,).
-        reference: Clean images and ids to the original's features.
-    """
+    """A clean batch, images in [0, 1], and what the `reference` says of it, which takes images and ids."""
 
     images: Tensor
     labels: Tensor
@@ -29,5 +22,6 @@ class Batch:
 
     @cached_property
     def original(self) -> EncoderOutput:
-        """Features of the original model on the clean images, without gradient; computed when first asked for."""
+        """Features of the original model on the clean images, without gradient."""
+        # When first asked for, which TeCoA never does; then once, for attack, loss and monitor.
         return self.reference(self.images, self.ids)

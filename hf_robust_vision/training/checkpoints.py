@@ -36,6 +36,7 @@ def mark_complete(checkpoint: str | Path, settings: Mapping[str, Setting]) -> No
     folder = Path(checkpoint)
     unmark(folder)
     written = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    # By hash: a copy that was cut off, or a disk that filled up, leaves files which load and hold other numbers.
     files = {file.relative_to(folder).as_posix(): _sha256(file) for file in written}
     write_atomically(folder / MANIFEST, json.dumps({"files": files, "settings": settings}, indent=1) + "\n")
 
@@ -58,16 +59,12 @@ def complete_checkpoint(place: str | Path) -> str | None:
 
 
 def resumable_checkpoint(place: str | Path) -> str:
-    """As `complete_checkpoint`; it is whole.
-
-    Raises:
-        ValueError: If there is none, or one of its files is missing or damaged. The one before it is never taken
-            unasked: the message says how to ask.
-    """
+    """As `complete_checkpoint`, or a ValueError if there is none or its files are not what was written."""
     found = complete_checkpoint(place)
     if found is None:
         raise ValueError(f"{place} holds no complete checkpoint to resume.")
     if fault := fault_of(found):
+        # Named, never taken unasked: somebody who wants step 900 would not notice that step 800 was loaded.
         earlier = takewhile(lambda path: path.name != Path(found).name, _complete(Path(found).parent))
         whole = [path for path in earlier if fault_of(path) is None]
         way = "no earlier one is whole: start anew in another --output_dir."
@@ -96,15 +93,9 @@ def fault_of(checkpoint: str | Path) -> str | None:
 
 
 def need_settings(checkpoint: str | Path, settings: Mapping[str, Setting]) -> None:
-    """Refuse to go on from a checkpoint under other settings: what the run's record says would hold for a part of it.
-
-    Args:
-        checkpoint: A complete one.
-        settings: Of this run. What the checkpoint does not know was added in a later version, and is not compared.
-
-    Raises:
-        ValueError: If a value differs.
-    """
+    """Refuse to go on from a checkpoint under other settings: what the run's record says would hold for a part of it."""
+    # A setting that the checkpoint does not know was added in a later version, and is not compared. Both sides go
+    # through JSON, which makes lists of tuples.
     old = {name: Setting(*value) for name, value in _manifest(Path(checkpoint))["settings"].items()}
     new = {name: Setting(*value) for name, value in json.loads(json.dumps(settings)).items()}
     if differing := [name for name in old if name in new and new[name].value != old[name].value]:
@@ -116,13 +107,8 @@ def need_settings(checkpoint: str | Path, settings: Mapping[str, Setting]) -> No
 
 
 def rotate(run: str | Path, limit: int | None, *, best: str | None) -> None:
-    """Delete the oldest complete checkpoints beyond `limit`, never the best and never the latest.
-
-    Args:
-        run: Folder of the run.
-        limit: How many to keep; None keeps all.
-        best: The best checkpoint so far.
-    """
+    """Delete the oldest complete checkpoints beyond `limit` (None: none), never the best and never the latest."""
+    # What has no manifest stays: nobody knows what it is.
     if limit is None or limit <= 0:
         return
     complete = _complete(Path(run))
@@ -134,11 +120,7 @@ def rotate(run: str | Path, limit: int | None, *, best: str | None) -> None:
 
 def _complete(run: Path) -> list[Path]:
     found = [path for path in run.glob("checkpoint-*") if is_checkpoint(path) and (path / MANIFEST).is_file()]
-    return sorted(found, key=_step)  # by number, not by letters
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))  # by letters, 100 is before 20
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
@@ -156,7 +138,7 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
 
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as content:
+    with file.open("rb") as content:  # by blocks: an optimizer's state may be larger than the memory left
         while block := content.read(2**20):
             digest.update(block)
     return digest.hexdigest()

@@ -21,12 +21,9 @@ class CollapseError(RuntimeError):
 
 
 def mean_pairwise_cosine(embeds: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
-    """Mean cosine over all pairs of different rows, those of other processes too; 0 for a single row.
-
-    Args:
-        embeds: Shape (rows, dim).
-        total: Sums a tensor over the processes, where the images of a step are shared out.
-    """
+    """Mean cosine over all pairs of different rows; 0 for a single row. `total` sums a tensor over the processes."""
+    # |sum of unit rows|^2 holds every pair twice and each row with itself once: a sum of one vector over the processes
+    # is enough, and no embedding need be gathered.
     unit = F.normalize(embeds.float(), dim=-1)
     sums = total(torch.cat([unit.sum(0), unit.new_tensor([len(unit)])]))
     count = sums[-1]
@@ -34,7 +31,7 @@ def mean_pairwise_cosine(embeds: Tensor, total: Callable[[Tensor], Tensor] = lam
 
 
 def check_collapse(pairwise: float, original: float, on_collapse: str, step: int, hint: str) -> None:
-    """Stop a run whose embeddings have lost nearly all of the original's spread, or only warn.
+    """Stop a run whose embeddings have lost nearly all of the original's spread, or, at "record", only warn.
 
     Args:
         pairwise: Mean pairwise cosine of the tuned encoder.
@@ -47,6 +44,7 @@ def check_collapse(pairwise: float, original: float, on_collapse: str, step: int
         CollapseError: If they have, and `on_collapse` is "stop".
         ValueError: If they are not finite.
     """
+    # Against the original on the same images: a CLIP's embeddings share a direction to begin with, some sets more of it.
     if not math.isfinite(pairwise):
         raise ValueError(f"the embeddings of step {step} are not finite; {hint}")
     # A batch of near-identical images has no spread to lose.

@@ -41,11 +41,7 @@ class Radius(float):
     """A float that also reads fractions: `Radius("4/255")`. Command lines and YAML files write eps so."""
 
     def __new__(cls, value: Any) -> Radius:
-        """Read a number or a text such as "4/255" or "0.5".
-
-        Raises:
-            ValueError: If it is neither.
-        """
+        """Read a number or a text such as "4/255" or "0.5"; anything else is a ValueError."""
         if isinstance(value, str):
             top, slash, bottom = value.partition("/")
             try:
@@ -59,30 +55,22 @@ class Radius(float):
 class AdversarialTrainingArguments(TrainingArguments):
     """`TrainingArguments` and the attacks of adversarial fine-tuning.
 
-    Only the added fields are listed. Defaults that differ from `TrainingArguments`: `learning_rate` 1e-5,
+    Listed are the added fields of which there is more to say than their help. Defaults that differ from `TrainingArguments`: `learning_rate` 1e-5,
     `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, `ddp_timeout` a day,
     `use_cpu` where there is no accelerator, `run_name` is that of `output_dir`, and `remove_unused_columns` is always
     False, since images, labels and ids all reach the loss. `push_to_hub` pushes once, when the run has been measured.
 
     Args:
-        attack_norm: "linf" or "l2".
-        attack_eps: Radius of the perturbation; "linf" in pixels of [0, 1], written 4/255.
-        attack_steps: Gradient steps of the training attack.
-        attack_step_size: Length of a step, for "linf" at most 1; by default 2.5 * eps / steps, at most 1.25 * eps.
-        attack_random_start: Start inside the ball rather than at the image.
-        eval_protocol: Named protocol of the attack in `evaluate()`.
-        eval_attack_steps: Steps of that attack; by default the protocol's.
-        eval_eps: Radius of that attack, or several; by default `attack_eps`. The first one is that of
-            `eval_robust_accuracy`, which a best checkpoint is chosen by.
-        templates: Prompt templates of the zero-shot classifier, by name or text file.
+        attack_eps: "linf" in pixels of [0, 1], written 4/255.
+        attack_step_size: For "linf" at most 1.
+        eval_protocol: Its steps are its own unless `eval_attack_steps` says otherwise.
+        eval_eps: One or several; the first is that of `eval_robust_accuracy`, which a best checkpoint is chosen by.
         on_collapse: "stop" ends the run when the embeddings collapse to a point; "record" only logs it.
-        use_peft: Train a LoRA adapter on the linear layers that would train otherwise, and nothing else.
-        lora_r: Rank of the adapter.
-        lora_alpha: Its output is multiplied by `lora_alpha / lora_r`.
-        lora_dropout: On its input; off during attacks and evaluation.
-        lora_target_modules: Names of the linear layers that get one, such as `q_proj v_proj`; by default all.
-        layer_decay: Learning rate of a block over that of the block above it; 1 is the same rate everywhere.
-        freeze_blocks: Leave the vision tower's embeddings and this many of its first blocks as they are.
+        use_peft: On the linear layers that would train otherwise; nothing else trains.
+        lora_alpha: The adapter's output is multiplied by `lora_alpha / lora_r`.
+        lora_dropout: Off during attacks and evaluation.
+        lora_target_modules: By their names, such as `q_proj v_proj`.
+        freeze_blocks: Above 0, the vision tower's embeddings do not train either.
         matmul_precision: "high" (TF32) or "medium" (bfloat16) inside float32 matrix products of a training step, by
             `torch.set_float32_matmul_precision`; measurements always run at the precision that is set outside.
         cache_targets_mb: MiB of memory of each process for the original's features of clean images, which then are
@@ -147,8 +135,12 @@ class AdversarialTrainingArguments(TrainingArguments):
         if self.attack_step_size is not None:
             check_length("--attack_step_size", self.attack_step_size, self.attack_norm, zero=False)
         self.attack_ball()
-        self.eval_eps = _radii(self.eval_eps, self.attack_norm)
+        radii = self.eval_eps if isinstance(self.eval_eps, list | tuple | None) else [self.eval_eps]
+        self.eval_eps = [Radius(eps) for eps in radii or ()] or None
+        for eps in self.eval_eps or ():
+            check_length("--eval_eps", eps, self.attack_norm)
         if self.fp16:
+            # Loss scaling covers the learner's backward pass only, not the attack's.
             raise ValueError("fp16=true lets the attack's gradients underflow to zero unseen; type --bf16 true.")
         one_of("eval_protocol", self.eval_protocol, tuple(PROTOCOLS))
         get_templates(self.templates)
@@ -173,8 +165,8 @@ class AdversarialTrainingArguments(TrainingArguments):
             raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay:g}.")
 
     def _join_launcher(self) -> None:
-        # Without it, on a machine without accelerators, bf16 is refused, and each process of a launcher runs alone, in
-        # the same folder.
+        # Without `use_cpu`, on a machine without accelerators, bf16 is refused, and each process of a launcher runs
+        # alone, in the same folder.
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if not getattr(torch, "accelerator", torch.cuda).is_available():
             self.use_cpu = True
@@ -191,7 +183,7 @@ class AdversarialTrainingArguments(TrainingArguments):
             )
 
     def tuning_record(self) -> dict[str, Any]:
-        """What of the tuning is not plain full tuning, for results and card."""
+        """What is not plain tuning of all weights, for results and card."""
         plain = {"matmul_precision": "highest", "layer_decay": 1.0, "freeze_blocks": 0}
         record = {name: getattr(self, name) for name, value in plain.items() if getattr(self, name) != value}
         if self.use_peft:
@@ -206,7 +198,9 @@ class AdversarialTrainingArguments(TrainingArguments):
 
     def run_settings(self) -> dict[str, Setting]:
         """All arguments that decide what is learnt: they may not change where a run goes on."""
+        # Of `TrainingArguments` only the named ones: folders, logging or the number of workers teach a model nothing.
         free = {item.name for item in fields(TrainingArguments)} | set(MAY_CHANGE)
+        # Ours count unless named in MAY_CHANGE, so that an argument of a new method is never forgotten.
         names = [*(item.name for item in fields(self) if item.name not in free), *OPTIMISATION]
         if getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) not in ENDLESS:
             names += ["max_steps"] if self.max_steps > 0 else ["max_steps", "num_train_epochs"]
@@ -230,6 +224,7 @@ def need_number(holder: Any, name: str, least: float = 0, *, whole: bool = False
     value = getattr(holder, name)
     if value is None:
         return
+    # True is 1 in Python, and YAML reads `yes` and `on` as True.
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise ValueError(f"{name} must be a {'whole ' * whole}number, got {value!r}.")
     if not math.isfinite(value):
@@ -242,13 +237,3 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a text that is not among the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
-
-
-def _radii(values: Any, norm: str) -> list[Radius] | None:
-    """One radius or several as a list; None for none."""
-    listed = (
-        None if values is None else [Radius(v) for v in (values if isinstance(values, list | tuple) else [values])]
-    )
-    for radius in listed or []:
-        check_length("--eval_eps", radius, norm)
-    return listed or None

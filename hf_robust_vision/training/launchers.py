@@ -12,20 +12,14 @@ from hf_robust_vision.towers.clip import Encoder
 
 
 def check_launcher(accelerator: Accelerator, *, adapter: bool) -> None:
-    """Refuse what adversarial training can not run under, before a step is taken.
-
-    Args:
-        accelerator: As the launcher configured it.
-        adapter: Whether the model holds an adapter.
-
-    Raises:
-        ValueError: Under FSDP1, ZeRO-3, fp16, fp8, or FSDP2 with an adapter or settings that lose weights.
-    """
+    """Refuse FSDP1, ZeRO-3, fp16, fp8, and FSDP2 with an adapter or settings that lose weights."""
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed_precision={accelerator.mixed_precision} lets the attack's gradients underflow to zero unseen; set "
             "mixed_precision: 'no' in accelerate's config and type --bf16 true."
         )
+    # The attack goes around the wrapper, where ZeRO-3 and FSDP1 leave pieces of weights. FSDP2 has none: it gathers in
+    # hooks of the modules themselves. ZeRO-2 shares out gradients and optimizer states alone.
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("DeepSpeed ZeRO-3 shards what the attack must read; use zero_stage: 2, or DDP.")
@@ -67,14 +61,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gathered(model: nn.Module, like: Encoder) -> Encoder:
-    """A copy of a sharded model with whole weights; every process must ask for it.
-
-    Processes measure different numbers of images, and a sharded model would wait for ever for the one that is done.
-
-    Args:
-        model: As FSDP2 sharded it.
-        like: An encoder of the same architecture, left as it is.
-    """
+    """A copy of a sharded model with whole weights, of the class of `like`; every process must ask for it."""
+    # Processes measure different numbers of images, and a sharded model would wait for ever for the one that is done.
     whole = copy.deepcopy(like)
     state = model.state_dict()
     whole.load_state_dict({name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in state.items()})

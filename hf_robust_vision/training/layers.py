@@ -1,4 +1,4 @@
-"""Where in the network training takes place: what a loss reads, less frozen first blocks, at rates that fall towards the input."""
+"""Where in a network training takes place: what the loss reads, less frozen first blocks, ever slower to the input."""
 
 from __future__ import annotations
 
@@ -32,11 +32,7 @@ class Reads:
 
 
 def freeze_first_blocks(encoder: Encoder, count: int) -> None:
-    """Freeze the vision tower's embeddings and its first blocks, in place; 0 freezes nothing.
-
-    Raises:
-        ValueError: If the tower has fewer blocks, or if nothing would be left to train.
-    """
+    """Freeze the vision tower's embeddings and its first blocks, in place; 0 freezes nothing."""
     if count == 0:
         return
     tower: Any = encoder.vision_model
@@ -55,13 +51,10 @@ def learning_rate_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
     In a tower of L blocks, block i (from 0) has `decay ** (L - i)`, what lies before the blocks `decay ** (L + 1)`,
     and what comes after them, projections among it, 1.
 
-    Args:
-        encoder: Wrapped or not.
-        decay: Learning rate of a block over that of the block above it.
-
     Reference:
         BEiT, https://huggingface.co/papers/2106.08254.
     """
+    # Searched for and not matched from the start, as DDP puts `module.` before the names.
     names = [name for name, _ in encoder.named_parameters()]
     found = [(match[1], int(match[2])) for name in names if (match := _BLOCK.search(name))]
     depth = {tower: 1 + max(block for of, block in found if of == tower) for tower in {tower for tower, _ in found}}
@@ -79,12 +72,7 @@ def learning_rate_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
 def decay_learning_rates(optimizer: torch.optim.Optimizer, encoder: nn.Module, decay: float) -> None:
     """Split the groups of a fresh optimizer, so that each parameter gets its share of the learning rate.
 
-    Everything else about a group, such as its weight decay, stays.
-
-    Args:
-        optimizer: Changed in place, before its first step.
-        encoder: Whose parameters it updates.
-        decay: See `learning_rate_scales`; 1 changes nothing.
+    Everything else about a group, such as its weight decay, stays; so does a schedule, which multiplies each group's rate.
     """
     if decay == 1:
         return

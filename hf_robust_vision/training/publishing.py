@@ -17,11 +17,7 @@ def hub_target(args: TrainingArguments) -> str:
 
 
 def check_push(args: TrainingArguments) -> None:
-    """Refuse settings of `--push_to_hub` that could not be kept, before any work is done.
-
-    Raises:
-        ValueError: If the id has the wrong shape, there is no token, or `hub_strategy` wants unfinished weights pushed.
-    """
+    """Refuse a bad id, a missing token and a `hub_strategy` of unfinished weights before any work is done."""
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise ValueError(
             f"hub_strategy={args.hub_strategy.value!r} would publish weights that nobody measured; only the end of a run "
@@ -60,17 +56,10 @@ class PublishWhenMeasured(Trainer):
         private: bool | None = None,
         **settings: Any,
     ) -> PushReport | None:
-        """Push `output_dir` with `push_robust_encoder`; the other processes return None.
+        """Push `output_dir` with `push_robust_encoder`, whose `settings` these are; the other processes return None.
 
-        The recipes call it after the last measurement. From Python: measure, `save_results`, `write_card`, push.
-
-        Args:
-            commit_message: By default what was uploaded.
-            blocking: Must stay true.
-            token: By default `hub_token`, or the one of `hf auth login`.
-            revision: By default `hub_revision`.
-            private: By default `hub_private_repo`.
-            settings: More arguments of `push_robust_encoder`.
+        What is not given is as the run's `hub_...` arguments say. The recipes call it after the last measurement. From
+        Python: measure, `save_results`, `write_card`, push.
 
         Raises:
             ValueError: If the folder was not measured, or `blocking` is false.

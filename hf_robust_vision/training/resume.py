@@ -21,24 +21,16 @@ from hf_robust_vision.towers.adapters import ADAPTER_FOLDER, has_adapter, load_a
 from hf_robust_vision.towers.clip import Encoder
 from hf_robust_vision.towers.weights import check_weights
 
-from .checkpoints import (
-    Setting,
-    fault_of,
-    is_checkpoint,
-    mark_complete,
-    need_settings,
-    resumable_checkpoint,
-    rotate,
-    unmark,
-)
+from . import checkpoints
+from .checkpoints import Setting, is_checkpoint
 from .config import AdversarialTrainingArguments
 
 
 class ResumableTrainer(Trainer):
-    """The part of `Trainer` that writes and reads folders, for encoders that may hold an adapter.
+    """The part of `Trainer` that writes and reads folders.
 
-    A checkpoint then holds the adapter alone. `save_model` writes the stock model with the adapter merged into it, and
-    the adapter in a folder of its own beside it.
+    With an adapter a checkpoint holds it alone, and `save_model` writes the stock model with the adapter merged into
+    it, and the adapter in a folder of its own beside it.
     """
 
     method: ClassVar[str]
@@ -53,7 +45,7 @@ class ResumableTrainer(Trainer):
         raise NotImplementedError
 
     def whole_encoder(self) -> Encoder:
-        """The network of this moment, as it trains."""
+        """The network as it trains."""
         return self.accelerator.unwrap_model(self.model)
 
     def hardened_encoder(self) -> Encoder:
@@ -65,8 +57,7 @@ class ResumableTrainer(Trainer):
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
 
         Raises:
-            ValueError: If `need_resumable` refuses the checkpoint, or the run ends without an update or with weights
-                that are not finite.
+            ValueError: If `need_resumable` refuses the checkpoint, or the run ends without an update or unhealthy.
         """
         found, state = self.need_resumable(resume_from_checkpoint) if resume_from_checkpoint else (None, None)
         if found is not None and state is not None and self._is_over(state):
@@ -80,20 +71,17 @@ class ResumableTrainer(Trainer):
         return output
 
     def need_resumable(self, resume: str | bool) -> tuple[str, TrainerState]:
-        """The checkpoint that a run goes on from, and its state; whatever would make it another run is refused.
-
-        Args:
-            resume: True for the last complete one of `output_dir`, or its folder, or that of a run.
+        """The checkpoint to go on from, True for the last complete one of `output_dir`, and its state.
 
         Raises:
             ValueError: If there is none, a file of it is missing or damaged, or model, data, method, schedule, batch or
-                precision are not those that it was trained with.
+                precision are not those that it was trained with: it would be another run.
         """
-        found = resumable_checkpoint(self.args.output_dir if resume is True else str(resume))
-        need_settings(found, self._settings())
+        found = checkpoints.resumable_checkpoint(self.args.output_dir if resume is True else str(resume))
+        checkpoints.need_settings(found, self._settings())
         state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
         best = state.best_model_checkpoint
-        if self.args.load_best_model_at_end and best is not None and (fault := fault_of(best)):
+        if self.args.load_best_model_at_end and best is not None and (fault := checkpoints.fault_of(best)):
             raise ValueError(f"the best checkpoint so far can not be loaded at the end: {fault}.")
         return found, state
 
@@ -107,6 +95,7 @@ class ResumableTrainer(Trainer):
             shares = [each, steps, world, args.dataloader_num_workers]
         batch = f"--per_device_train_batch_size {each} --gradient_accumulation_steps {steps} in {world} processes"
         bf16 = self.accelerator.mixed_precision == "bf16"
+        # Values, not paths: a job that a cluster starts again finds its files somewhere else.
         return {
             "method": Setting(self.method, f"method {self.method}"),
             "model": self.start,
@@ -146,6 +135,7 @@ class ResumableTrainer(Trainer):
         if not has_adapter(self.model) or is_checkpoint(folder):
             super()._save(str(folder), state_dict)
         elif self.args.should_save:
+            # `Trainer` saves whatever `self.model` is, its class, config and processor with it.
             trained, self.model = self.model, self.hardened_encoder()
             try:
                 super()._save(str(folder))
@@ -158,7 +148,7 @@ class ResumableTrainer(Trainer):
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            unmark(folder)  # an earlier run may have left it, and this one may be killed half-way
+            checkpoints.unmark(folder)  # an earlier run may have left it, and this one may be killed half-way
         self.accelerator.wait_for_everyone()  # or another process might write before the mark is gone
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:  # an old checkpoint may only go once the new one is complete
@@ -167,12 +157,13 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each writes its own state of the random numbers
         if self.args.should_save:
-            mark_complete(folder, self._settings())
-            rotate(run_dir, limit, best=self.state.best_model_checkpoint)
+            checkpoints.mark_complete(folder, self._settings())
+            checkpoints.rotate(run_dir, limit, best=self.state.best_model_checkpoint)
 
 
 def _data_setting(dataset: Any) -> Setting:
     """What the images are, wherever they lie: jobs of a cluster copy them to a disk of their own each time."""
+    # Class names decide what a label means, ids where an attack starts and which images a batch holds.
     name, split = getattr(dataset, "name", type(dataset).__name__), getattr(dataset, "split", None)
     size = len(dataset) if hasattr(dataset, "__len__") else None
     value: list[Any] = [split, size, getattr(dataset, "class_names", name)]

@@ -13,11 +13,7 @@ from torch import nn
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Precision inside float32 matrix products, restored at the end; "highest" leaves what is set.
-
-    Args:
-        precision: "highest", "high" or "medium", see `torch.set_float32_matmul_precision`.
-    """
+    """As `torch.set_float32_matmul_precision`, restored at the end; "highest" leaves what is set."""
     if precision == "highest":
         yield
         return
@@ -30,12 +26,10 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def compile_in_place(encoder: nn.Module, accelerator: Accelerator) -> None:
-    """Compile the encoder as the accelerator was asked to compile the model, and keep the accelerator from it.
-
-    It would wrap the model as launched, and on unwrapping it put the bare encoder into that wrapper: an attack through
-    the unwrapped encoder then runs the whole of DDP. Compiled in place, the encoder keeps its class and its names, and
-    attack and learner call the same compiled function.
-    """
+    """Compile the encoder as the accelerator was asked to compile the model, and keep the accelerator from it."""
+    # It would wrap the model as launched, and on unwrapping it put the bare encoder into that wrapper: an attack through
+    # the unwrapped encoder then runs the whole of DDP. Compiled in place, the encoder keeps its class and its names, and
+    # attack and learner call the same compiled function.
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend != DynamoBackend.NO:
         encoder.compile(**plugin.to_kwargs())

@@ -17,14 +17,10 @@ from hf_robust_vision.data.datasets import StreamedImages
 
 
 class Endless(IterableDataset):
-    """A stream that starts again when it ends, shuffled anew.
+    """A stream that starts again when it ends, shuffled anew; a ValueError if it holds no image."""
 
-    Shares are of different lengths. If the process with the shortest one stopped, the others would wait for its
-    gradients for ever.
-
-    Raises:
-        ValueError: If the share holds no image.
-    """
+    # Shares are of different lengths. If the process with the shortest one stopped, the others would wait for its
+    # gradients for ever.
 
     def __init__(self, stream: StreamedImages):
         self.stream = stream
@@ -41,7 +37,7 @@ class Endless(IterableDataset):
             if item is None and get_worker_info() is not None:
                 return  # more workers than shards; `StreamTrainer` sees to it that one of them has images
             if item is None:
-                raise ValueError(no_image(self.stream.rank, self.stream.world))
+                raise ValueError(_no_image(self.stream.rank, self.stream.world))
 
     def _tell(self) -> int:
         """Warn about images that were left out: at 1, and at every tenfold."""
@@ -51,8 +47,7 @@ class Endless(IterableDataset):
         return skipped
 
 
-def no_image(rank: int, world: int) -> str:
-    """What to say of a share without images."""
+def _no_image(rank: int, world: int) -> str:
     return (
         f"process {rank} of {world} got no image from the stream; start fewer processes, or name a split with more "
         "images that can be decoded."
@@ -64,17 +59,12 @@ def stream_loader(
     args: TrainingArguments,
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
 ) -> DataLoader:
-    """Batches of this process's share of a stream.
-
-    Accelerate would let one process read and decode for all. `Trainer` goes on after a resume by reading and dropping
-    as many batches as were seen.
-
-    Raises:
-        ValueError: If something is to happen at the end of each epoch: a stream has none.
-    """
+    """Batches of this process's share of a stream; a ValueError if something is to happen at the end of each epoch."""
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(args, name) == "epoch":
             raise ValueError(f"a stream has no epochs, so {name}=epoch would wait for ever; type --{name} steps.")
+    # Not prepared by accelerate, which would let one process read and decode for all; its class moves the batches to the
+    # device. After a resume `Trainer` reads and drops as many batches as were seen.
     return DataLoaderShard(
         Endless(stream.share(args.process_index, args.world_size)),
         device=args.device,
@@ -97,12 +87,9 @@ class StreamTrainer(Trainer):
         return super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """As `Trainer` does, which takes a stream that ends for the end of the run, while other processes wait.
-
-        Raises:
-            ValueError: If a stream ends: none of this process's loader workers got an image.
-        """
+        """As `Trainer` does, but a stream that ends, as none of this process's workers got an image, is a ValueError."""
+        # `Trainer` would take it for the end of the run, while the other processes wait.
         samples, count_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.train_dataset, StreamedImages) and len(samples) < num_batches:
-            raise ValueError(no_image(self.args.process_index, self.args.world_size))
+            raise ValueError(_no_image(self.args.process_index, self.args.world_size))
         return samples, count_items

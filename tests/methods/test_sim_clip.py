@@ -420,6 +420,11 @@ class TestConstruction:
             with pytest.raises(NotImplementedError, match="AdversarialTrainer must say"):
                 call(trainer.model, None)
 
+    @pytest.mark.parametrize("option", ["compute_metrics", "model_init", "evaluation_dataset"])
+    def test_an_option_that_would_do_nothing_is_refused(self, option, clip_folder, tmp_path):
+        with pytest.raises(TypeError, match=f"SimCLIPTrainer has no use for {option}"):
+            SimCLIPTrainer(load_encoder(clip_folder), arguments(tmp_path), make_dataset(6), **{option: None})
+
     def test_training_record(self, clip_folder, tmp_path):
         record = make_trainer(clip_folder, tmp_path, form="frozen", gradient_accumulation_steps=2).training_record()
         wanted = {"method": "Sim-CLIP", "form": "frozen", "feature": "pooled", "eps": 1 / 255, "world_size": 1}
