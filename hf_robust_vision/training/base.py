@@ -169,7 +169,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Attack the batch, then take the method's loss on what the attack found."""
-        images = check_images(inputs["images"])  # by batch: a collator of one's own may have normalised them
+        images = check_images(inputs["images"])  # a collator of one's own may have normalised them
         # Two ways into one network. The attack goes around DDP's wrapper: a backward pass through that would average
         # gradients over the processes at every attack step. The loss goes through it, or gradients would not be
         # averaged at all, and nothing would say so.
@@ -294,14 +294,9 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         size, seed = self.args.eval_batch_size, self.args.seed
         how = RobustnessProtocol(protocol, radii, self.args.attack_norm, batch_size=size, seed=seed)
         encoder = self.whole_encoder()
-        bank, name, loud = (
-            self.text_bank(dataset, encoder),
-            f"step {self.state.global_step}",
-            not self.args.disable_tqdm,
-        )
-        results = evaluate_zero_shot(
-            encoder, bank, dataset, how, model_name=name, device=self.args.device, progress=loud
-        )
+        bank, name, quiet = self.text_bank(dataset, encoder), f"step {self.state.global_step}", self.args.disable_tqdm
+        device = self.args.device
+        results = evaluate_zero_shot(encoder, bank, dataset, how, model_name=name, device=device, progress=not quiet)
         named = {"clean_accuracy": results[0].clean_accuracy}
         named["robust_accuracy"] = next(result.robust_accuracy for result in results if result.eps == radii[0])
         named |= {result.robust_name: result.robust_accuracy for result in results if len(results) > 1}
