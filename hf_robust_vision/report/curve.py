@@ -53,21 +53,12 @@ def axes_of(result: RobustnessResult) -> tuple[str, str]:
 
 
 def draw_curves(
-    curves: Sequence[Curve],
-    axes: tuple[str, str],
-    *,
-    title: str,
-    chance: float | None = None,
-    alone: bool = False,
+    curves: Sequence[Curve], axes: tuple[str, str], *, title: str, chance: float | None = None, alone: bool = False
 ) -> str:
     """Accuracy over eps, one line a model with its interval as a band, each named at its end.
 
-    Args:
-        curves: At least one.
-        axes: What radii and heights count.
-        title: For readers that can not see it.
-        chance: Accuracy of a guess, drawn as a dotted line.
-        alone: Bring the style along, for a file of its own.
+    `axes` says what radii and heights count, `title` all of it to readers that can not see it; `chance` is the accuracy
+    of a guess, a dotted line. A picture that stands `alone`, in a file of its own, brings its style along.
     """
     radii = sorted({0.0} | {point.eps for curve in curves for point in curve.points})
 

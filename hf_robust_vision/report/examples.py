@@ -27,25 +27,6 @@ class Measured:
     folder: Path
 
 
-@dataclass(frozen=True)
-class Look:
-    """What one model answers to one image before and after the attack, and whether that is right.
-
-    The pictures are `data:` addresses, the perturbation enlarged by `gain`; None where the sample was wrong before and
-    so not attacked.
-    """
-
-    label: str
-    colour: int
-    before: str
-    after: str
-    right_before: bool
-    right_after: bool
-    gain: float = 0.0
-    perturbation: str | None = None
-    adversarial: str | None = None
-
-
 class _Saved:
     """Records and images of one result that saved some."""
 
@@ -59,15 +40,25 @@ class _Saved:
         names = self.measured.result.class_names
         return names[answer] if isinstance(answer, int) and answer < len(names) else str(answer)
 
-    def look(self, sample: int | str) -> Look:
-        record = self.records[sample]
-        after = record.clean if record.adversarial is None else record.adversarial
-        answers = (self.name(record.clean), self.name(after), record.clean_hit, record.robust_hit)
-        clean, adversarial = self.images.read(sample, self.eps)
+
+class Look:
+    """What one model answers to one image before and after the attack, and whether that is right.
+
+    The pictures are `data:` addresses, the perturbation enlarged by `gain`; None where the sample was wrong before and
+    so not attacked.
+    """
+
+    def __init__(self, saved: _Saved, sample: int | str):
+        record = saved.records[sample]
+        self.label, self.colour = saved.measured.label, saved.measured.colour
+        self.before = saved.name(record.clean)
+        self.after = saved.name(record.clean if record.adversarial is None else record.adversarial)
+        self.right_before, self.right_after = record.clean_hit, record.robust_hit
+        clean, adversarial = saved.images.read(sample, saved.eps)
         size = (adversarial - clean).abs().max().item()
-        gain = 0.5 / size if size else 0.0
-        pictures = (picture((adversarial - clean) * gain + 0.5), picture(adversarial)) if size else (None, None)
-        return Look(self.measured.label, self.measured.colour, *answers, gain, *pictures)
+        self.gain = 0.5 / size if size else 0.0  # the largest change becomes black or white on grey
+        self.perturbation = picture((adversarial - clean) * self.gain + 0.5) if size else None
+        self.adversarial = picture(adversarial) if size else None
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ class Example:
     @cached_property
     def looks(self) -> list[Look]:
         """Each model's."""
-        return [saved.look(self.sample) for saved in self.saved]
+        return [Look(saved, self.sample) for saved in self.saved]
 
     @property
     def worth(self) -> tuple[int, int, float]:
@@ -131,12 +122,15 @@ def pick_examples(measured: Sequence[Measured], count: int) -> list[Example]:
             example = Example(sample, [one for one in saved if sample in one.images and sample in one.records])
             best[sample] = max(best.get(sample, example), example, key=lambda view: view.worth)
     turns: Counter[str] = Counter()
-    ordered: list[tuple[int, int, Example]] = []
-    shown = [example for example in best.values() if example.worth[1]]
-    for example in sorted(shown, key=lambda example: example.worth[:2], reverse=True):
-        ordered.append((turns[example.truth], len(ordered), example))
+
+    def turn(example: Example) -> int:
         turns[example.truth] += 1
-    return [example for _, _, example in sorted(ordered, key=lambda row: row[:2])[: max(count, 0)]]
+        return turns[example.truth]
+
+    shown = [example for example in best.values() if example.worth[1]]
+    # Both sorts are stable: the best of every class come first, then the second best of every class.
+    shown.sort(key=lambda example: example.worth[:2], reverse=True)
+    return sorted(shown, key=turn)[: max(count, 0)]
 
 
 def _has_images(measured: Measured) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RobustnessResult, load_results, pretty_eps, write_atomically
 
 from . import protocol
-from .curve import COLOURS, Curve, axes_of, colours_of, curve_of, draw_curves
-from .examples import Example, Measured, pick_examples
-from .tables import Point, percent, point, setting, training_settings, words
+from .curve import COLOURS, axes_of, colours_of, curve_of, draw_curves
+from .examples import Measured, pick_examples
+from .tables import percent, point, setting, training_settings, words
 from .templates import template
 
 
@@ -30,28 +31,29 @@ class Check:
     numbers: list[tuple[str, str]]
 
 
-@dataclass(frozen=True)
 class ModelRow:
     """One model's line in a section: its clean point and one at each level it was measured at."""
 
-    label: str
-    colour: int
-    sha256: str
-    clean: Point
-    robust: dict[float, Point]
-    curve: Curve
-    training: list[tuple[str, str]]
-    checks: list[Check]
+    def __init__(self, measured: Sequence[Measured]):
+        results = [one.result for one in measured]
+        sanity = {str(result.sanity): result.sanity for result in results}
+        self.label, self.colour, self.sha256 = measured[0].label, measured[0].colour, results[0].model_sha256
+        self.clean = point(results[0], "clean")
+        self.robust = {result.level: point(result, "robust") for result in results}
+        self.curve = curve_of(self.label, self.colour, results)
+        self.training = next((training_settings(result) for result in results if result.training), [])
+        self.checks = [check for found in sanity.values() for check in checks_of(found)]
 
 
-@dataclass(frozen=True)
 class Section(protocol.Table):
     """All results of one dataset, task and protocol, as the pages show them."""
 
-    place: int
-    radii: list[tuple[float, str]]
-    models: list[ModelRow]
-    examples: list[Example]
+    def __init__(self, measured: Sequence[Measured], place: int, examples: int):
+        super().__init__([(one.label, one.result) for one in measured])
+        self.place = place
+        self.radii = sorted({(result.level, pretty_eps(result)) for _, result in self.results})
+        self.models = [ModelRow([one for one in measured if one.label == label]) for label in dict(self.results)]
+        self.examples = pick_examples(measured, examples)
 
     @property
     def curve_file(self) -> str:
@@ -65,26 +67,6 @@ class Section(protocol.Table):
         title = f"Accuracy over eps on {result.dataset} ({result.split}), {result.protocol}"
         curves = [model.curve for model in self.models]
         return draw_curves(curves, axes_of(result), title=title, chance=chance, alone=alone)
-
-    def rows(self) -> list[list[Any]]:
-        """Of the table of accuracies in Markdown."""
-        return [
-            [model.label, model.clean, *(model.robust.get(level, "not measured") for level, _ in self.radii)]
-            for model in self.models
-        ]
-
-    def example_rows(self) -> list[list[Any]]:
-        """Of the table of examples in Markdown."""
-        return [
-            [example.sample, example.truth, example.eps, look.label, look.before, look.after]
-            for example in self.examples
-            for look in example.looks
-        ]
-
-    @property
-    def unchecked(self) -> list[str]:
-        """Models without sanity checks."""
-        return [model.label for model in self.models if not model.checks]
 
 
 def write_report(
@@ -106,7 +88,7 @@ def write_report(
     """
     measured = read_measured(files)
     tables = protocol.grouped((one, one.result) for one in measured)
-    sections = [_section(table, place, examples) for place, table in enumerate(tables, start=1)]
+    sections = [Section(table, place, examples) for place, table in enumerate(tables, start=1)]
     versions = {f"{name} {number}" for one in measured for name, number in one.result.versions.items()}
     shared = {
         "title": title,
@@ -148,11 +130,9 @@ def read_measured(files: Sequence[str | Path]) -> list[Measured]:
         rows += [(_label(result, named), result, folder) for result in results]
     if not rows:
         raise ValueError(f"no results in {', '.join(map(str, files))}.")
-    hashes: dict[str, set[str]] = {}
-    for label, result, _ in rows:
-        hashes.setdefault(label, set()).add(result.model_sha256)
+    models = Counter(label for label, _ in {(label, result.model_sha256) for label, result, _ in rows})
     unique = [
-        (label if len(hashes[label]) == 1 else f"{label} {result.model_sha256[:6]}", result, folder)
+        (label if models[label] == 1 else f"{label} {result.model_sha256[:6]}", result, folder)
         for label, result, folder in rows
     ]
     colours = colours_of((label for label, _, _ in unique), "undefended")
@@ -192,40 +172,11 @@ def _label(result: RobustnessResult, named: str | None) -> str:
     return str((result.training or {}).get("method") or result.model) if result.model == "after" else result.model
 
 
-def _section(measured: Sequence[Measured], place: int, examples: int) -> Section:
-    results = [(one.label, one.result) for one in measured]
-    return Section(
-        results,
-        place,
-        radii=sorted({(result.level, pretty_eps(result)) for _, result in results}),
-        models=[_model([one for one in measured if one.label == label]) for label in dict(results)],
-        examples=pick_examples(measured, examples),
-    )
-
-
-def _model(measured: Sequence[Measured]) -> ModelRow:
-    label, colour, results = measured[0].label, measured[0].colour, [one.result for one in measured]
-    sanity = {str(result.sanity): result.sanity for result in results}
-    return ModelRow(
-        label=label,
-        colour=colour,
-        sha256=results[0].model_sha256,
-        clean=point(results[0], "clean"),
-        robust={result.level: point(result, "robust") for result in results},
-        curve=curve_of(label, colour, results),
-        training=next((training_settings(result) for result in results if result.training), []),
-        checks=[check for found in sanity.values() for check in checks_of(found)],
-    )
-
-
 def _means(sections: Sequence[Section]) -> dict[str, Any] | None:
     """Plain means over datasets, for the models and radii that all of them share; None where there is no such mean."""
-    first = sections[0].result
-    alike = all(
-        (row.task, row.metric, row.norm, row.protocol) == (first.task, first.metric, first.norm, first.protocol)
-        for row in (section.result for section in sections)
-    )
-    if len(sections) < 2 or not alike or len({section.title for section in sections}) < len(sections):
+    kinds = {(row.task, row.metric, row.norm, row.protocol) for row in (section.result for section in sections)}
+    # Two tables of one title are one dataset under two attacks.
+    if len(sections) < 2 or len(kinds) > 1 or len({section.title for section in sections}) < len(sections):
         return None
     tables = [{model.label: model for model in section.models} for section in sections]
     labels = [label for label in tables[0] if all(label in table for table in tables)]
@@ -234,8 +185,7 @@ def _means(sections: Sequence[Section]) -> dict[str, Any] | None:
     radii = [radius for radius in sections[0].radii if all(radius[0] in model.robust for model in everywhere)]
     rows = []
     for label, row in models.items():
-        columns = [[model.clean.value for model in row]]
-        columns += [[model.robust[level].value for model in row] for level, _ in radii]
-        cells = [percent(sum(column) / len(column)) for column in columns]
-        rows.append({"colour": row[0].colour, "cells": [label, *cells]})
+        columns = [[model.clean for model in row], *([model.robust[level] for model in row] for level, _ in radii)]
+        means = [percent(sum(point.value for point in column) / len(column)) for column in columns]
+        rows.append({"colour": row[0].colour, "cells": [label, *means]})
     return {"radii": [text for _, text in radii], "rows": rows, "count": len(sections)} if labels and radii else None

@@ -1,4 +1,4 @@
-"""Pictures of results for places that show no SVG; they need matplotlib."""
+"""Pictures of results for places that show no SVG; without matplotlib each says what to type (ModuleNotFoundError)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ MARKERS = "osD^"
 
 
 def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
-    """Draw clean (eps 0) and robust accuracy over eps of one dataset and protocol, one line a model, with intervals.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed; the message is the line to type.
-    """
+    """Draw clean (eps 0) and robust accuracy over eps of one dataset and protocol, one line a model, with intervals."""
     curves = [
         curve_of(model, colour, [result for result in results if result.model == model])
         for model, colour in colours_of((result.model for result in results), "before").items()
@@ -31,11 +27,7 @@ def plot_curve(results: Sequence[RobustnessResult], path: str | Path) -> Path:
 
 
 def plot_panels(panels: Mapping[str, Sequence[Curve]], axes: tuple[str, str], path: str | Path) -> Path:
-    """Draw curves with their bands, one panel a title; `axes` says what radii and heights count.
-
-    Raises:
-        ModuleNotFoundError: As `plot_curve`.
-    """
+    """Draw curves with their bands, one panel a title; `axes` says what radii and heights count."""
     figure = _figure(5.6 * len(panels), 3.8)
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for column, (title, curves) in zip(columns, panels.items()):
@@ -59,11 +51,7 @@ def plot_panels(panels: Mapping[str, Sequence[Curve]], axes: tuple[str, str], pa
 
 
 def draw_answers(examples: Mapping[str, AnswerExample], question: str, path: str | Path) -> Path:
-    """Draw image, enlarged perturbation and attacked image of a question with the answers, one row a model.
-
-    Raises:
-        ModuleNotFoundError: As `plot_curve`.
-    """
+    """Draw image, enlarged perturbation and attacked image of a question with the answers, one row a model."""
     figure = _figure(6.0, 2.3 * len(examples) + 0.4)
     figure.suptitle(one_line(question), fontsize=11, parse_math=False)
     for row, (name, example) in zip(figure.subplots(len(examples), 3, squeeze=False), examples.items()):

@@ -38,7 +38,7 @@ def grouped(pairs: Iterable[tuple[T, RobustnessResult]]) -> list[list[T]]:
     return list(groups.values())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Table:
     """Results that stand in one table, each with the label of its model, and how they were measured, in words."""
 
