@@ -75,12 +75,10 @@ def load_robust_encoder(
     if not folder.is_dir():
         try:
             kept = [*REPLACED, RESULTS_FILE]
-            place = snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=kept)
-            folder = Path(place)
+            folder = Path(snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=kept))
         except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
-            raise ValueError(
-                f"{name_or_path} is neither a folder nor a model of the Hub that can be read: {error}"
-            ) from error
+            reason = f"is neither a folder nor a model of the Hub that can be read: {error}"
+            raise ValueError(f"{name_or_path} {reason}") from error
     if not (folder / RESULTS_FILE).is_file():
         raise ValueError(f"{name_or_path} has no {RESULTS_FILE}; load_encoder reads a CLIP without a record.")
     results = load_results(folder)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from filecmp import cmp
 from fnmatch import fnmatch
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,23 +40,14 @@ class VerificationError(ValueError):
 
 @dataclass(frozen=True)
 class PushReport:
-    """What a push did.
-
-    Args:
-        repo_id: With its owner.
-        kind: "model", "tower" or "adapter".
-        files: Paths in the repository.
-        commit: Hash of the commit, None for a dry run.
-        url: Of the commit, or of the pull request.
-        repeat: The measurement made again on what was downloaded; None where none was asked for or possible.
-    """
+    """What a push did."""
 
     repo_id: str
     kind: str
-    files: tuple[str, ...]
-    commit: str | None = None
-    url: str | None = None
-    repeat: Repeat | None = None
+    files: tuple[str, ...]  # paths in the repository
+    commit: str | None = None  # None for a dry run
+    url: str | None = None  # of the commit, or of the pull request
+    repeat: Repeat | None = None  # made on what was downloaded; None where none was asked for or possible
 
     def __str__(self) -> str:
         if self.commit is None:
@@ -181,7 +172,7 @@ def _upload(release: Release, repo_id: str, how: PushSettings) -> tuple[str, Com
     # Not `upload_folder`: it splits an upload into several commits.
     info = api.create_commit(
         repo,
-        _operations(release, repo, api.list_repo_files(repo, revision=how.revision)),
+        _operations(release.contents(repo), api.list_repo_files(repo, revision=how.revision)),
         commit_message=how.commit_message or f"Robust CLIP {release.kind} with its measurements",
         revision=how.revision,
         create_pr=how.create_pr,
@@ -189,28 +180,24 @@ def _upload(release: Release, repo_id: str, how: PushSettings) -> tuple[str, Com
     return repo, info
 
 
-def _operations(release: Release, repo: str, present: Sequence[str]) -> list[Any]:
+def _operations(contents: Mapping[str, Path | bytes], present: Sequence[str]) -> list[Any]:
     """Additions, and deletions of what an earlier push left: an adapter beside a model would be loaded with it."""
-    added = [CommitOperationAdd(name, content) for name, content in sorted(release.files.items())]
-    added.append(CommitOperationAdd(CARD, release.card_for(repo)))
-    stale = [
-        name
-        for name in present
-        if name not in release.files and any(fnmatch(name, pattern) for pattern in REPLACED) and "/" not in name
-    ]
-    return [*added, *(CommitOperationDelete(name) for name in stale)]
+    old = [name for name in present if name not in contents and "/" not in name]
+    stale = [name for name in old if any(fnmatch(name, pattern) for pattern in REPLACED)]
+    added = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
+    return [*added, *map(CommitOperationDelete, stale)]
 
 
 def _verify(release: Release, repo: str, info: CommitInfo, how: PushSettings) -> Repeat | None:
     """Download the commit, compare every byte, load it, and measure it again where it has a text tower."""
     told = f"{repo} was pushed ({info.pr_url or info.commit_url}), but "
     with TemporaryDirectory() as place:
-        names = [*release.files, CARD]
+        contents = release.contents(repo)
         try:
             # Forced: the client would copy a file of that hash from its cache, and prove nothing.
-            wanted: dict[str, Any] = {"revision": info.oid, "allow_patterns": names, "force_download": True}
+            wanted: dict[str, Any] = {"revision": info.oid, "allow_patterns": list(contents), "force_download": True}
             snapshot_download(repo, token=how.token, local_dir=place, **wanted)
-            changed = [name for name in names if _sha256(Path(place) / name) != release.sha256(name, repo)]
+            changed = [name for name, content in contents.items() if not _same(Path(place) / name, content)]
             if changed:
                 raise ValueError(f"these files came back with other bytes: {changed}")
             loaded = load_robust_encoder(place)
@@ -228,8 +215,18 @@ def _verify(release: Release, repo: str, info: CommitInfo, how: PushSettings) ->
     return repeat
 
 
-def _sha256(file: Path) -> str | None:
-    return sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+def _same(file: Path, content: Path | bytes) -> bool:
+    if not file.is_file():
+        return False
+    return file.read_bytes() == content if isinstance(content, bytes) else cmp(file, content, shallow=False)
+
+
+# What the Hub's refusals mean, and what to type.
+_REFUSALS = {
+    401: "the Hub does not know the token (401: {}); type `hf auth login`.",
+    403: "the token may not write there (403: {}); use one with write access to that owner.",
+    429: "the Hub asks to slow down (429: {}); wait some minutes.",
+}
 
 
 def _reason(error: Exception) -> str:
@@ -244,10 +241,4 @@ def _reason(error: Exception) -> str:
     status = cause.response.status_code
     if status in (402, 413, 507) or re.search("quota|storage|limit reached", server, re.IGNORECASE):
         return f"there is no room ({status}: {server}); free some, or push the adapter alone."
-    if status == 401:
-        return f"the Hub does not know the token (401: {server}); type `hf auth login`."
-    if status == 403:
-        return f"the token may not write there (403: {server}); use one with write access to that owner."
-    if status == 429:
-        return f"the Hub asks to slow down (429: {server}); wait some minutes."
-    return f"the Hub answered {status}: {server}."
+    return _REFUSALS.get(status, f"the Hub answered {status}: {{}}.").format(server)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
-from hf_robust_vision.towers.adapters import (
-    ADAPTER_FILES,
-    ADAPTER_FOLDER,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    holds_adapter,
-)
+from hf_robust_vision.towers.adapters import ADAPTER_FILES, ADAPTER_FOLDER, CONFIG_FILE, WEIGHTS_FILE, holds_adapter
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.clip import CLIPEncoder, load_encoder, load_image_processor, load_tokenizer, vision_half
 
@@ -50,33 +43,23 @@ REPLACED = (*_MODEL, *ADAPTER_FILES, *_PROCESSOR, *_TOKENIZER, PICTURE, "samples
 
 @dataclass(frozen=True)
 class Release:
-    """What one push uploads.
-
-    Args:
-        folder: Where it was taken from.
-        kind: "model", "tower" or "adapter".
-        files: Path in the repository to a local file, or to the content itself.
-        results: Of the hardened model.
-        card: Without the repository's name; `card_for` puts it in.
-        base_model: Hub id of the original, where it is known.
-    """
+    """What one push uploads."""
 
     folder: Path
     kind: str
-    files: Mapping[str, Path | bytes]
-    results: Sequence[RobustnessResult]
-    card: ModelCard
-    base_model: str | None
+    files: Mapping[str, Path | bytes]  # path in the repository -> a local file, or the content; the card is apart
+    results: Sequence[RobustnessResult]  # of the hardened model
+    card: ModelCard  # without the repository's name; `card_for` puts it in
+    base_model: str | None  # Hub id of the original, where it is known
 
     def card_for(self, repo_id: str) -> bytes:
         """The card whose example loads this repository."""
         block = usage_block(self.kind, repo_id, self.results[0], self.base_model)
         return replace_usage(str(self.card), block).encode()
 
-    def sha256(self, name: str, repo_id: str) -> str:
-        """Of a file as it is uploaded to a repository."""
-        content = self.card_for(repo_id) if name == CARD else self.files[name]
-        return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+    def contents(self, repo_id: str) -> dict[str, Path | bytes]:
+        """All files with the card, as one repository gets them."""
+        return {**self.files, CARD: self.card_for(repo_id)}
 
 
 def prepare_release(
@@ -85,7 +68,7 @@ def prepare_release(
     """Check a folder and choose what of it is uploaded; the folder itself is only read.
 
     Args:
-        folder: With weights, `robustness.json`, its samples files and the card.
+        folder: As `push_robust_encoder`.
         what: "model", "tower" (the vision half of a model folder), or "adapter"; by default what the folder holds.
         base_model: Hub id of the original; by default the one that card or adapter names.
         license: By default the card's.
@@ -107,7 +90,9 @@ def prepare_release(
         files |= _matching(folder, (*_MODEL, *_PROCESSOR, *_TOKENIZER)) if kind == "model" else _tower(folder, encoder)
     files |= _matching(folder, _PAPERS)
     files |= {str(result.samples): folder / str(result.samples) for result in load_results(folder) if result.samples}
-    _check_inside(folder, [folder / CARD, *(content for content in files.values() if isinstance(content, Path))])
+    for file in (folder / CARD, *(content for content in files.values() if isinstance(content, Path))):
+        if not file.resolve().is_relative_to(folder.resolve()):  # a link may lead to what nobody meant to publish
+            raise ValueError(f"{file} is a link to {file.resolve()}, outside of {folder}; put the file itself there.")
     base_model = base_model or card.data.get("base_model")
     if base_model is not None and not is_hub_id(str(base_model)):
         raise ValueError(f"base model {base_model!r} is no Hub id; name the original as owner/model (--base_model).")
@@ -128,13 +113,6 @@ def _kind(folder: Path, what: str | None) -> str:
         other = "; it holds an adapter: type --what adapter" if adapter else ""
         raise ValueError(f"{folder} has no {wanted}, so there is no {kind} to push{other}.")
     return kind
-
-
-def _check_inside(folder: Path, files: Sequence[Path]) -> None:
-    """A link may lead to what nobody meant to publish."""
-    for file in files:
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{file} is a link to {file.resolve()}, outside of {folder}; put the file itself there.")
 
 
 def _adapter_folder(folder: Path) -> Path:
@@ -223,12 +201,11 @@ def _check_adapter(folder: Path, base_model: str | None) -> tuple[bytes, str]:
 
 def _tower(folder: Path, encoder: CLIPEncoder) -> dict[str, Path | bytes]:
     with TemporaryDirectory() as place:
+        load_image_processor(folder).save_pretrained(place)
         half = vision_half(encoder)
         half.config.update({TOWER_RECORD: {"model": weights_sha256(encoder), "tower": weights_sha256(half)}})
         half.save_pretrained(place)
-        files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}
-        load_image_processor(folder).save_pretrained(place)
-        return files | {path.name: path.read_bytes() for path in Path(place).iterdir() if path.name not in files}
+        return {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> dict[str, Path | bytes]:
