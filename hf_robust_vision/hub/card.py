@@ -40,26 +40,17 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class CardSettings:
-    """What a card tells beside its numbers.
+    """What a card tells beside its numbers."""
 
-    Args:
-        model_name: Title.
-        base_model: Hub id of the original. A mere folder name is told in the text only: as metadata it would link to
-            somebody else's model, or to none.
-        dataset: Hub id of the fine-tuning data; None where it is not on the Hub.
-        tags: More tags, such as the method.
-        picture: File name of the curve beside the card.
-        license: Such as "apache-2.0" or "mit".
-        paper: arXiv number of the method.
-    """
-
-    model_name: str
+    model_name: str  # title
+    # Hub id of the original. A mere folder name is told in the text only: as metadata it would link to somebody else's
+    # model, or to none.
     base_model: str | None = None
-    dataset: str | None = None
-    tags: Sequence[str] = ()
-    picture: str | None = None
-    license: str | None = None
-    paper: str | None = None
+    dataset: str | None = None  # Hub id of the fine-tuning data; None where it is not on the Hub
+    tags: Sequence[str] = ()  # more of them, such as the method
+    picture: str | None = None  # file name of the curve beside the card
+    license: str | None = None  # such as "apache-2.0" or "mit"
+    paper: str | None = None  # arXiv number of the method
 
 
 def make_card(results: Sequence[RobustnessResult], **settings: Any) -> ModelCard:

@@ -60,45 +60,28 @@ class PushReport:
 class PushSettings:
     """What `push_robust_encoder` takes by name.
 
-    Args:
-        what: "model" (a stock `CLIPModel`), "tower" (its vision half, a `CLIPVisionModelWithProjection`), or "adapter"
-            (as peft writes it); by default what the folder holds.
-        private: Create a private repository; by default what your account says.
-        revision: Branch to push to, created if it does not exist.
-        commit_message: By default what was uploaded.
-        token: By default the one of `hf auth login` or HF_TOKEN.
-        create_pr: Open a pull request instead.
-        base_model: Hub id of the original, where card or adapter name a local folder.
-        license: For the card, such as "apache-2.0".
-        dry_run: Check everything that can be checked offline, and upload nothing.
-        verify: Download what was pushed, compare every byte, load it, and measure it again.
-        verify_samples: How many of the recorded samples to measure again; None for all.
-        dataset: Data for that; see `repeat_zero_shot`.
-        device: Where to do it; by default on the CPU.
-
     Raises:
         ValueError: If a pull request is to go to a branch.
     """
 
-    what: str | None = None
-    private: bool | None = None
-    revision: str | None = None
-    commit_message: str | None = None
-    token: str | None = None
-    create_pr: bool = False
-    base_model: str | None = None
-    license: str | None = None
-    dry_run: bool = False
-    verify: bool = False
-    verify_samples: int | None = 32
-    dataset: Any = None
-    device: Any = None
+    what: str | None = None  # "model", "tower" (its vision half) or "adapter"; by default what the folder holds
+    private: bool | None = None  # of a new repository; by default what your account says
+    revision: str | None = None  # branch to push to, created if it does not exist
+    commit_message: str | None = None  # by default what was uploaded
+    token: str | None = None  # by default the one of `hf auth login` or HF_TOKEN
+    create_pr: bool = False  # open a pull request instead
+    base_model: str | None = None  # Hub id of the original, where card or adapter name a local folder
+    license: str | None = None  # for the card, such as "apache-2.0"
+    dry_run: bool = False  # check everything that can be checked offline, and upload nothing
+    verify: bool = False  # download what was pushed, compare every byte, load it, and measure it again
+    verify_samples: int | None = 32  # how many of the recorded samples; None for all
+    dataset: Any = None  # data for that; see `repeat_zero_shot`
+    device: Any = None  # where to do it; by default on the CPU
 
     def __post_init__(self) -> None:
         if self.create_pr and self.revision not in (None, "main"):
-            raise ValueError(
-                f"a pull request goes to the main branch, not to revision={self.revision!r}; leave one out."
-            )
+            wrong = f"revision={self.revision!r}"
+            raise ValueError(f"a pull request goes to the main branch, not to {wrong}; leave one out.")
 
     def command(self, folder: str | Path, repo_id: str) -> str:
         """The line that does it again."""

@@ -45,7 +45,6 @@ REPLACED = (*_MODEL, *ADAPTER_FILES, *_PROCESSOR, *_TOKENIZER, PICTURE, "samples
 class Release:
     """What one push uploads."""
 
-    folder: Path
     kind: str
     files: Mapping[str, Path | bytes]  # path in the repository -> a local file, or the content; the card is apart
     results: Sequence[RobustnessResult]  # of the hardened model
@@ -98,7 +97,7 @@ def prepare_release(
         raise ValueError(f"base model {base_model!r} is no Hub id; name the original as owner/model (--base_model).")
     set_kind(card.data, kind, base_model)
     card.data["license"] = license or card.data.get("license")
-    return Release(folder, kind, files, results, card, base_model)
+    return Release(kind, files, results, card, base_model)
 
 
 def _kind(folder: Path, what: str | None) -> str:
