@@ -57,10 +57,13 @@ class Tower:
     projection: nn.Linear | None = None  # that belongs to the tower, where the model has one that may change with it
     layers_read: tuple[int, ...] | None = None  # which of `tokens` the model reads, None where that is not known
 
-    # Where its parts are. The first weight tells device and dtype; what leaves `_first` enters the first block.
+    # Where its parts are, the last two in a block. The first weight tells device and dtype; what leaves `_first` enters
+    # the first block.
     _patches: ClassVar[str] = "embeddings.patch_embedding.weight"
     _first: ClassVar[str] = "pre_layrnorm"
     _blocks: ClassVar[str] = "encoder.layers"
+    _activation: ClassVar[str] = "activation_fn"
+    _attention: ClassVar[str] = "self_attn"
     _told_by: ClassVar[str] = "the config"
 
     def __repr__(self) -> str:
@@ -71,29 +74,27 @@ class Tower:
         """Sizes and settings, from the config.
 
         Raises:
-            ValueError: If the modules compute with other settings than the config says. In low precision the outputs
-                of two activations are too close to tell them apart.
+            ValueError: If the modules compute with other settings than the config says.
         """
-        told = Geometry.of(self.module.config)
+        return self._agreed(Geometry.of(self.module.config))
+
+    def _agreed(self, told: Geometry) -> Geometry:
+        """What is told of the tower, if activation and heads of each block and the epsilon of each norm are as told."""
+        # Read from the modules, because in low precision the outputs of two activations are too close to tell them apart.
         same = type(ACT2FN[told.hidden_act]) if told.hidden_act in ACT2FN else None  # some have two names
-
-        def act(module: nn.Module) -> str:
-            return told.hidden_act if type(module) is same else _act(module)
-
-        self._agree(told, [(act(block.mlp.activation_fn), block.self_attn.num_heads) for block in self.blocks])
-        return told
-
-    def _agree(self, told: Geometry, found: list[tuple[str, int]]) -> None:
-        """Compare activation and heads of each block, and the epsilon of each norm, with what is told of the tower."""
-        names = ("hidden_act", "num_attention_heads")
-        seen = [(f"block {i}", name, value) for i, block in enumerate(found) for name, value in zip(names, block)]
+        found: list[tuple[str, str, Any]] = []
+        for i, block in enumerate(self.blocks):
+            act = getattr(block.mlp, self._activation)
+            found.append((f"block {i}", "hidden_act", told.hidden_act if type(act) is same else _act(act)))
+            found.append((f"block {i}", "num_attention_heads", getattr(block, self._attention).num_heads))
         norms = [(path, norm) for path, norm in self.module.named_modules() if isinstance(norm, nn.LayerNorm)]
-        for place, name, value in [*seen, *((path, "layer_norm_eps", norm.eps) for path, norm in norms)]:
+        for place, name, value in [*found, *((path, "layer_norm_eps", norm.eps) for path, norm in norms)]:
             if value != getattr(told, name):
                 raise ValueError(
                     f"{self}: {self._told_by} says {name}={getattr(told, name)!r}, {place} computes with {value!r}: "
                     "make the two agree, or load the model anew."
                 )
+        return told
 
     @property
     def patch_weight(self) -> Tensor:
@@ -132,11 +133,7 @@ class Tower:
         return [name for name in self.weights() if name.startswith((*idle, "post_layernorm.", PROJECTION))]
 
     def tokens(self, pixel_values: Tensor) -> list[Tensor]:
-        """What enters the first block and what leaves each block; entry i is `hidden_states[i]` of a `CLIPVisionModel`.
-
-        Returns:
-            Tensors of shape (batch, 1 + patches, width).
-        """
+        """What enters the first block and what leaves each: the `hidden_states`, shape (batch, 1 + patches, width)."""
         return self.run(pixel_values)[0]
 
     @torch.no_grad()
@@ -168,27 +165,27 @@ class Tower:
         return caught, [*output.hidden_states, output.last_hidden_state, output.pooler_output] if plain else []
 
     def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
-        """Switch activation, heads and image size; new positions are left for the weights to fill.
-
-        What the modules are `now` is an argument, because VideoLLaVA's two towers share one config, which the swap of
-        the first tower has changed already.
-        """
-        if wanted.hidden_act != now.hidden_act:
-            for block in self.blocks:
-                journal.set(block.mlp, "activation_fn", ACT2FN[wanted.hidden_act])
-        if wanted.num_attention_heads != now.num_attention_heads:
-            for block in self.blocks:
-                head_dim = wanted.hidden_size // wanted.num_attention_heads
-                journal.set(block.self_attn, "num_heads", wanted.num_attention_heads)
-                journal.set(block.self_attn, "head_dim", head_dim)
-                journal.set(block.self_attn, "scale", head_dim**-0.5)
+        """Switch activation, heads and image size; new positions are left for the weights to fill."""
+        # `now` is an argument: VideoLLaVA's two towers share one config, which the first one's swap has changed already.
+        head_dim = wanted.hidden_size // wanted.num_attention_heads
+        heads = {"num_heads": wanted.num_attention_heads, "head_dim": head_dim, "scale": head_dim**-0.5}
+        for block in self.blocks:
+            attention = getattr(block, self._attention)
+            if wanted.hidden_act != now.hidden_act:
+                journal.set(block.mlp, self._activation, ACT2FN[wanted.hidden_act])
+            for name in heads if wanted.num_attention_heads != now.num_attention_heads else ():
+                if hasattr(attention, name):  # torch's own attention, which open_clip uses, keeps no scale
+                    journal.set(attention, name, heads[name])
         if wanted.image_size != now.image_size:
             self._resize(wanted, journal)
+        # Several modules of a tower may hold the same config: it is told once.
         configs = {id(m.config): m.config for m in self.module.modules() if hasattr(m, "config")}
         for config in configs.values():
             tell_config(config, wanted, journal)
 
     def _resize(self, wanted: Geometry, journal: Journal) -> None:
+        # A new parameter, since a tensor can not grow in place: the one change that an optimizer does not follow. An
+        # open_clip tower never comes here, because nothing could tell its caller's transform (see `check_native`).
         embeddings: Any = self.module.embeddings
         table, rows = embeddings.position_embedding, 1 + wanted.num_patches
         empty = nn.Parameter(table.weight.detach().new_zeros(rows, table.embedding_dim), table.weight.requires_grad)
@@ -203,7 +200,8 @@ class Tower:
 class OpenClipTower(Tower):
     """An open_clip vision transformer inside a model, recognised by its shape: open_clip is never imported."""
 
-    _patches, _first, _blocks, _told_by = "conv1.weight", "ln_pre", "transformer.resblocks", "the first block"
+    _patches, _first, _blocks = "conv1.weight", "ln_pre", "transformer.resblocks"
+    _activation, _attention, _told_by = "gelu", "attn", "the first block"
 
     @property
     def geometry(self) -> Geometry:
@@ -224,19 +222,18 @@ class OpenClipTower(Tower):
             hidden_act=activation,
             layer_norm_eps=block.ln_1.eps,
         )
-        self._agree(told, [(_act(block.mlp.gelu), block.attn.num_heads) for block in self.blocks])
-        return told
+        return self._agreed(told)
 
     def clip_state(self) -> dict[str, Tensor]:
-        """All weights under CLIP keys."""
+        """As `Tower.clip_state`."""
         return openclip_to_hf(super().clip_state())
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From CLIP keys to open_clip's."""
+        """As `Tower.rename`."""
         return hf_to_openclip(state)
 
     def expected(self) -> set[str]:
-        """The names that a plain tower has."""
+        """As `Tower.expected`."""
         return {*key_map(len(self.blocks)), "proj"}
 
     def unread(self) -> list[str]:
@@ -249,15 +246,6 @@ class OpenClipTower(Tower):
         if not getattr(self.module.transformer, "batch_first", False):
             rest = [tokens.transpose(0, 1) for tokens in rest]
         return [first, *rest], given
-
-    def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
-        """Switch activation and heads; the image size stays, because nothing tells the caller's own transform."""
-        for block in self.blocks:
-            if wanted.hidden_act != now.hidden_act:
-                journal.set(block.mlp, "gelu", ACT2FN[wanted.hidden_act])
-            if wanted.num_attention_heads != now.num_attention_heads:
-                journal.set(block.attn, "num_heads", wanted.num_attention_heads)
-                journal.set(block.attn, "head_dim", wanted.hidden_size // wanted.num_attention_heads)
 
 
 def tell_config(config: Any, wanted: Geometry, journal: Journal) -> None:

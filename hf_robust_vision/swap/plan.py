@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from hf_robust_vision.towers.weights import check_weights
 
 from .layouts import Geometry, OpenClipTower, Tower
 from .open_clip import POSITIONS, PROJECTION, interpolate_positions
-from .source import Source, processor_pixels, reference_tower
+from .source import PixelSettings, Source, reference_tower
 
 
 RESIZE = ("error", "interpolate", "native")
@@ -50,28 +50,26 @@ def differences(want: Geometry, got: Geometry) -> list[tuple[str, Any, Any]]:
     return [(name, a, b) for name, a, b in pairs if a != b]
 
 
-def make_plan(
-    tower: Tower, source: Source, *, resize: str, hidden_act: str | None, num_attention_heads: int | None
-) -> Plan:
-    """Fit the source's weights to one tower; refuse what no argument settles, and weights that are not finite."""
-    old = tower.geometry
-    new = source.completed(old, hidden_act=hidden_act, num_attention_heads=num_attention_heads)
-    settled = {"image_size"} if resize != "error" else set()
-    settled |= {"hidden_act"} if hidden_act is not None else set()
-    settled |= {"num_attention_heads"} if num_attention_heads is not None else set()
-    _check_geometry(tower, old, new, settled)
+def make_plan(tower: Tower, source: Source, resize: str, asked: Mapping[str, Any]) -> Plan:
+    """Fit the source's weights to one tower; refuse what no argument settles, and weights that are not finite.
+
+    `asked` are the settings, by their names in `Geometry`, that the user says the weights were trained with.
+    """
+    old, new = tower.geometry, source.completed(tower.geometry, asked)
+    _check_geometry(tower, old, new, {*asked, *(["image_size"] if resize != "error" else [])})
     state = dict(source.state)
     if resize == "interpolate":
         if new.num_patches != old.num_patches:
             state[POSITIONS] = interpolate_positions(state[POSITIONS], old.num_patches)
         new = replace(new, image_size=old.image_size)
     _check_shapes(tower, state)
-    weights = tower.weights()
+    # Once as they are, and once in the tower's dtype, where a value that was finite may overflow.
+    weights, own = tower.weights(), {}
     check_weights(source.state, source.name)
-    own = {}
     for name, value in tower.rename(state).items():
         check_weights({name: value}, source.name, weights[name].dtype)
         own[name] = value.to(weights[name])
+    # Cast as the tower's, so that the comparison shows other code and not another precision.
     reference = reference_tower({name: value.to(tower.patch_weight) for name, value in state.items()}, new)
     return Plan(tower, old, new, own, reference)
 
@@ -99,19 +97,18 @@ def check_native(model_type: str, plans: Sequence[Plan], processor: Any) -> None
         )
 
 
-def check_shared(plans: Sequence[Plan], others: Sequence[str]) -> None:
+def check_shared(plans: Sequence[Plan], others: set[str]) -> None:
     """Refuse to switch settings of some towers only: the model's config has one `vision_config` for all."""
     switched = sorted({name for plan in plans for name in plan.switched})
     if switched and others:
         raise ValueError(
-            f"the swap changes {', '.join(switched)}, which all towers share, but leaves out {', '.join(others)}: "
+            f"the swap changes {', '.join(switched)}, which all towers share, but leaves out {', '.join(sorted(others))}: "
             "pass towers='all'."
         )
 
 
-def check_pixels(source: Source, processor: Any) -> bool:
-    """Whether means and standard deviations of source and processor are both known; refuse any that differ."""
-    known, wanted = processor_pixels(processor) if processor is not None else None, source.pixels
+def check_pixels(known: PixelSettings | None, wanted: PixelSettings | None) -> bool:
+    """Whether means and deviations of the processor and of the source are both known; refuse any that differ."""
     if known is None or wanted is None:
         return False
     if (known.mean, known.std) != (wanted.mean, wanted.std):
@@ -128,12 +125,11 @@ def check_pixels(source: Source, processor: Any) -> bool:
     return True
 
 
-def pixel_notes(source: Source, processor: Any, plan: Plan) -> list[str]:
+def pixel_notes(known: PixelSettings | None, wanted: PixelSettings | None, plan: Plan) -> list[str]:
     """What of the processor does not go with the source or the tower, though the swap may stand."""
-    known, wanted = processor_pixels(processor) if processor is not None else None, source.pixels
-    notes: list[str] = []
     if known is None:
-        return notes
+        return []
+    notes = []
     if wanted is not None and None not in (known.resample, wanted.resample) and known.resample != wanted.resample:
         notes.append(
             f"images are resized with resample={known.resample} (PIL's code) by the processor, with {wanted.resample} "

@@ -44,9 +44,9 @@ class Source:
     pixels: PixelSettings | None = None  # None where unknown
     tower: Tower | None = None  # the encoder itself, where the source is a model
 
-    def completed(self, donor: Geometry, *, hidden_act: str | None, num_attention_heads: int | None) -> Geometry:
-        """The whole geometry; the sizes are read from the weights, missing settings are those of `donor`."""
-        settings = self.geometry or donor
+    def completed(self, donor: Geometry, asked: Mapping[str, Any]) -> Geometry:
+        """The whole geometry: sizes from the weights, settings as `asked`, as the source tells, or those of `donor`."""
+        settings = replace(self.geometry or donor, **asked)
         embeddings = self.state["embeddings.patch_embedding.weight"]
         patch = embeddings.shape[-1]
         side = square_side(len(self.state["embeddings.position_embedding.weight"]) - 1)
@@ -58,8 +58,6 @@ class Source:
             intermediate_size=len(self.state["encoder.layers.0.mlp.fc1.bias"]),
             patch_size=patch,
             image_size=image_size,
-            hidden_act=settings.hidden_act if hidden_act is None else hidden_act,
-            num_attention_heads=settings.num_attention_heads if num_attention_heads is None else num_attention_heads,
         )
 
 

@@ -20,7 +20,7 @@ from .layouts import Tower, tell_config
 from .open_clip import POSITIONS, PROJECTION, square_side
 from .plan import RESIZE, Plan, check_native, check_pixels, check_shared, make_plan, pixel_notes
 from .report import SwapReport, TowerReport
-from .source import Source, load_source, reference_tower
+from .source import Source, load_source, processor_pixels, reference_tower
 from .towers import check_writable, find_towers, model_config
 
 
@@ -78,15 +78,16 @@ def swap_vision_encoder(
         for tower in found:
             check_writable(tower)
         loaded = load_source(source, base=base)
-        compared = check_pixels(loaded, processor)
-        settings: dict[str, Any] = {"hidden_act": hidden_act, "num_attention_heads": num_attention_heads}
-        plans = [make_plan(tower, loaded, resize=resize, **settings) for tower in found]
+        pixels = processor_pixels(processor)
+        compared = check_pixels(pixels, loaded.pixels)
+        settings = {"hidden_act": hidden_act, "num_attention_heads": num_attention_heads}
+        asked = {name: value for name, value in settings.items() if value is not None}
+        plans = [make_plan(tower, loaded, resize, asked) for tower in found]
         if verify and loaded.tower is not None:
             _check_source(loaded.tower)
         config = model_config(vlm)
         check_native(getattr(config, "model_type", ""), plans, processor)
-        chosen = {tower.path for tower in found}
-        check_shared(plans, [tower.path for tower in find_towers(vlm) if tower.path not in chosen])
+        check_shared(plans, {tower.path for tower in find_towers(vlm)} - {tower.path for tower in found})
         report = SwapReport(
             model=type(vlm).__name__,
             source=loaded.name,
@@ -94,7 +95,7 @@ def swap_vision_encoder(
             image_size=plans[0].new.image_size,
             towers=[],
             checks=_checks(compared, verify),
-            warnings=[*_warnings(config, loaded, plans, compared), *pixel_notes(loaded, processor, plans[0])],
+            warnings=[*_warnings(config, loaded, plans, compared), *pixel_notes(pixels, loaded.pixels, plans[0])],
             versions={"transformers": transformers.__version__, "torch": torch.__version__},
         )
         # From here on weights move. Whatever goes wrong, an interrupt too, the journal brings everything back.
