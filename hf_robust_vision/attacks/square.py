@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +54,7 @@ def square(
     return search.result()
 
 
-def _one_run(run: Run, squares: _Squares, queries: int) -> None:
+def _one_run(run: Run, squares: _LinfSquares | _L2Squares, queries: int) -> None:
     assert run.noise is not None
     channels, height, width = run.images.shape[1:]
     device = run.images.device
@@ -82,35 +81,15 @@ def _one_run(run: Run, squares: _Squares, queries: int) -> None:
         best, losses = torch.where(better.view(-1, 1, 1, 1), proposed, best), torch.where(better, found, losses)
 
 
+# What a start and a proposal look like in each norm. Numbers are uniform in [0, 1), one row an image: `start_shape` and
+# `numbers` say how many of them a start and a proposal take.
+
+
 @dataclass(frozen=True)
-class _Squares(ABC):
-    """What a start and a proposal look like in one norm; numbers are uniform in [0, 1), one row an image."""
+class _LinfSquares:
+    """Algorithm 2: each channel of a square goes to the lower or the upper end of its range."""
 
     ball: Ball
-
-    @abstractmethod
-    def start_shape(self, channels: int, width: int) -> tuple[int, ...]:
-        """Shape of the numbers that the start of one image takes."""
-
-    @abstractmethod
-    def start(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """The first images to try."""
-
-    @abstractmethod
-    def numbers(self, channels: int) -> int:
-        """How many numbers one proposal takes."""
-
-    @abstractmethod
-    def side(self, wanted: float, most: int) -> int:
-        """Side of a square in pixels."""
-
-    @abstractmethod
-    def propose(self, best: Tensor, images: Tensor, side: int, numbers: Tensor) -> Tensor:
-        """The best images, changed in a random square."""
-
-
-class _LinfSquares(_Squares):
-    """Algorithm 2: each channel of a square goes to the lower or the upper end of its range."""
 
     def start_shape(self, channels: int, width: int) -> tuple[int, ...]:  # one sign a channel and column
         return channels, 1, width
@@ -136,8 +115,11 @@ class _LinfSquares(_Squares):
         return torch.where(_inside(*_offsets(numbers[:, :2], side, images), side), painted, best)
 
 
-class _L2Squares(_Squares):
+@dataclass(frozen=True)
+class _L2Squares:
     """Algorithm 3: the budget of one window moves to another, as a bright hill beside a dark one."""
+
+    ball: Ball
 
     def start_shape(self, channels: int, width: int) -> tuple[int, ...]:  # a sign a channel and tile, and its way
         return channels + 1, TILES, TILES

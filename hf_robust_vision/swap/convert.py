@@ -27,17 +27,11 @@ def convert_checkpoint(
     hidden_act: str | None = None,
     num_attention_heads: int | None = None,
 ) -> Path:
-    """Put an open_clip or OpenAI vision state dict into a stock `CLIPModel` folder.
+    """Put a vision state dict of open_clip, as FARE, TeCoA and Sim-CLIP publish them, into a stock `CLIPModel` folder.
 
-    The state dict does not tell its activation, its number of heads, or the text tower that goes with it: all three come
-    from `base`, the `CLIPModel` that was fine-tuned.
-
-    Args:
-        checkpoint: `.pt` or `.safetensors` file, as FARE, TeCoA and Sim-CLIP publish them.
-        base: Folder or Hub id of the original `CLIPModel`.
-        output: Folder to write.
-        hidden_act: Refuse a base with another activation.
-        num_attention_heads: Refuse a base with another number of heads.
+    It does not tell its activation, its number of heads, or the text tower that goes with it: all three come from `base`,
+    folder or Hub id of the `CLIPModel` that was fine-tuned. A base with another `hidden_act` or `num_attention_heads` is
+    refused where these are given.
 
     Raises:
         ValueError: If a setting or a shape differs, naming both, or anything can not be read. Nothing is written then.
@@ -48,12 +42,14 @@ def convert_checkpoint(
         raise ValueError(
             f"{checkpoint} has no projection (`proj`); its embeddings would not match the text of {base}."
         )
+    # All of them before anything is written, so that a base that lacks one leaves no half a folder.
     model, *processors = load_clip(base, (CLIPModel,), dtype="auto"), load_image_processor(base), load_tokenizer(base)
     for name, wanted in (("hidden_act", hidden_act), ("num_attention_heads", num_attention_heads)):
         if wanted is not None and getattr(model.config.vision_config, name) != wanted:
             found = getattr(model.config.vision_config, name)
             raise ValueError(f"{base} has {name}={found!r}, wanted {wanted!r}; name another --base.")
     try:
+        # A `CLIPModel` is swapped like a VLM: the same checks, and the same comparison afterwards.
         swap_vision_encoder(model, state)
     except ValueError as error:
         raise ValueError(
@@ -68,7 +64,7 @@ def export_open_clip(model_folder: str, output: str | Path) -> str:
     """Write the vision tower of a `CLIPModel` into a `.pt` file of open_clip's layout; returns the lines to paste there.
 
     Raises:
-        ValueError: If the model has no projection, which open_clip's tower ends in, or is not whole.
+        ValueError: If the model has no projection or is not whole.
     """
     config, state = _vision_half(model_folder)
     if PROJECTION not in state:

@@ -24,10 +24,9 @@ _PARTS = ("vision_encoder", "lang_encoder", "_encode_vision_x", "generate")
 class FlamingoInputs(VLMInputs):
     """OpenFlamingo's model and its tokenizer, to be passed in place of a processor. The package is not imported.
 
-    The model encodes images under `no_grad`. During a forward pass here its vision encoder follows the gradient, and
-    afterwards nothing of that is left. One image a prompt; texts before it are part of the prompt. `tokenizer` is that of
-    `create_model_and_transforms`, with "<image>" among its tokens; `image_processor`, which comes with it, is compared with
-    `transform` on a picture; `transform` is by default OpenAI's, at the size of the vision encoder.
+    One image a prompt; texts before it are part of the prompt. `tokenizer` is that of `create_model_and_transforms`, with
+    "<image>" among its tokens; `image_processor`, which comes with it, is compared on a picture with `transform`, which is
+    by default OpenAI's, at the size of the vision encoder.
 
     Raises:
         TypeError: If the model lacks one of Flamingo's parts.
@@ -102,6 +101,8 @@ class FlamingoInputs(VLMInputs):
 @contextmanager
 def gradient_through_encoder(model: nn.Module) -> Iterator[None]:
     """Let the vision encoder follow the gradient of its input even where it is called under `no_grad`."""
+    # OpenFlamingo encodes images under `no_grad`: an attack through it would find no gradient at all, and the model would
+    # look robust. Only for a while, because its own training relies on it.
     encoder: Any = model.get_submodule("vision_encoder")
     forward = encoder.forward
 

@@ -1,4 +1,8 @@
-"""Write every change of a swap down, so that it can be taken back."""
+"""Write every change of a swap down, so that it can be taken back.
+
+A swap is a transaction: what can be checked is checked first, then each change is noted before it is made, and whatever
+goes wrong, be it an interrupt, takes all of them back.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,7 @@ _SIGNATURE = "_robust_vision_swap"  # the attribute of a module that was changed
 
 
 class Journal:
-    """A list of changes, undone in reverse order.
-
-    Weights are kept as copies on the CPU, other values as they were.
-    """
+    """A list of changes, undone in reverse order, since a later one may rest on an earlier one."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
@@ -31,6 +32,8 @@ class Journal:
 
     def sign(self, module: nn.Module) -> None:
         """Mark a module as changed by this journal; a later journal may put its own mark over it."""
+        # The mark tells who changed it last. Copies of old weights know nothing of what came after them: brought back
+        # under a later swap they would mix two towers.
         self._signed.append(module)
         self.set(module, _SIGNATURE, self._signature)
 
@@ -41,13 +44,14 @@ class Journal:
 
     def copy(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Copy `value` into `parameter`, which keeps its dtype, device, flags and hooks."""
+        # Kept on the CPU, since a GPU that holds the VLM may have no room for another tower.
         old = parameter.detach().cpu().clone()
         self._undo.append(lambda: parameter.copy_(old))
         with torch.no_grad():
             parameter.copy_(value)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute; a tensor that is brought back follows the model to where it is by then."""
+        """Set an attribute."""
         old = getattr(owner, name, _ABSENT)
 
         def undo() -> None:
@@ -55,6 +59,7 @@ class Journal:
             if old is _ABSENT:
                 vars(owner).pop(name, None)
                 return
+            # The model may have been moved or cast since: a tensor that comes back follows it.
             if isinstance(old, Tensor) and isinstance(now, Tensor):
                 old.data = old.data.to(device=now.device, dtype=now.dtype)
             setattr(owner, name, old)
@@ -63,17 +68,12 @@ class Journal:
         setattr(owner, name, value)
 
     def record(self, config: Any, towers: dict[str, dict[str, Any]]) -> None:
-        """Write into a config where the weights of some towers come from; those of its other towers stay.
-
-        Each tower goes its own way back: towers may be swapped by several calls, and restored in any order.
-
-        Args:
-            config: Of the VLM.
-            towers: What is to be known of each, by its path.
-        """
+        """Write into a VLM's config where the weights of some towers, by their paths, come from; others stay."""
         old = provenance(config)
 
         def undo() -> None:
+            # Each tower goes its own way back: they may be swapped by several calls, and restored in any order. So not
+            # the old record as a whole, but only what it said of these towers.
             now = provenance(config).items()
             _write(config, {p: old.get(p) if p in towers else told for p, told in now if p not in towers or p in old})
 

@@ -132,13 +132,13 @@ class Tower:
         idle = [f"encoder.layers.{i}." for i in range(max(self.layers_read), len(self.blocks))]
         return [name for name in self.weights() if name.startswith((*idle, "post_layernorm.", PROJECTION))]
 
-    def tokens(self, pixel_values: Tensor) -> list[Tensor]:
-        """What enters the first block and what leaves each: the `hidden_states`, shape (batch, 1 + patches, width)."""
-        return self.run(pixel_values)[0]
-
     @torch.no_grad()
     def run(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Its `tokens`, and what a `CLIPVisionModel` hands to its caller; other classes hand over other things."""
+        """Its tokens, and what a `CLIPVisionModel` hands to its caller; other classes hand over other things.
+
+        Tokens are what enters the first block and what leaves each, `hidden_states` of shape (batch, 1 + patches, width).
+        """
+        # By hooks, since every class returns something else, if it returns hidden states at all.
         caught: list[Tensor] = []
 
         def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:

@@ -42,17 +42,14 @@ def clip_keys(num_layers: int) -> set[str]:
 
 
 def openclip_to_hf(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the vision weights of an open_clip or OpenAI state dict to CLIP keys.
+    """Rename the vision weights of an open_clip or OpenAI state dict to CLIP keys; they may share memory with the input.
 
     Containers and prefixes that training scripts leave (`state_dict`, `model`, `module.`, `visual.`, ...) are taken off.
-    What the weights do not tell (activation, number of heads, epsilon) is not touched here.
-
-    Returns:
-        CLIP keys to tensors that share memory with the input where that is possible.
 
     Raises:
         ValueError: If there is no plain vision transformer in it, or a key is unknown or missing.
     """
+    # The class token marks the tower whatever prefix it has: a CLIP has one of it, a ResNet and a text tower have none.
     state = _below_anchor(_unwrap(state_dict), "class_embedding")
     places = key_map(_count(state, "transformer.resblocks."))
     _check_keys(state, set(places), optional={"proj"}, wanted="an open_clip vision transformer")
@@ -64,9 +61,7 @@ def openclip_to_hf(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def hf_to_openclip(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of `openclip_to_hf`: CLIP vision weights, of a CLIP or of a model that holds one, under open_clip's keys.
-
-    `proj` is among them only if the input has a visual projection.
+    """The inverse of `openclip_to_hf`; `proj` is among the keys only if the input has a visual projection.
 
     Raises:
         ValueError: If there is no CLIP vision tower in it, or a key is unknown or missing.
@@ -87,6 +82,7 @@ def clip_state(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     state = _below_anchor(whole, "embeddings.class_embedding")
     state.pop("embeddings.position_ids", None)  # a buffer that old versions of transformers saved
     (anchor,) = (key for key in whole if key.endswith("embeddings.class_embedding"))
+    # The projection lies beside the tower in a CLIPModel, not in it.
     outside = anchor.removesuffix("embeddings.class_embedding").removesuffix("vision_model.") + PROJECTION
     if outside in whole:
         state[PROJECTION] = whole[outside]
@@ -95,15 +91,12 @@ def clip_state(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def interpolate_positions(positions: Tensor, num_patches: int) -> Tensor:
-    """Resize position embeddings to another number of patches, as transformers' `interpolate_pos_encoding` does.
+    """Resize position embeddings, shape (1 + patches, width), to another square number of patches.
 
-    The row of the class token is kept. The VLM is transformers', so its resize is taken: open_clip's own uses antialiasing,
-    and differs by up to 0.018 on random embeddings.
-
-    Args:
-        positions: Shape (1 + patches, width); the patches form a square.
-        num_patches: Wanted number of patches, a square number.
+    The row of the class token is kept.
     """
+    # As `interpolate_pos_encoding` of transformers, whose the VLM is. open_clip's own resize uses antialiasing, and differs
+    # by up to 0.018 on random embeddings.
     old, new = square_side(len(positions) - 1), square_side(num_patches)
     grid = positions[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
@@ -124,7 +117,9 @@ def key_map(num_layers: int) -> dict[str, tuple[str, ...]]:
     for i, kind in itertools.product(range(num_layers), ("weight", "bias")):
         old, new = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
         names |= {f"{old}.{a}.{kind}": (f"{new}.{b}.{kind}",) for a, b in _INNER.items()}
-        fused = f"{old}.attn.in_proj_{kind}"  # the order of its parts is query, key, value
+        fused = (
+            f"{old}.attn.in_proj_{kind}"  # nn.MultiheadAttention's, whose parts are query, key, value in this order
+        )
         names[fused] = tuple(f"{new}.self_attn.{part}_proj.{kind}" for part in "qkv")
     return names
 

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from hf_robust_vision.towers.weights import check_weights
 
 from .layouts import Geometry, OpenClipTower, Tower
-from .open_clip import POSITIONS, PROJECTION, interpolate_positions
+from .open_clip import POSITIONS, interpolate_positions
 from .source import PixelSettings, Source, reference_tower
 
 
@@ -158,8 +158,7 @@ def _check_geometry(tower: Tower, want: Geometry, got: Geometry, settled: set[st
 
 def _check_shapes(tower: Tower, state: dict[str, Tensor]) -> None:
     for name, weight in tower.clip_state().items():
-        if name == POSITIONS or (name == PROJECTION and name not in state):
-            continue
-        if name not in state or state[name].shape != weight.shape:
-            got = tuple(state[name].shape) if name in state else "absent"
-            raise ValueError(f"{tower}: {name} has shape {tuple(weight.shape)}, in the source it is {got}.")
+        # Positions may be more or fewer, and a source without a projection leaves the tower's as it is.
+        if name != POSITIONS and name in state and state[name].shape != weight.shape:
+            shapes = f"shape {tuple(weight.shape)}, in the source it is {tuple(state[name].shape)}"
+            raise ValueError(f"{tower}: {name} has {shapes}.")

@@ -22,10 +22,10 @@ class TowerReport:
     changed: int  # how many of them have another value now
     unread: int  # how many the VLM never reads, as far as its config tells
     unread_names: list[str]
-    drift: (
-        float | None
-    )  # mean cosine of old and new clean patch tokens at the layers that the VLM reads; 1 is no drift
-    output_error: float | None  # largest relative difference of what the tower computes to the source, over all layers
+    # Mean cosine of old and new clean patch tokens at the layers that the VLM reads, 1 is no drift; and the largest
+    # relative difference of what the tower computes to the source, over all layers.
+    drift: float | None
+    output_error: float | None
     sha256_before: str  # of the old weights
     sha256_after: str
 

@@ -49,6 +49,7 @@ class Source:
         settings = replace(self.geometry or donor, **asked)
         embeddings = self.state["embeddings.patch_embedding.weight"]
         patch = embeddings.shape[-1]
+        # A config's image size need not be a multiple of the patch; it stands where it gives as many patches.
         side = square_side(len(self.state["embeddings.position_embedding.weight"]) - 1)
         image_size = settings.image_size if settings.image_size // patch == side else side * patch
         return replace(
@@ -96,6 +97,7 @@ def load_source(source: Any, *, base: Any = None) -> Source:
 
 def reference_tower(state: dict[str, Tensor], geometry: Geometry) -> Tower:
     """A `CLIPVisionModel` of these weights in evaluation mode, to compare with."""
+    # Built on no device and given the weights themselves: no second copy of a large tower.
     config = CLIPVisionConfig(**asdict(geometry))
     with torch.device("meta"):
         model: Any = CLIPVisionModel(config)

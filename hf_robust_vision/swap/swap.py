@@ -28,6 +28,7 @@ from .towers import check_writable, find_towers, model_config
 # to 0.05, and 0.49 where they are the very weights that the demo's training started from.
 STRANGE_DRIFT = 0.5
 
+# What the same computation may differ by, relatively, in other kernels and orders of summation.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -45,8 +46,8 @@ def swap_vision_encoder(
 ) -> SwapReport:
     """Copy the weights of a hardened CLIP encoder into the CLIP tower(s) of a VLM, in place.
 
-    The tower keeps its dtype, device, hooks and flags, and the VLM's config stays true to it. Everything is checked
-    before the first weight moves; on any failure the VLM is left as it was.
+    The tower keeps its dtype, device, hooks and flags, and the VLM's config stays true to it. On any failure the VLM is
+    left as it was.
 
     Args:
         vlm: A model with a CLIP vision tower, of transformers, of the original LLaVA code or of OpenFlamingo.
@@ -54,8 +55,7 @@ def swap_vision_encoder(
         towers: "all", or the paths of those to swap.
         resize: What to do if source and tower differ in image size: "error"; "interpolate" the source's positions to
             the tower's size; or "native": run the tower, and the processor, at the source's size.
-        hidden_act: The activation that the source was trained with, where that differs from what it or the tower
-            says; the tower is switched to it.
+        hidden_act: The activation that the source was trained with, where it does not say so; the tower is switched.
         num_attention_heads: The number of heads of the source, likewise.
         processor: The VLM's processor: its settings are compared with the source's, and "native" sets its sizes.
         verify: Compare the new tower's output with the source's, and measure the drift from the old one.
@@ -74,6 +74,8 @@ def swap_vision_encoder(
     if isinstance(processor, str | Path):
         raise ValueError(f"processor={str(processor)!r} is a name; pass AutoProcessor.from_pretrained(that name).")
     with LOCK:
+        # First all that can be refused, from the cheap to the dear: of a VLM with two towers none may be half done because
+        # of what is found at the second.
         found = find_towers(vlm, towers)
         for tower in found:
             check_writable(tower)
@@ -98,7 +100,8 @@ def swap_vision_encoder(
             warnings=[*_warnings(config, loaded, plans, compared), *pixel_notes(pixels, loaded.pixels, plans[0])],
             versions={"transformers": transformers.__version__, "torch": torch.__version__},
         )
-        # From here on weights move. Whatever goes wrong, an interrupt too, the journal brings everything back.
+        # From here on weights move, since only a changed tower can show that it computes what the source does. Whatever goes
+        # wrong, an interrupt too, the journal brings everything back.
         journal = Journal()
         try:
             report.towers = [_commit(plan, journal, verify=verify) for plan in plans]
@@ -131,26 +134,24 @@ def _check_source(source: Tower) -> None:
 def _commit(plan: Plan, journal: Journal, *, verify: bool) -> TowerReport:
     """Change one tower and compare it with its source."""
     tower, state = plan.tower, plan.state
-    old_tokens = tower.tokens(_pixel_values(plan.old.image_size)) if verify else None
+    old_tokens = tower.run(_pixel_values(plan.old.image_size))[0] if verify else None
     sha256_before = weights_sha256(tower.module)
     old = {name: weight.detach() for name, weight in tower.weights().items()}
     changed = sum(
         int((old[name] != value).sum()) if old[name].shape == value.shape else value.numel()
         for name, value in state.items()
     )
-    # Signed, because bringing an older tower back under a newer one would mix the two.
     journal.sign(tower.module)
     # In place: dtype, device, hooks, flags and the optimizer's references to the parameters all stay.
     tower.adapt(plan.old, plan.new, journal)
     weights = tower.weights()
     for name, value in state.items():
         journal.copy(weights[name], value)
+    # Read back: a parameter of an unusual kind may take a copy without a word and keep what it had.
     wrong = [name for name, value in state.items() if not torch.equal(weights[name].detach(), value)]
     if wrong or tower.geometry != plan.new:
         raise RuntimeError(f"{tower} did not take {wrong[:3] or 'the settings'} over; the old tower was brought back.")
-    drift = error = None
-    if old_tokens is not None:
-        drift, error = _measure(plan, old_tokens)
+    drift, error = (None, None) if old_tokens is None else _measure(plan, old_tokens)
     unread = tower.unread()
     return TowerReport(
         path=tower.path,
@@ -167,10 +168,11 @@ def _commit(plan: Plan, journal: Journal, *, verify: bool) -> TowerReport:
 
 def _measure(plan: Plan, old_tokens: list[Tensor]) -> tuple[float | None, float]:
     """Mean cosine of old and new patch tokens where the VLM reads, and the largest relative error to the source."""
+    # To the reference and not to the source, which may be a file; `_check_source` has found the two equal.
     pixel_values = _pixel_values(plan.new.image_size)
     (new_tokens, given), dtype = plan.tower.run(pixel_values), plan.tower.patch_weight.dtype
     gap = _gap((new_tokens, given), plan.reference.run(pixel_values))
-    if not gap <= _TOLERANCE[dtype]:
+    if not gap <= _TOLERANCE[dtype]:  # so written that NaN is refused
         why = f"differs from the source's by {gap:.2g} (relative), more than {_TOLERANCE[dtype]}: its code computes "
         why += "something else from the same weights"
         if not math.isfinite(gap):

@@ -14,19 +14,17 @@ from .layouts import OpenClipTower, Tower
 
 
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
-_HF_PARTS = ("embeddings.class_embedding", "embeddings.patch_embedding", "encoder.layers", "post_layernorm")
+_HF_PARTS = (
+    "pre_layrnorm", "embeddings.class_embedding", "embeddings.patch_embedding", "encoder.layers", "post_layernorm",
+)  # fmt: skip
 _OPEN_CLIP_PARTS = ("class_embedding", "positional_embedding", "conv1", "ln_pre", "transformer.resblocks", "ln_post")
 _TOWER_NAMES = ("vision_tower", "vision_model", "vision_encoder", "image_tower", "visual", "image_encoder")
 
 
 def find_towers(model: nn.Module, towers: str | Sequence[str] = "all") -> list[Tower]:
-    """Find the CLIP vision towers of a model: transformers', those with CLIP's layout, and open_clip's.
+    """Find the CLIP vision towers of a model, or those at the paths `towers`: transformers' layout, and open_clip's.
 
     It looks through `torch.compile`, DDP and PEFT wrappers, and into the wrapper of the original LLaVA code.
-
-    Args:
-        model: A VLM, a CLIP model, or a tower itself.
-        towers: "all", or the paths of those wanted.
 
     Raises:
         TypeError: If it is no model, but the name of one.
@@ -59,11 +57,9 @@ def find_towers(model: nn.Module, towers: str | Sequence[str] = "all") -> list[T
 def model_config(model: nn.Module) -> Any:
     """The config of the model inside `torch.compile`, DDP and PEFT wrappers, or None."""
     inner: Any = model
-    while not hasattr(inner, "config"):
+    while inner is not None and not hasattr(inner, "config"):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            return None
-    return inner.config
+    return getattr(inner, "config", None)
 
 
 def check_writable(tower: Tower) -> None:
@@ -103,7 +99,8 @@ def _walk(model: nn.Module, prefix: str, config: Any) -> list[Tower]:
     for path, module in modules.items():
         parent: Any = modules.get(path.rpartition(".")[0]) if path else None
         where = prefix + path
-        if _has(module, ("pre_layrnorm", *_HF_PARTS)):
+        # By what it is made of, not by its class: VLMs have classes of their own for the same layout.
+        if _has(module, _HF_PARTS):
             own = getattr(getattr(parent, "config", None), "model_type", None) in ("clip", "clip_vision_model")
             projection = getattr(parent, "visual_projection", None) if own else None
             read = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
