@@ -17,6 +17,8 @@ from tests.training.ranks import CONTEXT, free_port
 def one_gpu(monkeypatch):
     """What torch says on a machine with one GPU; none of it is used."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # A torch built for CPUs has no accelerator, whatever `torch.cuda` is made to say.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
 
