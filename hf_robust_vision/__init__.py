@@ -16,6 +16,7 @@ _HOME = {
     "CaptionedImages": "data.captions",
     "FAREArguments": "methods.fare",
     "FARETrainer": "methods.fare",
+    "ImageSource": "data.datasets",
     "L2Ball": "attacks",
     "LabelledImages": "data.datasets",
     "LinfBall": "attacks",
@@ -65,6 +66,7 @@ __all__ = [
     "CaptionedImages",
     "FAREArguments",
     "FARETrainer",
+    "ImageSource",
     "L2Ball",
     "LabelledImages",
     "LinfBall",
@@ -121,7 +123,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .attacks import L2Ball, LinfBall, StartNoise, apgd, fab, fgsm, get_protocol, pgd, square
     from .data.captions import CaptionedImages
-    from .data.datasets import LabelledImages, load_labelled_images
+    from .data.datasets import ImageSource, LabelledImages, load_labelled_images
     from .evaluation.metrics import AttackSuccessRate, RelativeRobustness, RobustAccuracy
     from .evaluation.results import RobustnessResult, load_results
     from .evaluation.task import RobustnessProtocol

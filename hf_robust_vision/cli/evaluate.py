@@ -18,8 +18,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--split", default="test", help="of the dataset")
     parser.add_argument("--image_column", help="default: the one of images")
     parser.add_argument("--label_column", default="label", help="column of the class")
-    parser.add_argument("--class_names", help="file of class names in label order, local or of the dataset")
-    parser.add_argument("--templates", help="template set, or a file, local or of the dataset; default: photo")
+    parser.add_argument(
+        "--class_names", help="file of names in label order, local or of the dataset, or openai-imagenet"
+    )
+    parser.add_argument("--templates", help="photo, tecoa, openai-7, openai-80 or a file, as above; default: photo")
     parser.add_argument(
         "--resolution", type=at_least(1), help="attack square images of this size; default: the tower's"
     )

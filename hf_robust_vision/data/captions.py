@@ -18,14 +18,8 @@ class CaptionedImages:
     Args:
         rows: Any sequence of mappings with an image and its caption or captions, such as a `datasets.Dataset`.
         transform: Fits each image to the tower.
-        name: Of the dataset, for results.
-        split: Of the dataset, for results.
-        image_column: Key of the image.
+        name: Of the dataset, for results, as is `split`.
         caption_column: Key of a text or a list of texts.
-
-    Attributes:
-        captions: All captions, those of the first image first.
-        owners: For each caption the place of its image.
 
     Raises:
         ValueError: If there are fewer than two images, a column is missing, or an image has no caption.
@@ -49,8 +43,8 @@ class CaptionedImages:
                 raise ValueError(f"{name} has no column {column!r}, only {sorted(columns)}.")
         self.rows, self.transform, self.name, self.split = undecoded(rows, image_column), transform, name, split
         self.image_column = image_column
-        self.captions: list[str] = []
-        self.owners: list[int] = []
+        self.captions: list[str] = []  # of all images, in their order
+        self.owners: list[int] = []  # for each caption the place of its image
         # A `datasets.Dataset` gives a column without decoding its images.
         texts = rows[caption_column] if hasattr(rows, "column_names") else [row[caption_column] for row in rows]
         for place, value in enumerate(texts):

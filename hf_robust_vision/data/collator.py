@@ -10,10 +10,7 @@ from torch import Tensor
 
 
 def collate_images(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack items of `LabelledImages`.
-
-    Returns:
-        "images" of shape (batch, 3, height, width) in [0, 1], "labels" and "ids" of shape (batch,).
+    """Stack items of `LabelledImages`: images to (batch, 3, height, width), labels and ids to (batch,).
 
     Raises:
         ValueError: If the images differ in size.
@@ -21,8 +18,5 @@ def collate_images(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     shapes = {tuple(item["images"].shape) for item in items}
     if len(shapes) > 1:
         raise ValueError(f"images of one batch differ in size: {sorted(shapes)}; the transform must crop them.")
-    return {
-        "images": torch.stack([item["images"] for item in items]),
-        "labels": torch.tensor([item["labels"] for item in items]),
-        "ids": torch.tensor([item["ids"] for item in items]),
-    }
+    whole = {key: torch.tensor([item[key] for item in items]) for key in ("labels", "ids")}
+    return {"images": torch.stack([item["images"] for item in items]), **whole}

@@ -1,8 +1,4 @@
-"""Corrupted images: the families of ImageNet-C at their five severities.
-
-The corruptions are those of the package `imagecorruptions-imaug`, a kept copy of the benchmark's own code; none of them is
-written anew.
-"""
+"""Corrupted images: the families of ImageNet-C, from `imagecorruptions-imaug`, a kept copy of the benchmark's own code."""
 
 from __future__ import annotations
 
@@ -34,18 +30,16 @@ def corrupt(image: Tensor, family: str, severity: int, *, seed: int = 0, sample:
     """One corrupted image, always the same one for the same seed and sample id.
 
     Args:
-        image: In [0, 1], shape (3, height, width), at least 32 pixels a side. The library takes it rounded to 8 bits.
+        image: In [0, 1], shape (3, height, width), at least 32 pixels a side. The library takes it rounded to 8 bits;
+            the result has its dtype and device.
         family: One of `FAMILIES` or `EXTRA_FAMILIES`.
         severity: 1 to 5.
         seed: Of the run.
         sample: Id of the image.
 
-    Returns:
-        In [0, 1], of the same shape, dtype and device.
-
     Raises:
-        ModuleNotFoundError: If the library is not installed; the message is the line to type.
-        ValueError: If the family or the severity is unknown, or the image is too small.
+        ModuleNotFoundError: As `library`.
+        ValueError: As `check_choice`, or if the image is too small.
 
     Reference:
         Hendrycks and Dietterich 2019, https://huggingface.co/papers/1903.12261.
@@ -55,6 +49,7 @@ def corrupt(image: Tensor, family: str, severity: int, *, seed: int = 0, sample:
         raise ValueError(
             f"corruptions need images of at least {SMALLEST} pixels a side, got {tuple(image.shape[-2:])}."
         )
+    # A hash, because `hash` of a text differs from process to process, and sums of seed and id would meet.
     digest = hashlib.blake2b(f"{seed}/{sample}/{family}/{severity}".encode(), digest_size=4).digest()
     draw = int.from_bytes(digest, "little")
     pixels = (image.detach() * 255).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -85,7 +80,6 @@ def check_choice(families: Sequence[str], severities: Sequence[int]) -> None:
     """Refuse families and severities that there are none of.
 
     Raises:
-        ModuleNotFoundError: If the package is not installed.
         ValueError: If one is unknown, or there is none.
     """
     known = [name for name in (*FAMILIES, *EXTRA_FAMILIES) if name in library().corruption_dict]
@@ -97,7 +91,7 @@ def check_choice(families: Sequence[str], severities: Sequence[int]) -> None:
 
 @contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Numpy's global generator, seeded and then put back."""
+    """Numpy's global generator, seeded and then put back: the run's own draws must not hang on what is measured."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:

@@ -44,12 +44,8 @@ def decode_image(value: Any, name: str = "image") -> Tensor:
     `load_image` does. Of several frames it is the first. Grey values of 12, 16 or 32 bits are divided by the greatest
     value of their type; floats must lie in [0, 1] already.
 
-    Args:
-        value: The image.
-        name: What to call it in an error.
-
     Raises:
-        CorruptImageError: If the image can not be read to its end, has values outside its range or nearly all of it
+        CorruptImageError: If the image, which the message calls `name`, can not be read to its end, has values outside its range or nearly all of it
             unused, more pixels than `HF_ROBUST_VISION_MAX_PIXELS` (50 million, and never more than PIL allows), or one
             edge over 100 times the other.
         ValueError: If that environment variable is no whole number.
@@ -94,7 +90,7 @@ def _to_tensor(picture: Image.Image, limit: int) -> Tensor:
     picture.load()
     if (turn := _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))) is not None:
         picture = picture.transpose(turn)
-    if picture.mode.startswith(("I", "F")):
+    if picture.mode.startswith(("I", "F")):  # `convert` would cut their values off at 255
         return _grey(picture, tags).expand(3, -1, -1).contiguous()
     if picture.mode in ("P", "PA"):  # else PIL warns of a transparent colour
         picture = picture.convert("RGBA")

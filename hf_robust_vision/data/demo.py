@@ -35,11 +35,7 @@ _SPLIT_SEED = 0
 
 
 def demo_checkpoint(name: str = "demo-clip") -> Path:
-    """Folder of a checkpoint that the package ships: "demo-clip" or "demo-llava".
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
+    """Folder of a checkpoint that the package ships: "demo-clip" or "demo-llava"; a `ValueError` if there is none."""
     folder = Path(__file__).parent / "checkpoints" / name
     if not folder.is_dir():
         raise ValueError(f"no demo checkpoint {name!r}; there are {sorted(p.name for p in folder.parent.iterdir())}.")
@@ -47,21 +43,15 @@ def demo_checkpoint(name: str = "demo-clip") -> Path:
 
 
 def load_demo(split: str, transform: PixelTransform) -> LabelledImages:
-    """The train, validation or test part of the demo.
+    """The train, validation or test part of the demo, its images fitted to a tower.
 
     Train and validation are drawn from the package's training images, test from its test images.
 
-    Args:
-        split: "train", "validation" or "test".
-        transform: Fits each image to the tower.
-
     Raises:
-        ModuleNotFoundError: If `easy-vqa` is not installed.
+        ModuleNotFoundError: As `demo_folder`.
         ValueError: If there is no such split.
     """
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"the demo has no split {split!r}; it has train, validation and test.")
-    source = "test" if split == "test" else "train"
+    source = demo_source(split)
     dataset = LabelledImages(demo_rows(source), CLASS_NAMES, transform, name=DEMO_NAME, split=source)
     if split == "test":
         return dataset
@@ -69,24 +59,22 @@ def load_demo(split: str, transform: PixelTransform) -> LabelledImages:
     return train if split == "train" else validation
 
 
-def refuse_ignored(options: Any, *names: str) -> None:
-    """Refuse settings of a dataset where none is named: the demo would not heed them.
+def demo_source(split: str) -> str:
+    """The part of `easy-vqa` that a split of the demo is taken from: "train" or "test"."""
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"the demo has no split {split!r}; it has train, validation and test.")
+    return "test" if split == "test" else "train"
 
-    Raises:
-        ValueError: If one of these fields of a dataclass differs from its default.
-    """
+
+def refuse_ignored(options: Any, *names: str) -> None:
+    """Refuse fields of a dataclass that say something of a dataset, where none is named: the demo would not heed them."""
     defaults = {field.name: field.default for field in fields(options)}
     if given := [name for name in names if getattr(options, name) != defaults[name]]:
         raise ValueError(f"{', '.join(given)}: settings of a dataset, but none is named, and the demo has its own.")
 
 
 def load_demo_captions(split: str, transform: PixelTransform) -> CaptionedImages:
-    """A gallery for retrieval: the first image of each of the 24 classes, the demo's six templates as its captions.
-
-    Args:
-        split: "train", "validation" or "test".
-        transform: Fits each image to the tower.
-    """
+    """A gallery for retrieval: the first image of each of the 24 classes, the demo's six templates as its captions."""
     images = load_demo(split, transform)
     labels = images.labels()
     rows = [
@@ -105,9 +93,8 @@ def demo_rows(source: str) -> Sequence[dict[str, Any]]:
     folder = demo_folder() / source
     possible: dict[int, tuple[set[str], set[str]]] = {}
     for question, answer, image in json.loads((folder / "questions.json").read_text()):
-        for candidates, values in zip(
-            possible.setdefault(image, (set(COLOURS), set(SHAPES))), (COLOURS, SHAPES), strict=True
-        ):
+        left = possible.setdefault(image, (set(COLOURS), set(SHAPES)))
+        for candidates, values in zip(left, (COLOURS, SHAPES), strict=True):
             _narrow(candidates, set(values), question, answer)
     rows = []
     for image, (colours, shapes) in sorted(possible.items()):
@@ -118,11 +105,7 @@ def demo_rows(source: str) -> Sequence[dict[str, Any]]:
 
 
 def demo_folder() -> Path:
-    """Where the data of `easy-vqa` lies.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed; the message is the line to type.
-    """
+    """Where the data of `easy-vqa` lies, or a `ModuleNotFoundError` with the line to type."""
     try:
         import easy_vqa
     except ModuleNotFoundError as error:
@@ -135,11 +118,9 @@ def demo_folder() -> Path:
 def _narrow(candidates: set[str], values: set[str], question: str, answer: str) -> None:
     """Cut the colours (or shapes) that an image may have to those that one question and its answer allow."""
     words = set(re.findall(r"[a-z]+", question))
-    if answer not in ("yes", "no"):  # "what color is the circle?" presumes the circle
-        named = (words | {answer}) & values
-        affirmed = True
-    else:
-        named = words & values
-        affirmed = (answer == "yes") != bool(words & {"not", "no"})
+    # "what color is the circle?" presumes the circle, so that question and answer both tell of the image.
+    open_question = answer not in ("yes", "no")
+    named = (words | {answer}) & values
+    affirmed = open_question or (answer == "yes") != bool(words & {"not", "no"})
     if named:
         candidates &= named if affirmed else values - named

@@ -13,7 +13,7 @@ import torch
 from hf_robust_vision.pixels import Fitting, PixelTransform
 
 from .decode import decode_image
-from .demo import demo_folder, demo_rows, load_demo
+from .demo import demo_folder, demo_rows, demo_source, load_demo
 from .splits import seeded_places
 
 
@@ -22,21 +22,13 @@ PROMPT = "user : <image> {} assistant :"  # of the shipped LLaVA
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one image.
+    """One question about one image."""
 
-    Args:
-        id: Its place in the split's source file.
-        image: Path of the image.
-        text: The question.
-        answer: One word.
-        yes_no: Is the answer yes or no? Such questions are answerable without looking: a blank image scores 79 %.
-    """
-
-    id: int
-    image: str
+    id: int  # its place in the source of the split
+    image: str  # a path
     text: str
-    answer: str
-    yes_no: bool
+    answer: str  # one word
+    yes_no: bool  # answered by yes or no; such questions are answerable without looking: a blank image scores 79 %
 
     @property
     def fingerprint(self) -> str:
@@ -53,14 +45,12 @@ def load_questions(split: str, *, yes_no: bool | None = None, limit: int | None 
 
     Args:
         split: "train", "validation" or "test".
-        yes_no: Only such questions, or only colour and shape questions; None gives both.
+        yes_no: Only such questions, or only those of colour and shape; None gives both.
         limit: A seeded subset of at most so many.
 
     Raises:
         ValueError: If there is no such split, or `limit` is under 1.
     """
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"the demo has no split {split!r}; it has train, validation and test.")
     questions = [q for q in _all(split) if yes_no is None or q.yes_no == yes_no]
     if limit is None or limit >= len(questions):
         return questions
@@ -74,22 +64,15 @@ def _file_sha256(path: str) -> str:
 
 @lru_cache(maxsize=3)
 def _all(split: str) -> tuple[Question, ...]:
-    source = "test" if split == "test" else "train"
+    source = demo_source(split)
     folder = demo_folder() / source
-    entries = json.loads((folder / "questions.json").read_text())
-    held = _validation_numbers() if source == "train" else set()
-    wanted = [
-        (place, entry)
-        for place, entry in enumerate(entries)
-        if source == "test" or (entry[2] in held) == (split == "validation")
-    ]
+    # The images of the classification demo's split, so that no tower is asked about an image that it was trained on.
+    held: set[int] = set()
+    if source == "train":
+        rows, validation = demo_rows(source), load_demo("validation", PixelTransform(64, (64, 64)))
+        held = {rows[sample]["number"] for sample in validation.ids}
     return tuple(
-        Question(place, str(Path(folder) / "images" / f"{image}.png"), text, answer, answer in ("yes", "no"))
-        for place, (text, answer, image) in wanted
+        Question(place, str(folder / "images" / f"{image}.png"), text, answer, answer in ("yes", "no"))
+        for place, (text, answer, image) in enumerate(json.loads((folder / "questions.json").read_text()))
+        if source == "test" or (image in held) == (split == "validation")
     )
-
-
-def _validation_numbers() -> set[int]:
-    """Numbers of the images in the classification demo's validation split."""
-    rows = demo_rows("train")
-    return {rows[sample]["number"] for sample in load_demo("validation", PixelTransform(64, (64, 64))).ids}

@@ -6,8 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ _VALIDATION = ("validation", "val", "valid")
 SPLIT_NAMES = frozenset({"train", *_VALIDATION, "test"})
 
 
-def read_folder(path: Path, split: str) -> tuple[Any, list[int] | None]:
+def read_folder(path: Path, split: str) -> tuple[Any, list[int] | None] | None:
     """Paths and labels of `path/<split>/<class>/<image>`, or of a part of `path/<class>/<image>`.
 
     A class is the first folder below the split: images of folders inside it belong to it, and a warning counts them.
@@ -32,29 +31,30 @@ def read_folder(path: Path, split: str) -> tuple[Any, list[int] | None]:
     "test"; the draw hangs on the names of the files alone. "all" gives all of them. Links are followed. Names that
     begin with "." or "__" are passed over, other files that are no images (`IMAGE_SUFFIXES`) with a warning.
 
-    Args:
-        path: The folder.
-        split: Its part.
-
     Returns:
         A `datasets.Dataset` of "image" (paths) and "label", in the order of class names and paths, and the places of
-        what was drawn for the split, or None for all.
+        what was drawn for the split, or None for all. None in place of both, where files of `DATA_SUFFIXES` lie
+        instead of such a split.
 
     Raises:
         ValueError: If there is no such split, an image lies in no class folder, a class folder is empty or too small to
             be divided, or splits and classes can not be told apart.
     """
-    folder = split_folder(path, split)
-    if folder is not None:
+    names = (split, *_VALIDATION) if split in _VALIDATION else (split,)
+    folders = _folders(path)
+    named = [path / name for name in names if name in folders]
+    if (folder := next(filter(_holds_classes, named), None)) is not None:
+        _need_no_classes_beside(folder)
         return _read(folder), None
+    # Before anything is refused: ImageNet's archives may lie beside its folders, but Parquet files are the data.
+    if _holds(path, DATA_SUFFIXES):
+        return None
     part = "validation" if split in _VALIDATION else split
-    if _are_classes(path) and part in (*DRAWN, "all"):
+    if _is_unsplit(path) and part in (*DRAWN, "all"):
         rows = _read(path)
         return rows, None if part == "all" else _draw(path, rows, part)
-    folders = _folders(path)
-    named = [name for name in _names(split) if name in folders]
     if not folders or (named and set(folders) <= SPLIT_NAMES):
-        return _read(path / named[0] if folders else path), None  # it says what is missing
+        return _read(named[0] if folders else path), None  # it says what is missing
     raise ValueError(
         f"{path} has no folder {split!r} of class folders, only {folders[:9]}; wanted "
         f"{path}/{split}/<class name>/<image>, or the name of the folder that is meant."
@@ -63,74 +63,70 @@ def read_folder(path: Path, split: str) -> tuple[Any, list[int] | None]:
 
 def is_unsplit(path: Path) -> bool:
     """Whether it is a folder `<class>/<image>`, whose splits are drawn."""
-    return path.is_dir() and _are_classes(path) and not holds(path, DATA_SUFFIXES)
+    return path.is_dir() and _is_unsplit(path) and not _holds(path, DATA_SUFFIXES)
+
+
+def _is_unsplit(path: Path) -> bool:
+    folders = [path / name for name in _folders(path)]
+    splits = [folder for folder in folders if folder.name in SPLIT_NAMES]
+    # "train" and "test" may be classes as well: they are where they hold images instead of folders of images.
+    return any(_holds(folder, deep=False) for folder in folders if folder not in splits) and not any(
+        map(_holds_classes, splits)
+    )
+
+
+def _need_no_classes_beside(folder: Path) -> None:
+    beside = [name for name in _folders(folder.parent) if name not in SPLIT_NAMES | {folder.name}]
+    if classes := [name for name in beside if _holds(folder.parent / name, deep=False)]:
+        raise ValueError(
+            f"{folder} holds class folders, as a split does, but {classes[:5]} beside it hold images, as classes do. "
+            f"Move them out of {folder.parent}, or put all classes into one folder {folder}."
+        )
 
 
 def _read(folder: Path) -> Any:
     import datasets
 
     wanted = f"wanted {folder}/<class name>/<image>."
-    if stray := sorted(image.name for image in _images(folder, deep=False)):
+    if stray := sorted(file.name for file in _files(folder, deep=False) if _suffix(file) in IMAGE_SUFFIXES):
         raise ValueError(f"{len(stray)} images of {folder} lie in no class folder, such as {stray[0]}; {wanted}")
-    files = {name: sorted(_files(folder / name), key=lambda file: file.path) for name in _folders(folder)}
-    found = {name: [file for file in own if _suffix(file) in IMAGE_SUFFIXES] for name, own in files.items()}
-    images = list(chain.from_iterable(found.values()))
-    if not images:
+    images: dict[str, list[os.DirEntry[str]]] = {}
+    others: Counter[str] = Counter()
+    for name in _folders(folder):
+        files = sorted(_files(folder / name), key=lambda file: file.path)
+        images[name] = [file for file in files if _suffix(file) in IMAGE_SUFFIXES]
+        others.update(_suffix(file) for file in files if _suffix(file) not in IMAGE_SUFFIXES)
+    found = [(image, label) for label, own in enumerate(images.values()) for image in own]
+    if not found:
         raise ValueError(f"{folder} holds no images; {wanted}")
-    if empty := [name for name, own in found.items() if not own]:
+    if empty := [name for name, own in images.items() if not own]:
         raise ValueError(f"{len(empty)} class folders of {folder} hold no images: {empty[:5]}; fill or remove them.")
-    others = Counter(map(_suffix, chain.from_iterable(files.values())))
-    if others := Counter({suffix: count for suffix, count in others.items() if suffix not in IMAGE_SUFFIXES}):
+    if others:
         warnings.warn(f"{folder}: passed over files that are no images: {dict(others.most_common(5))}", stacklevel=2)
-    if deep := [image.path for image in images if os.path.dirname(os.path.dirname(image.path)) != str(folder)]:
+    paths = [image.path for image, _ in found]
+    if deep := [path for path in paths if os.path.dirname(os.path.dirname(path)) != str(folder)]:
         warnings.warn(
-            f"{len(deep)} of {len(images)} images of {folder} lie in folders inside a class folder and belong to that "
+            f"{len(deep)} of {len(paths)} images of {folder} lie in folders inside a class folder and belong to that "
             f"class, such as {os.path.relpath(deep[0], folder)}.",
             stacklevel=2,
         )
-    features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=list(found))})
-    columns = {
-        "image": [image.path for image in images],
-        "label": [label for label, own in enumerate(found.values()) for _ in own],
-    }
+    # Not by `imagefolder`, which guesses splits from names of files and classes, and drops what fits none.
+    features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=list(images))})
     try:
-        rows = datasets.Dataset.from_dict(columns, features=features)
+        rows = datasets.Dataset.from_dict({"image": paths, "label": [label for _, label in found]}, features=features)
     except UnicodeEncodeError as error:
         raise ValueError(f"the name of a file in {folder} is not UTF-8: {error.object!r}; rename it.") from error
     # Records on disk are used again for the same files only, wherever the folder lies.
-    states = (f"{os.path.relpath(image.path, folder)} {_state(image)}\n" for image in images)
+    states = (f"{os.path.relpath(image.path, folder)} {_state(image)}\n" for image, _ in found)
     rows._fingerprint = hashlib.sha256("".join(states).encode()).hexdigest()[:32]
     return rows
 
 
-def split_folder(path: Path, split: str) -> Path | None:
-    """The folder of a split, or None where no folder of that name holds folders of images.
-
-    Raises:
-        ValueError: If other folders beside it hold images as class folders do.
-    """
-    folders = _folders(path)
-    folder = next((path / name for name in _names(split) if name in folders and _holds_folders(path / name)), None)
-    if folder is None:
-        return None
-    beside = [path / name for name in folders if name not in SPLIT_NAMES | {folder.name}]
-    if classes := [other.name for other in beside if _some(_images(other, deep=False))]:
-        raise ValueError(
-            f"{folder} holds class folders, as a split does, but {classes[:5]} beside it hold images, as classes do. "
-            f"Move them out of {path}, or put all classes into one folder {path}/{split}."
-        )
-    return folder
-
-
-def holds(folder: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file with one of the suffixes lies in the folder or below it."""
-    return any(_suffix(file) in suffixes for file in _files(folder))
-
-
 def _draw(path: Path, rows: Any, part: str) -> list[int]:
-    """Places of one part of each class; with more images, few of those that were there change their part."""
+    """Places of one part of each class."""
     members: dict[int, list[tuple[str, int]]] = {}
     for place, (image, label) in enumerate(zip(rows["image"][:], rows["label"][:])):
+        # By a hash of the name and no seed: with more images, few of those that were there change their part.
         key = hashlib.sha256(os.fsencode(os.path.relpath(image, path))).hexdigest()
         members.setdefault(label, []).append((key, place))
     if small := [rows.features["label"].names[label] for label, own in members.items() if len(own) < len(DRAWN)]:
@@ -152,37 +148,20 @@ def _draw(path: Path, rows: Any, part: str) -> list[int]:
     return sorted(drawn[part])
 
 
-def _names(split: str) -> tuple[str, ...]:
-    return (split, *_VALIDATION) if split in _VALIDATION else (split,)
+def _holds_classes(folder: Path) -> bool:
+    return any(_holds(folder / name) for name in _folders(folder))
 
 
-def _are_classes(path: Path) -> bool:
-    """Whether folders of `path` hold images themselves, other than splits without class folders."""
-    folders = _folders(path)
-    splits = SPLIT_NAMES & set(folders)
-    own = any(_some(_images(path / name, deep=False)) for name in folders if name not in splits)
-    return own and not any(_holds_folders(path / name) for name in splits)
-
-
-def _holds_folders(folder: Path) -> bool:
-    return any(_some(_images(folder / name)) for name in _folders(folder))
+def _holds(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES, *, deep: bool = True) -> bool:
+    # Ends at the first such file: the folder may hold a million.
+    return any(_suffix(file) in suffixes for file in _files(folder, deep=deep))
 
 
 def _folders(path: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(path) if _is_folder(entry))
 
 
-def _images(folder: Path, *, deep: bool = True) -> Iterator[os.DirEntry[str]]:
-    return (file for file in _files(folder, deep=deep) if _suffix(file) in IMAGE_SUFFIXES)
-
-
-def _some(files: Iterator[os.DirEntry[str]]) -> bool:
-    return next(files, None) is not None
-
-
-def _files(
-    folder: Path | str, *, deep: bool = True, above: frozenset[str] = frozenset()
-) -> Iterator[os.DirEntry[str]]:
+def _files(folder: Path | str, *, deep: bool = True, above: frozenset[str] = frozenset()) -> Iterator[Any]:
     here = os.path.realpath(folder)
     if here in above:
         raise ValueError(f"{folder} is a link to a folder that it lies in; remove it.")
@@ -190,11 +169,11 @@ def _files(
         if not _is_folder(entry):
             yield entry
         elif deep:
-            yield from _files(entry.path, above=above | {here})
+            yield from _files(entry.path, deep=True, above=above | {here})
 
 
 def _entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
+    with os.scandir(folder) as entries:  # it gives the kind of an entry with its name, without a look at each
         yield from (entry for entry in entries if not entry.name.startswith((".", "__")))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 
@@ -14,13 +15,7 @@ from .datasets import LabelledImages
 
 
 def split_off(dataset: LabelledImages, size: int, *, seed: int, name: str) -> tuple[LabelledImages, LabelledImages]:
-    """Draw `size` items for another split; returns what is left and what was drawn.
-
-    Args:
-        dataset: What to draw from.
-        size: Items to draw.
-        seed: Of the drawing.
-        name: Split name of the part drawn.
+    """Draw `size` items for another split called `name`; returns what is left and what was drawn.
 
     Raises:
         ValueError: If nothing would be left.
@@ -28,6 +23,7 @@ def split_off(dataset: LabelledImages, size: int, *, seed: int, name: str) -> tu
     if not 0 < size < len(dataset):
         raise ValueError(f"can not draw {size} of the {len(dataset)} items of {dataset.name} ({dataset.split}).")
     order = _shuffled(len(dataset), seed)
+    # In their old order: files are read one after the other, and records of a run are easy to find.
     return dataset.select(sorted(order[size:])), dataset.select(sorted(order[:size]), name)
 
 
@@ -49,12 +45,15 @@ def seeded_places(length: int, size: int, *, seed: int) -> list[int]:
     return sorted(_shuffled(length, seed)[:size])
 
 
+def _shuffled(length: int, seed: int) -> Sequence[int]:
+    # A generator of its own: what is drawn must not hang on what else was drawn before.
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def without_corrupt(dataset: LabelledImages, *, skip: bool) -> LabelledImages:
     """Decode every image once and leave out those that can not be read; the first process says how many.
 
-    Args:
-        dataset: What to read; every process of a run must do so.
-        skip: Else the first such image is an error.
+    Every process of a run must call it. Without `skip` the first such image is an error.
 
     Raises:
         CorruptImageError: If an image can not be read; the message names it.
@@ -71,45 +70,34 @@ def without_corrupt(dataset: LabelledImages, *, skip: bool) -> LabelledImages:
 def only_classes(dataset: LabelledImages, class_names: Sequence[str]) -> LabelledImages:
     """The images of some classes; labels and class names stay, so a classifier still chooses among all of them.
 
-    Args:
-        dataset: What to choose from.
-        class_names: Some of its class names.
-
     Raises:
         ValueError: If a name is none of the dataset's, or no image is left.
     """
-    _need_names(dataset, class_names)
+    if stray := [name for name in class_names if name not in dataset.class_names]:
+        raise ValueError(f"{stray[:5]} are no classes of {dataset.name}; it has {list(dataset.class_names)[:5]}...")
+    # By label and not by name: two classes may have one name.
     labels = {label for label, name in enumerate(dataset.class_names) if name in class_names}
     return dataset.select([index for index, label in enumerate(dataset.labels()) if label in labels])
 
 
 def relabel(dataset: LabelledImages, class_names: Sequence[str]) -> LabelledImages:
-    """The images of some classes as a dataset of these classes alone, which knows no other name.
+    """The images of some classes as a dataset of these classes alone, in this order, which knows no other name.
 
     Fine-tuning on it leaves the other classes unseen: neither their images nor their names take part. Ids stay.
 
-    Args:
-        dataset: What to choose from.
-        class_names: Some of its class names, in the order of the new labels.
-
     Raises:
-        ValueError: If a name is none of the dataset's or stands twice among them, or no image is left.
+        ValueError: As `only_classes`, or if a name stands twice.
     """
-    _need_names(dataset, class_names)
+    part = only_classes(dataset, class_names)
     if twice := sorted({n for n in class_names if max(dataset.class_names.count(n), class_names.count(n)) > 1}):
         raise ValueError(f"{twice[:5]} stand more than once in {dataset.name}; new labels need names that differ.")
     check_class_names(class_names)
-    part = only_classes(dataset, class_names)
+    # From the rows' own labels, because the dataset may have been relabelled before.
     old = dataset.new_labels or {label: label for label in range(len(dataset.class_names))}
     names = {label: dataset.class_names[number] for label, number in old.items()}
     part.new_labels = {label: class_names.index(name) for label, name in names.items() if name in class_names}
     part.class_names = tuple(class_names)
     return part
-
-
-def _need_names(dataset: LabelledImages, class_names: Sequence[str]) -> None:
-    if stray := [name for name in class_names if name not in dataset.class_names]:
-        raise ValueError(f"{stray[:5]} are no classes of {dataset.name}; it has {list(dataset.class_names)[:5]}...")
 
 
 def check_disjoint(*datasets: LabelledImages) -> None:
@@ -121,17 +109,10 @@ def check_disjoint(*datasets: LabelledImages) -> None:
     Raises:
         ValueError: If two splits hold the same row.
     """
-    for index, first in enumerate(datasets):
-        for second in datasets[index + 1 :]:
-            same = first.rows is second.rows or getattr(first.rows, "_fingerprint", 0) == getattr(
-                second.rows, "_fingerprint", 1
+    for first, second in combinations(datasets, 2):
+        marks = [getattr(part.rows, "_fingerprint", id(part.rows)) for part in (first, second)]
+        if marks[0] == marks[1] and (shared := set(first.ids) & set(second.ids)):
+            raise ValueError(
+                f"{first.split} and {second.split} of {first.name} share {len(shared)} images (ids "
+                f"{sorted(shared)[:5]}); a number measured on a training image says nothing."
             )
-            if same and (shared := set(first.ids) & set(second.ids)):
-                raise ValueError(
-                    f"{first.split} and {second.split} of {first.name} share {len(shared)} images (ids "
-                    f"{sorted(shared)[:5]}); a number measured on a training image says nothing."
-                )
-
-
-def _shuffled(length: int, seed: int) -> Sequence[int]:
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()

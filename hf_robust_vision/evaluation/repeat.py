@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 from hf_robust_vision.attacks import Protocol
 from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
@@ -94,7 +94,7 @@ def _images(
         return dataset
     if dataset is None and result.dataset == DEMO_NAME:
         return load_demo(result.split, transform)
-    return cast(LabelledImages, load_labelled_images(dataset or result.dataset, result.split, transform))
+    return load_labelled_images(dataset or result.dataset, result.split, transform)
 
 
 def _select(images: LabelledImages, result: RobustnessResult, records: Records) -> LabelledImages:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from typing_extensions import Unpack
 
-from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
+from hf_robust_vision.data.datasets import ImageSource, LabelledImages, load_labelled_images
 from hf_robust_vision.data.demo import demo_checkpoint, load_demo, refuse_ignored
 from hf_robust_vision.data.splits import seeded_subset, without_corrupt
 from hf_robust_vision.data.templates import get_templates, read_class_names
@@ -48,7 +48,7 @@ class EvaluationSet:
         image_column: Column of the image; by default found.
         label_column: Column of the label.
         class_names: File of names in the order of the labels: a local file, or one of the dataset's own folder or Hub
-            repository. By default the names that the label column carries.
+            repository; or "openai-imagenet". By default the names that the label column carries.
         templates: Name of a template set, or a file found like `class_names`; by default "photo", the demo's "demo".
         resolution: Attack square images of this size and resize them inside the attacked function; by default the
             images are fitted to the tower first and attacked at its size.
@@ -91,22 +91,11 @@ class EvaluationSet:
             refuse_ignored(self, "config", "revision", "image_column", "label_column", "class_names")
             images, templates = load_demo(self.split, transform), get_templates(self.templates or "demo")
         else:
-            names = read_class_names(self._file(self.class_names)) if self.class_names is not None else None
+            names = read_class_names(self._file(self.class_names)) if self.class_names else None
             # A template set by name first, as everywhere; then a file.
             templates = get_templates(str(self._file(self.templates)) if self.templates else "photo")
-            images = cast(
-                LabelledImages,
-                load_labelled_images(
-                    self.dataset,
-                    self.split,
-                    transform,
-                    config_name=self.config,
-                    image_column=self.image_column,
-                    label_column=self.label_column,
-                    class_names=names,
-                    revision=self.revision,
-                ),
-            )
+            source = ImageSource(self.dataset, self.config, self.revision, self.image_column, self.label_column, names)
+            images = load_labelled_images(source, self.split, transform)
         if self.name is not None:
             images.name = self.name
         images = seeded_subset(images, self.max_samples, seed=0)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
-from hf_robust_vision.data.datasets import LabelledImages, StreamedImages, load_labelled_images
+from hf_robust_vision.data.datasets import (
+    ImageSource,
+    LabelledImages,
+    StreamedImages,
+    load_labelled_images,
+    stream_images,
+)
 from hf_robust_vision.data.demo import DEMO_NAME, load_demo, refuse_ignored
 from hf_robust_vision.data.folders import is_unsplit
 from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_off, without_corrupt
@@ -40,7 +45,7 @@ class DataArguments:
         test_split: Split that the reported numbers come from.
         image_column: Column of the image; by default found.
         label_column: Column of the label.
-        class_names: File of class names in the order of the labels; by default the dataset's own.
+        class_names: File of class names in the order of the labels, or "openai-imagenet"; by default the dataset's own.
         streaming: Stream the training split of a Hub dataset; needs `validation_split`. Of the other splits nothing but
             their own files is downloaded.
         skip_corrupt: Count and leave out images that can not be decoded.
@@ -105,15 +110,25 @@ def load_splits(
             )
         if options.streaming and validation_split is None:
             raise ValueError("a streamed training split can not give up images: name a --validation_split.")
+        source = ImageSource(
+            options.dataset_name,
+            options.dataset_config,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            class_names=read_class_names(options.class_names) if options.class_names else None,
+        )
         if measure:
-            test = cast(LabelledImages, _load(options, options.test_split, transform))
-        train = _load(options, options.train_split, transform, streaming=options.streaming, seed=seed)
-        if validation_split is not None:
-            validation = cast(LabelledImages, _load(options, validation_split, transform))
+            test = load_labelled_images(source, options.test_split, transform, only_split=options.streaming)
+        if options.streaming:
+            train = stream_images(source, options.train_split, transform).shuffled(seed)
+            train = train.without_corrupt() if options.skip_corrupt else train
         else:
-            train, validation = split_off(
-                cast(LabelledImages, train), options.validation_size, seed=seed, name="validation"
-            )
+            train = load_labelled_images(source, options.train_split, transform)
+        if validation_split is not None:
+            validation = load_labelled_images(source, validation_split, transform, only_split=options.streaming)
+        else:
+            assert isinstance(train, LabelledImages)
+            train, validation = split_off(train, options.validation_size, seed=seed, name="validation")
     validation = seeded_subset(validation, options.max_validation_samples, seed=0)
     if test is not None:
         whole, test = len(test), seeded_subset(test, options.max_test_samples or None, seed=0)
@@ -126,26 +141,6 @@ def load_splits(
         train = _without_broken(train, options.skip_corrupt)
     validation = _without_broken(validation, options.skip_corrupt)
     return train, validation, _without_broken(test, options.skip_corrupt) if test is not None else None
-
-
-def _load(
-    options: DataArguments, split: str, transform: PixelTransform, streaming: bool = False, seed: int | None = None
-) -> LabelledImages | StreamedImages:
-    assert options.dataset_name is not None
-    names = read_class_names(options.class_names) if options.class_names else None
-    return load_labelled_images(
-        options.dataset_name,
-        split,
-        transform,
-        config_name=options.dataset_config,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        class_names=names,
-        streaming=streaming,
-        skip_corrupt=options.skip_corrupt,
-        shuffle_seed=seed if streaming else None,
-        only_split=options.streaming,
-    )
 
 
 def _without_broken(part: LabelledImages, skip: bool) -> LabelledImages:

@@ -18,8 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
-from .base import attack_mode
+from .base import attack_mode, tensor_sha256, weights_sha256
 from .clip import text_embeddings
+
+
+_IMAGE_SIDE = ("vision_model.", "visual_projection.")  # weights that a text bank does not depend on
+_KEPT = 8  # banks; one of a thousand classes takes 3 MB
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,16 @@ class TextBank:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_MADE: dict[tuple[object, ...], TextBank] = {}  # the oldest first
+
+
 def make_text_bank(
     model: CLIPModel, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str], *, batch_size: int = 256
 ) -> TextBank:
     """Embed every class name in every template, normalise, average, normalise again.
+
+    A bank of the same text weights, tokens and device is not made again: methods that leave the text tower alone ask for
+    one before, during and after training.
 
     Args:
         model: The CLIP model whose text tower classifies.
@@ -73,19 +83,35 @@ def make_text_bank(
     check_class_names(class_names)
     check_templates(templates)
     prompts = class_prompts(class_names, templates)
-    embeddings = []
     device = model.logit_scale.device
+    batches = [
+        tokenize(tokenizer, prompts[start : start + batch_size], device)
+        for start in range(0, len(prompts), batch_size)
+    ]
+    # By content: neither a model's name nor the object tells whether its text tower was trained meanwhile. And by what
+    # weights do not tell: activations, adapters, and the token that is read.
+    tower = (weights_sha256(model, but=_IMAGE_SIDE), str(model.text_model), str(model.config.text_config), device)
+    texts = [tensor_sha256(tensor) for tokens in batches for _, tensor in sorted(tokens.items())]
+    key = (*tower, *texts, tuple(class_names), tuple(templates))
+    if key not in _MADE:
+        while len(_MADE) >= _KEPT:
+            del _MADE[next(iter(_MADE))]
+        _MADE[key] = _embed(model, batches, tuple(class_names), tuple(templates))
+    return _MADE[key]
+
+
+def _embed(
+    model: CLIPModel, batches: Sequence[dict[str, Tensor]], class_names: tuple[str, ...], templates: tuple[str, ...]
+) -> TextBank:
     with torch.no_grad(), attack_mode(model):
-        for start in range(0, len(prompts), batch_size):
-            tokens = tokenize(tokenizer, prompts[start : start + batch_size], device)
-            embeddings.append(text_embeddings(model, tokens))
+        embeddings = [text_embeddings(model, tokens) for tokens in batches]
         classes = class_embeddings(torch.cat(embeddings), len(templates))
         scale = float(model.logit_scale.exp())
     if not math.isfinite(scale) or not bool(torch.isfinite(classes).all()):
         raise ValueError(
             "the text embeddings or logit_scale of the model are not finite: every image would be class 0."
         )
-    return TextBank(classes, tuple(class_names), tuple(templates), scale)
+    return TextBank(classes, class_names, templates, scale)
 
 
 def check_templates(templates: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
 from hf_robust_vision.data.demo import CLASS_NAMES, DEMO_EPS, UNSEEN, demo_checkpoint, load_demo
@@ -90,7 +89,7 @@ def emoji_benchmark(data: Path, model: Path) -> Benchmark:
         if not file.is_file():
             raise ValueError(f"{file.parent} has no {file.name}; make the folder with python recipes/{recipe}.py.")
     load = partial(load_labelled_images, data)
-    names = cast(LabelledImages, load("test", PixelTransform(64, (64, 64)))).class_names
+    names = load("test", PixelTransform(64, (64, 64))).class_names
     return Benchmark(
         name="emoji",
         about="[emoji in two drawing styles](emoji.md), in skin tones that no training saw of them",
@@ -100,7 +99,7 @@ def emoji_benchmark(data: Path, model: Path) -> Benchmark:
         templates="emoji",
         attack_eps=4 / 255,
         eps=_radii(1, 2, 4, 8),
-        load=cast(Callable[[str, PixelTransform], LabelledImages], load),
+        load=load,
         fingerprint=_fingerprint(*sorted(data.rglob("*.arrow")), data / "unseen.txt", model / "model.safetensors"),
     )
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from hf_robust_vision.data.collator import collate_images
-from hf_robust_vision.data.datasets import LabelledImages, StreamedImages, load_labelled_images
+from hf_robust_vision.data.datasets import (
+    ImageSource,
+    LabelledImages,
+    StreamedImages,
+    load_labelled_images,
+    stream_images,
+)
 from hf_robust_vision.data.decode import CorruptImageError
 from hf_robust_vision.data.splits import only_classes, relabel
 from hf_robust_vision.pipeline.run_data import DataArguments, load_splits
@@ -109,7 +115,7 @@ class TestSavedDatasets:
     @pytest.mark.parametrize("column", ["image_column", "label_column"])
     def test_wrong_column(self, column, tmp_path):
         with pytest.raises(ValueError, match=r"no column 'nope', only \['image', 'label'\]"):
-            load_labelled_images(saved(rows_of(6), tmp_path / "d"), "train", FIT, **{column: "nope"})
+            load_labelled_images(ImageSource(saved(rows_of(6), tmp_path / "d"), **{column: "nope"}), "train", FIT)
 
     def test_no_class_names(self, tmp_path):
         with pytest.raises(ValueError, match="no class names"):
@@ -119,17 +125,17 @@ class TestSavedDatasets:
     def test_labels_without_a_name(self, labels, tmp_path):
         folder = saved(rows_of(6, labels), tmp_path / "d", names=None)
         with pytest.raises(ValueError, match=r"have no class name: there are 3 names"):
-            load_labelled_images(folder, "train", FIT, class_names=NAMES)
+            load_labelled_images(ImageSource(folder, class_names=NAMES), "train", FIT)
 
     @pytest.mark.parametrize("names", [("red", "green"), (*NAMES, "black")])
     def test_other_number_of_names(self, names, tmp_path):
-        with pytest.raises(ValueError, match=r"class name"):
-            load_labelled_images(saved(rows_of(6), tmp_path / "d"), "train", FIT, class_names=names)
+        with pytest.raises(ValueError, match=r"got \d class names, but .* has 3 classes: .*type --class_names ''"):
+            load_labelled_images(ImageSource(saved(rows_of(6), tmp_path / "d"), class_names=names), "train", FIT)
 
     def test_names_that_stand_twice(self, tmp_path):
         folder = saved(rows_of(6), tmp_path / "d", names=None)
         with pytest.warns(UserWarning, match=r"\['red'\] stand more than once: text can not tell"):
-            part = load_labelled_images(folder, "train", FIT, class_names=("red", "red", "blue"))
+            part = load_labelled_images(ImageSource(folder, class_names=("red", "red", "blue")), "train", FIT)
         assert part.labels() == [0, 1, 2, 0, 1, 2]
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # once is enough: findings-scale 11
@@ -141,33 +147,33 @@ class TestSavedDatasets:
     def test_text_labels(self, tmp_path):
         folder = saved(rows_of(3, ["red", "green", "blue"]), tmp_path / "d", names=None)
         with pytest.raises(ValueError, match=r"label"):
-            load_labelled_images(folder, "train", FIT, class_names=NAMES)
+            load_labelled_images(ImageSource(folder, class_names=NAMES), "train", FIT)
 
     @pytest.mark.parametrize("labels", [[0.0, 1.7, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, math.inf], [0, None, 2]])
     def test_labels_that_are_no_whole_numbers(self, labels, tmp_path):
         """findings-reliability 8: 1.7 was read as 1; inf was a traceback."""
         folder = saved(rows_of(3, labels), tmp_path / "d", names=None)
         with pytest.raises(ValueError, match=r"label .* is no whole number.*cast_column to int64 of floats"):
-            load_labelled_images(folder, "train", FIT, class_names=NAMES)
+            load_labelled_images(ImageSource(folder, class_names=NAMES), "train", FIT)
 
     def test_the_image_column_is_found(self, tmp_path):
         rows = rows_of(6).rename_column("image", "photo").class_encode_column("label")
         datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "d"))
         names = {"class_names": NAMES}
-        assert load_labelled_images(tmp_path / "d", "train", FIT, **names).image_column == "photo"
+        assert load_labelled_images(ImageSource(tmp_path / "d", **names), "train", FIT).image_column == "photo"
         with pytest.raises(ValueError, match="no column 'image'"):  # one that is named is meant
-            load_labelled_images(tmp_path / "d", "train", FIT, **names, image_column="image")
+            load_labelled_images(ImageSource(tmp_path / "d", **names, image_column="image"), "train", FIT)
         two = rows.map(lambda row: {"copy": row["photo"]})
         datasets.DatasetDict({"train": two}).save_to_disk(str(tmp_path / "two"))
         with pytest.raises(ValueError, match=r"2 columns of images.*--image_column"):
-            load_labelled_images(tmp_path / "two", "train", FIT, **names)
+            load_labelled_images(ImageSource(tmp_path / "two", **names), "train", FIT)
 
     def test_a_column_called_image_is_meant(self, tmp_path):
         """Beside it a mask may be the only column that `datasets` calls an image."""
         rows = rows_of(6).class_encode_column("label").map(lambda row: {"mask": row["image"]})
         rows = rows.cast_column("image", {"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
         datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "d"))
-        part = load_labelled_images(tmp_path / "d", "train", FIT, class_names=NAMES)
+        part = load_labelled_images(ImageSource(tmp_path / "d", class_names=NAMES), "train", FIT)
         assert part.image_column == "image"
         assert part[0]["images"].shape == (3, SIZE, SIZE)
 
@@ -175,7 +181,7 @@ class TestSavedDatasets:
         rows = rows_of(6).rename_columns({"image": "img", "label": "fine"})
         rows = rows.cast_column("fine", datasets.ClassLabel(names=list(NAMES)))
         datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "d"))
-        part = load_labelled_images(tmp_path / "d", "train", FIT, image_column="img", label_column="fine")
+        part = load_labelled_images(ImageSource(tmp_path / "d", image_column="img", label_column="fine"), "train", FIT)
         assert part[4]["labels"] == 1
 
 
@@ -213,6 +219,20 @@ class TestHubLayout:
         few = replace(options, max_validation_samples=2, max_test_samples=3)
         assert [len(part) for part in load_splits(few, 0, FIT)[1:]] == [2, 3]
 
+    def test_a_stream_is_left_as_it_lies_or_shuffled(self, folder, cache):
+        stream = stream_images(ImageSource(folder), "train", FIT)
+        assert [item["labels"] for item in stream] == [0, 1, 2] * 3
+        orders = [[item["images"].sum().item() for item in stream.shuffled(seed)] for seed in (0, 0, 1)]
+        assert orders[0] == orders[1] != orders[2]
+
+    def test_nothing_is_said_of_downloads_that_are_none(self, folder, cache, capfd):
+        """findings-scale 11: "Generating train split" and "Downloading data" for a local folder."""
+        for only_split in (True, False):
+            load_labelled_images(folder, "test", FIT, only_split=only_split)
+        assert cache() == ["test", "train", "validation"]
+        assert capfd.readouterr().err == ""
+        assert not datasets.utils.are_progress_bars_disabled()
+
     def test_without_a_measurement_no_test_split_is_opened(self, folder, cache):
         options = DataArguments(
             dataset_name=str(folder), streaming=True, validation_split="validation", test_split="validation"
@@ -226,6 +246,14 @@ class TestHubLayout:
         with pytest.raises(ValueError, match="--validation_split"):
             load_splits(DataArguments(dataset_name=str(folder), streaming=True), 0, FIT)
         assert cache() == []
+
+
+@pytest.mark.parametrize("kind", ["image folder", "saved"])
+def test_what_lies_here_is_not_streamed(kind, image_folder, tmp_path):
+    """It was loaded whole, and --streaming did nothing."""
+    source = ImageSource(image_folder if kind == "image folder" else saved(rows_of(6), tmp_path / "d"))
+    with pytest.raises(ValueError, match="leave --streaming out"):
+        stream_images(source, "train", FIT)
 
 
 @pytest.mark.parametrize("name", ["{tmp}/nothing", "../nothing", "a/b/c", "{tmp}/file.zip"])
@@ -279,8 +307,8 @@ class TestStream:
             rows[index]["image"]["bytes"] = rows[index]["image"]["bytes"][:200]
         return rows
 
-    def stream(self, rows, **settings):
-        return StreamedImages(rows, NAMES, FIT, name="s", split="train", **settings)
+    def stream(self, rows):
+        return StreamedImages(rows, NAMES, FIT, name="s", split="train")
 
     def test_numbered_in_order(self):
         items = list(self.stream(self.rows()))
@@ -292,7 +320,7 @@ class TestStream:
             list(self.stream(self.rows([2])))
 
     def test_skipped_images_are_counted_and_keep_their_number(self):
-        stream = self.stream(self.rows([2, 3]), skip_corrupt=True)
+        stream = self.stream(self.rows([2, 3])).without_corrupt()
         assert [item["ids"] for item in stream] == [0, 1, 4, 5]
         assert stream.skipped == 2
 

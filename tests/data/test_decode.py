@@ -194,7 +194,7 @@ class TestHostile:
     def test_a_stream_goes_on(self):
         bad = [claims(100_000, 100_000), claims(65_000, 1), claims(9, 9), b"", None]
         rows = [{"image": content, "label": 0} for content in [*bad, encoded(picture(0, 0))]]
-        stream = StreamedImages(rows, ("a", "b"), FIT, name="s", split="train", skip_corrupt=True)
+        stream = StreamedImages(rows, ("a", "b"), FIT, name="s", split="train").without_corrupt()
         assert [item["ids"] for item in stream] == [len(bad)]
         assert stream.skipped == len(bad)
 

@@ -334,7 +334,10 @@ class TestConfigs:
             " --eval_steps 1 --save_steps 1 --validation_size 3 --test_steps 2 --max_test_samples 5 --logging_steps 1"
         )
         named = words(clip_folder, image_folder, tmp_path / "out")[:6]
-        run_recipe(monkeypatch, ["--config", str(config), *named, *small.split(), "--disable_tqdm", "true"])
+        run_recipe(
+            monkeypatch,
+            ["--config", str(config), *named, *small.split(), "--disable_tqdm", "true", "--class_names", ""],
+        )
         results = load_results(tmp_path / "out")
         assert {result.split for result in results} == {"validation"}
         assert results[0].left_out == ["apgd-dlr-targeted"]

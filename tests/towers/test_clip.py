@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
+from hf_robust_vision.towers import text_bank
 from hf_robust_vision.towers.base import attack_mode, tensor_sha256, weights_sha256
 from hf_robust_vision.towers.clip import (
     CLIPEncoder,
@@ -294,3 +295,68 @@ def test_a_layer_that_is_not_there_is_refused(encoder, layer):
     """The tiny tower has 2 layers, so 3 hidden states."""
     with pytest.raises(ValueError, match=f"token_layer={layer} is not there"):
         freeze_unread(encoder, feature="patch_tokens", token_layer=layer)
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """How many prompts each pass through a text tower embeds."""
+    passes, embed = [], text_bank.text_embeddings
+    monkeypatch.setattr(text_bank, "_MADE", {})
+
+    def counted(model, tokens):
+        passes.append(len(tokens["input_ids"]))
+        return embed(model, tokens)
+
+    monkeypatch.setattr(text_bank, "text_embeddings", counted)
+    return passes
+
+
+def test_a_text_bank_is_made_once(encoder, clip_folder, embedded):
+    """findings-scale 9: four times in one run of TeCoA, whose text tower does not train."""
+    tokenizer = load_tokenizer(clip_folder)
+    first = make_text_bank(encoder, tokenizer, NAMES, TEMPLATES)
+    with torch.no_grad():
+        encoder.vision_model.post_layernorm.weight.mul_(2)  # as training does
+    other = load_encoder(clip_folder)  # as a frozen copy is
+    assert all(make_text_bank(model, tokenizer, NAMES, TEMPLATES) is first for model in (encoder, other))
+    assert embedded == [len(NAMES) * len(TEMPLATES)]
+
+
+def change_text_weight(model):
+    with torch.no_grad():
+        model.text_model.encoder.layers[1].mlp.fc1.weight[0, 0] += 1e-3
+
+
+def change_scale(model):
+    with torch.no_grad():
+        model.logit_scale += 1
+
+
+def change_activation(model):
+    for layer in model.text_model.encoder.layers:
+        layer.mlp.activation_fn = torch.nn.ReLU()
+
+
+def change_token_that_is_read(model):
+    model.config.text_config.eos_token_id = model.text_model.eos_token_id = 2
+
+
+@pytest.mark.parametrize("change", [change_text_weight, change_scale, change_activation, change_token_that_is_read])
+def test_a_text_bank_of_another_text_tower_is_made_anew(change, encoder, clip_folder, embedded):
+    tokenizer = load_tokenizer(clip_folder)
+    first = make_text_bank(encoder, tokenizer, NAMES, TEMPLATES)
+    change(encoder)
+    second = make_text_bank(encoder, tokenizer, NAMES, TEMPLATES)
+    assert embedded == [9] * 2
+    assert (first.logit_scale, first.embeddings.tolist()) != (second.logit_scale, second.embeddings.tolist())
+
+
+def test_text_banks_of_other_texts_are_made_anew(encoder, clip_folder, embedded):
+    tokenizer = load_tokenizer(clip_folder)
+    cases = [(tokenizer, NAMES, TEMPLATES), (tokenizer, NAMES[::-1], TEMPLATES), (tokenizer, NAMES, TEMPLATES[:2])]
+    banks = [make_text_bank(encoder, *case) for case in cases]
+    assert len({id(bank) for bank in banks}) == 3
+    assert [make_text_bank(encoder, *case) for case in cases] == banks
+    for number in range(20):  # the newest are kept, and no more
+        make_text_bank(encoder, tokenizer, (*NAMES, f"{number}"), TEMPLATES)
+    assert len(text_bank._MADE) == 8

@@ -17,7 +17,8 @@ from tests.training.ranks import said, start
 def with_broken(count: int, broken: int) -> StreamedImages:
     images = make_dataset(max(count, 1))
     rows = [{"image": b"no image", "label": 0}] * broken + images.rows[:count]
-    return StreamedImages(rows, images.class_names, images.transform, name="tiny", split="train", skip_corrupt=True)
+    stream = StreamedImages(rows, images.class_names, images.transform, name="tiny", split="train")
+    return stream.without_corrupt()
 
 
 def test_a_share_without_images_is_said():
