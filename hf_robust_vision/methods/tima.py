@@ -33,22 +33,17 @@ WEIGHTS = ("mhe_weight", "iakd_weight", "takd_weight")
 
 @dataclass
 class TIMAArguments(AdversarialTrainingArguments):
-    """Arguments of `TIMATrainer`; only the added fields are listed.
+    """Arguments of `TIMATrainer`; listed are the added fields of which there is more to say than their help.
 
     Args:
         variant: "aaai" (AAAI-26) or "v1" (2024): what `gate` and `takd_weight` are where they are not given.
-        margin: m, on the scale of the cosine.
         margin_mode: "distance" (default: the gap grows as two class texts lie further apart), "similarity" (the gap
             grows as they come closer) or "constant".
         margin_text: Text distances from the "tuned" embeddings, without gradient, or from the "original" ones.
         gate: Where the margin applies: "class" (default of "aaai": to classes that the original model finds nearly as
             close to the clean image as the true one), "sample" (to all classes of images that the original model is
             unsure of) or "none" (default of "v1": everywhere).
-        eta: Threshold of the gate.
-        mhe_weight: Of the energy that spreads the class texts.
-        iakd_weight: Of the distillation that keeps the text tower's predictions on clean images.
-        takd_weight: Of the distillation that keeps the image tower's predictions; by default 0 in "aaai", 1 in "v1".
-        takd_student: Image whose prediction the latter draws to the original's clean one: "adversarial" or "clean".
+        takd_student: Image whose prediction the image tower's distillation draws to the original's clean one.
         text_params: What of the text tower trains: "encoder" (all of it, the default), "projection" or "none" (the
             default with `use_peft`; an adapter reaches the text tower only where this asks for it).
     """
@@ -94,12 +89,8 @@ def hyperspherical_energy(texts: Tensor) -> Tensor:
 def required_gap(texts: Tensor, labels: Tensor, *, margin: float, mode: str = "distance") -> Tensor:
     """How much closer than class k an image should lie to its own class, shape (batch, classes), without gradient.
 
-    Args:
-        texts: Unit class embeddings, shape (classes, dim).
-        labels: True classes, shape (batch,).
-        margin: m.
-        mode: "distance" is `m (1 - s)` with s the cosine of the two class texts, "similarity" is `m max(s, 0)`,
-            "constant" is `m`. What stands at the true class is cut off by the gate.
+    With s the cosine of the two class texts and m the margin, "distance" is `m (1 - s)`, "similarity" `m max(s, 0)`,
+    "constant" `m`. What stands at the true class is cut off by the gate.
     """
     # Without gradient: cross-entropy falls with the gap, so the texts would learn to move together.
     similarity = cosines(texts, texts).detach()[labels]

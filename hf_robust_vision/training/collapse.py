@@ -33,12 +33,8 @@ def mean_pairwise_cosine(embeds: Tensor, total: Callable[[Tensor], Tensor] = lam
 def check_collapse(pairwise: float, original: float, on_collapse: str, step: int, hint: str) -> None:
     """Stop a run whose embeddings have lost nearly all of the original's spread, or, at "record", only warn.
 
-    Args:
-        pairwise: Mean pairwise cosine of the tuned encoder.
-        original: The same of the original on the same images.
-        on_collapse: "stop" or "record".
-        step: Global step, for the message.
-        hint: What to type, and what is left.
+    `pairwise` and `original` are the mean pairwise cosines of tuned and original encoder on the same images; `hint` says
+    what to type.
 
     Raises:
         CollapseError: If they have, and `on_collapse` is "stop".

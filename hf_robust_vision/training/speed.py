@@ -14,11 +14,10 @@ from torch import nn
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """As `torch.set_float32_matmul_precision`, restored at the end; "highest" leaves what is set."""
-    if precision == "highest":
-        yield
-        return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    if precision != "highest":
+        torch.set_float32_matmul_precision(precision)
+    # Restored after each step: an evaluation in between would report numbers of a precision that nobody asked it for.
     try:
         yield
     finally:

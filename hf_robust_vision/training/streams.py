@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_robust_vision.data.datasets import StreamedImages
 
@@ -54,37 +53,29 @@ def _no_image(rank: int, world: int) -> str:
     )
 
 
-def stream_loader(
-    stream: StreamedImages,
-    args: TrainingArguments,
-    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
-) -> DataLoader:
-    """Batches of this process's share of a stream; a ValueError if something is to happen at the end of each epoch."""
-    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
-        if getattr(args, name) == "epoch":
-            raise ValueError(f"a stream has no epochs, so {name}=epoch would wait for ever; type --{name} steps.")
-    # Not prepared by accelerate, which would let one process read and decode for all; its class moves the batches to the
-    # device. After a resume `Trainer` reads and drops as many batches as were seen.
-    return DataLoaderShard(
-        Endless(stream.share(args.process_index, args.world_size)),
-        device=args.device,
-        batch_size=args.train_batch_size,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        persistent_workers=args.dataloader_persistent_workers,
-    )
-
-
 class StreamTrainer(Trainer):
     """The part of `Trainer` that reads, for streams."""
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer` does; of a stream each process reads its own share."""
-        if isinstance(self.train_dataset, StreamedImages):
-            return stream_loader(self.train_dataset, self.args, self.data_collator)
-        return super().get_train_dataloader()
+        args, stream = self.args, self.train_dataset
+        if not isinstance(stream, StreamedImages):
+            return super().get_train_dataloader()
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(args, name) == "epoch":
+                raise ValueError(f"a stream has no epochs, so {name}=epoch would wait for ever; type --{name} steps.")
+        # Not prepared by accelerate, which would let one process read and decode for all; its class moves the batches to
+        # the device. After a resume `Trainer` reads and drops as many batches as were seen.
+        return DataLoaderShard(
+            Endless(stream.share(args.process_index, args.world_size)),
+            device=args.device,
+            batch_size=args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """As `Trainer` does, but a stream that ends, as none of this process's workers got an image, is a ValueError."""

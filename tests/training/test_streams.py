@@ -8,9 +8,9 @@ import warnings
 import pytest
 
 from hf_robust_vision.data.datasets import StreamedImages
-from hf_robust_vision.training.streams import Endless, stream_loader
+from hf_robust_vision.training.streams import Endless
 from tests.conftest import make_dataset
-from tests.training.helpers import arguments, make_stream, make_trainer
+from tests.training.helpers import make_stream, make_trainer
 from tests.training.ranks import said, start
 
 
@@ -58,12 +58,14 @@ def test_skipped_images_are_told_at_every_tenfold():
     ]
 
 
-def test_persistent_workers_are_kept(tmp_path):
-    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    assert stream_loader(make_stream(), arguments(tmp_path, **settings), list).persistent_workers
-    assert not stream_loader(make_stream(), arguments(tmp_path), list).persistent_workers
+@pytest.mark.parametrize("persistent", [True, False])
+def test_persistent_workers_are_kept(persistent, clip_folder, tmp_path):
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent}
+    trainer = make_trainer(clip_folder, tmp_path, train=make_stream(), **settings)
+    assert trainer.get_train_dataloader().persistent_workers == persistent
 
 
-def test_a_stream_has_no_epochs(tmp_path):
+def test_a_stream_has_no_epochs(clip_folder, tmp_path):
+    trainer = make_trainer(clip_folder, tmp_path, train=make_stream(), save_strategy="epoch")
     with pytest.raises(ValueError, match="type --save_strategy steps"):
-        stream_loader(make_stream(), arguments(tmp_path, save_strategy="epoch"), list)
+        trainer.train()
