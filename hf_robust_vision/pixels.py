@@ -21,16 +21,11 @@ _RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # the codes of PI
 
 
 def check_images(images: Tensor, *, name: str = "images") -> Tensor:
-    """Return `images` unchanged, or say why they are not raw images.
-
-    Args:
-        images: Float tensor in [0, 1], shape (batch, 3, height, width).
-        name: What to call the tensor in an error.
+    """Return `images` unchanged, or say why they are no floats in [0, 1] of shape (batch, 3, height, width).
 
     Raises:
         TypeError: If `images` is not a floating-point tensor.
-        ValueError: If the shape is wrong, a value is not finite, or a value lies outside [0, 1] (which is what a
-            normalised tensor looks like).
+        ValueError: If the shape is wrong, or a value is not finite or outside [0, 1], as those of a normalised tensor.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -39,6 +34,7 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
         raise ValueError(f"{name} must have shape (batch, 3, height, width), got {tuple(images.shape)}.")
     if images.numel() == 0:
         return images
+    # One pass, one wait for the device. Asked in this form, a NaN is refused as well: it makes both ends NaN.
     low, high = torch.stack(torch.aminmax(images.detach())).tolist()
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(
@@ -74,8 +70,8 @@ class PixelTransform:
     Args:
         resize: Length of the shortest edge after the resize, in pixels, or (height, width).
         crop: Height and width of the centre crop, or None for no crop.
-        mean: Channel means that normalisation subtracts.
-        std: Channel standard deviations that normalisation divides by.
+        mean: Of each channel, subtracted by normalisation.
+        std: Of each channel, divided by.
         mode: Interpolation of `torch.nn.functional.interpolate`. Against PIL, bicubic differs by at most 1.2/255 a
             pixel, because PIL rounds to whole numbers, and by nothing where no resize is needed.
     """
@@ -116,14 +112,7 @@ class PixelTransform:
         return cls(resize, crop, tuple(processor.image_mean), tuple(processor.image_std), _RESAMPLE[resample])
 
     def fit(self, images: Tensor) -> Tensor:
-        """Resize and centre-crop images in [0, 1] to what the tower takes; still in [0, 1].
-
-        Args:
-            images: Shape (batch, 3, height, width), any size.
-
-        Returns:
-            Shape (batch, 3, *crop), the same tensor if it already fits.
-        """
+        """Resize and centre-crop images in [0, 1] to what the tower takes; the same tensor if they already fit."""
         height, width = images.shape[-2:]
         if isinstance(self.resize, int):
             # Processors truncate the longer edge; a pixel more would shift the crop. Whole numbers, because the
@@ -133,6 +122,7 @@ class PixelTransform:
         else:
             target = self.resize
         if target != (height, width):
+            # Antialiased, as PIL's resize is; bicubic overshoots at edges, out of [0, 1].
             smooth = self.mode in ("bilinear", "bicubic")
             images = F.interpolate(
                 images, target, mode=self.mode, antialias=smooth, align_corners=False if smooth else None

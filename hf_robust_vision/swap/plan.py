@@ -55,7 +55,8 @@ def make_plan(tower: Tower, source: Source, resize: str, asked: Mapping[str, Any
 
     `asked` are the settings, by their names in `Geometry`, that the user says the weights were trained with.
     """
-    old, new = tower.geometry, source.completed(tower.geometry, asked)
+    old = tower.geometry
+    new = source.completed(old, asked)
     _check_geometry(tower, old, new, {*asked, *(["image_size"] if resize != "error" else [])})
     state = dict(source.state)
     if resize == "interpolate":
