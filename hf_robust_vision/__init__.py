@@ -35,7 +35,7 @@ _HOME = {
     "TeCoAArguments": "methods.tecoa",
     "TeCoATrainer": "methods.tecoa",
     "apgd": "attacks",
-    "as_encoder": "towers.clip",
+    "as_encoder": "towers.load",
     "check_retrieval_sanity": "sanity.check",
     "check_sanity": "sanity.check",
     "evaluate_corruptions": "evaluation.tasks.corruptions",
@@ -44,12 +44,12 @@ _HOME = {
     "fab": "attacks",
     "fgsm": "attacks",
     "get_protocol": "attacks",
-    "load_encoder": "towers.clip",
+    "load_encoder": "towers.load",
     "load_labelled_images": "data.datasets",
     "load_results": "evaluation.results",
     "load_robust_encoder": "hub.load",
     "make_text_bank": "towers.text_bank",
-    "merge_adapter": "towers.clip",
+    "merge_adapter": "towers.load",
     "pgd": "attacks",
     "push_robust_encoder": "hub.push",
     "remeasure": "evaluation.tasks.zero_shot",
@@ -140,7 +140,7 @@ if TYPE_CHECKING:
     from .report.page import write_report
     from .sanity.check import check_retrieval_sanity, check_sanity
     from .swap.swap import swap_vision_encoder
-    from .towers.clip import as_encoder, load_encoder, merge_adapter
+    from .towers.load import as_encoder, load_encoder, merge_adapter
     from .towers.text_bank import make_text_bank
     from .training.base import AdversarialTrainer
     from .training.config import AdversarialTrainingArguments

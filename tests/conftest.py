@@ -21,7 +21,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import TEMPLATES
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.towers.clip import load_encoder, load_tokenizer
+from hf_robust_vision.towers.load import load_encoder
+from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import _warn_of_twins, make_text_bank
 
 

@@ -90,7 +90,7 @@ def test_layers(file):
 def test_layers_see_relative_imports():
     """The reader of imports itself: a relative one is resolved."""
     names = set(imports(PACKAGE / "methods" / "sim_clip.py"))
-    assert {"hf_robust_vision.training.base.Batch", "hf_robust_vision.towers.clip.Encoder", "torch.nn"} <= names
+    assert {"hf_robust_vision.training.base.Batch", "hf_robust_vision.towers.load.Encoder", "torch.nn"} <= names
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

@@ -14,7 +14,9 @@ from hf_robust_vision.evaluation.repeat import Repeat, repeat_zero_shot
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
 from hf_robust_vision.towers.adapters import holds_adapter, original_of
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, load_encoder, load_tokenizer, merge_adapter
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.load import Encoder, load_encoder, merge_adapter
+from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.weights import local_or_hub
 
 from .card import hardened

@@ -17,7 +17,9 @@ from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
 from hf_robust_vision.towers.adapters import ADAPTER_FILES, ADAPTER_FOLDER, CONFIG_FILE, WEIGHTS_FILE, holds_adapter
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import CLIPEncoder, load_encoder, load_image_processor, load_tokenizer, vision_half
+from hf_robust_vision.towers.clip import CLIPEncoder, vision_half
+from hf_robust_vision.towers.load import load_encoder
+from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 
 from .card import eval_results, hardened, is_hub_id, set_kind
 from .usage import KINDS, replace_usage, usage_block

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_robust_vision.attacks import CrossEntropy, Objective
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.towers.clip import Encoder
+from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.training.base import AdversarialTrainer, Batch
 
 

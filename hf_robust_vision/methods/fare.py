@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from hf_robust_vision.attacks import Objective, squared_l2
-from hf_robust_vision.towers.clip import Encoder
+from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.training.base import Batch
 
 from .features import FeatureArguments, FeatureTrainer

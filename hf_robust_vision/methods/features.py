@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_robust_vision.attacks import cosine_distance
-from hf_robust_vision.towers.base import EncoderOutput
-from hf_robust_vision.towers.clip import FEATURES
+from hf_robust_vision.towers.base import FEATURES, EncoderOutput, Reads
 from hf_robust_vision.towers.reference import Reference
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.config import AdversarialTrainingArguments, one_of
-from hf_robust_vision.training.layers import Reads
 
 
 @dataclass
@@ -24,16 +23,20 @@ class FeatureArguments(AdversarialTrainingArguments):
     """Arguments of `FeatureTrainer`; only the added fields are listed.
 
     Args:
-        feature: "pooled" (the papers), "patch_tokens" or "both"; a VLM reads patch tokens.
-        token_layer: Entry of `hidden_states` that the tokens come from; -2 is what LLaVA reads.
+        feature: "pooled" (the papers), "patch_tokens" or "both"; "language_tokens", which the language model of a VLM
+            reads, or "language_and_patch_tokens".
+        token_layer: Entry of `hidden_states` that the patch tokens come from; -2 is what LLaVA reads.
+        token_distance: Between tokens: "squared_l2", over their variance, or "cosine".
     """
 
-    feature: str = field(default="pooled", metadata={"help": "pooled, patch_tokens or both."})
+    feature: str = field(default="pooled", metadata={"help": f"{', '.join(FEATURES)}."})
     token_layer: int = field(default=-2, metadata={"help": "Layer of the patch tokens; -2 is what LLaVA reads."})
+    token_distance: str = field(default="squared_l2", metadata={"help": "squared_l2 or cosine."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("feature", self.feature, FEATURES)
+        one_of("feature", self.feature, tuple(FEATURES))
+        one_of("token_distance", self.token_distance, ("squared_l2", "cosine"))
 
 
 class FeatureTrainer(AdversarialTrainer):
@@ -48,7 +51,7 @@ class FeatureTrainer(AdversarialTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.token_variance = token_variance(self.reference, self.train_dataset)
+        self.token_variances = token_variances(self.reference, self.train_dataset)
         self.distance = self.distance_by(self.pooled_distance)
 
     @classmethod
@@ -58,49 +61,70 @@ class FeatureTrainer(AdversarialTrainer):
 
     def features(self, model: Any, images: Tensor) -> EncoderOutput:
         """One forward pass that gives what `FeatureDistance` compares."""
-        return model(images, token_layer=self.token_layer)
+        return model(images, **self.asked)
 
     def distance_by(self, pooled: Callable[[Tensor, Tensor], Tensor]) -> FeatureDistance:
         """The distance on the features that were asked for, with `pooled` on the pooled embeddings."""
-        return FeatureDistance(self.args.feature, pooled, self.token_variance)
+        return FeatureDistance(self.args.feature, pooled, self.token_variances, self.args.token_distance)
 
 
 @dataclass(frozen=True)
 class FeatureDistance:
-    """Distance of encoder outputs per image, on the features that are to become robust.
+    """Distance of encoder outputs per image, on the features that are to become robust: a sum over those of `FEATURES`.
 
-    "pooled" compares the projected class-token embeddings by the distance `pooled`, "patch_tokens" the tokens h of one
-    layer as `mean((h - h0)^2) / token_variance`, "both" adds the two.
+    Pooled embeddings are compared by the distance `pooled`; tokens h of one layer as `mean((h - h0)^2) / variance`, or
+    as the mean of `1 - cosine` over the tokens.
+
+    Args:
+        feature: One of `FEATURES`.
+        pooled: Distance of pooled embeddings.
+        variances: One of each layer that gives tokens, see `token_variances`; 1 where there is none.
+        token_distance: "squared_l2" or "cosine".
     """
 
     feature: str
     pooled: Callable[[Tensor, Tensor], Tensor] = cosine_distance
-    token_variance: float = 1.0
+    variances: tuple[float, ...] = ()
+    token_distance: str = "squared_l2"
 
     def __call__(self, output: EncoderOutput, target: EncoderOutput) -> Tensor:
         """One distance per image, shape (batch,), in float32 at least."""
         distance: Tensor | float = 0.0
-        if self.feature != "patch_tokens":
+        if "image_embeds" in FEATURES[self.feature]:
             distance = self.pooled(_wide(output.image_embeds), _wide(target.image_embeds))
-        if self.feature != "pooled":
-            # Deep layers have tokens of any size; over their variance they count as much as the pooled term.
-            error = (_wide(output.patch_tokens) - _wide(target.patch_tokens)).square().flatten(1).mean(1)
-            distance = distance + error / self.token_variance
+        variances = self.variances or repeat(1.0)
+        layers = zip(token_layers(output, self.feature), token_layers(target, self.feature), variances)
+        for tokens, original, variance in layers:
+            if self.token_distance == "cosine":
+                distance = distance + (1 - F.cosine_similarity(_wide(tokens), _wide(original), dim=-1)).mean(1)
+            else:
+                # Deep layers have tokens of any size; over their variance they count as much as the pooled term.
+                distance = distance + (_wide(tokens) - _wide(original)).square().flatten(1).mean(1) / variance
         assert isinstance(distance, Tensor)
         return distance
 
 
-def token_variance(reference: Reference, dataset: Any, images: int = 64) -> float:
-    """Variance of each token dimension over images and patches, averaged over the dimensions.
+def token_layers(output: EncoderOutput, feature: str) -> list[Tensor]:
+    """The tokens among the features that were asked for, each of shape (batch, tokens, width)."""
+    found: list[Tensor] = []
+    for entry in FEATURES[feature]:
+        if entry != "image_embeds" and (value := output.get(entry)) is not None:
+            found += value.unbind(2) if entry == "deepstack_tokens" else [value]
+    return found
 
-    1 if the reference reads no tokens or there is no dataset.
+
+def token_variances(reference: Reference, dataset: Any, images: int = 64) -> tuple[float, ...]:
+    """Variance of each token dimension over images and places, averaged over the dimensions; one of each layer.
+
+    None of them, which stands for 1, if the reference reads no tokens or there is no dataset.
     """
-    if reference.token_layer is None or dataset is None:
-        return 1.0
+    feature = reference.reads.feature
+    if feature == "pooled" or dataset is None:
+        return ()
     # Of the first images rather than of a batch: one number for every process, and the same again after a resume.
     sample = torch.stack([item["images"] for item in islice(dataset, images)])
-    tokens = reference(sample.to(next(reference.encoder.parameters()).device)).patch_tokens
-    return float(tokens.double().flatten(0, 1).var(0).mean())
+    output = reference(sample.to(next(reference.encoder.parameters()).device))
+    return tuple(float(tokens.double().flatten(0, 1).var(0).mean()) for tokens in token_layers(output, feature))
 
 
 def split_output(output: EncoderOutput, size: int) -> tuple[EncoderOutput, EncoderOutput]:

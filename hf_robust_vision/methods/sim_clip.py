@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_robust_vision.attacks import Objective, cosine_distance, squared_l2
 from hf_robust_vision.towers.base import EncoderOutput
-from hf_robust_vision.towers.clip import Encoder
+from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.training.base import Batch
 from hf_robust_vision.training.config import need_number, one_of
 

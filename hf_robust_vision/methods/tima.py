@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from hf_robust_vision.attacks import CrossEntropy, Objective
 from hf_robust_vision.data.templates import get_templates
-from hf_robust_vision.towers.clip import Encoder
+from hf_robust_vision.towers.base import Reads
+from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts, tokenize
 from hf_robust_vision.training.base import Batch
 from hf_robust_vision.training.config import AdversarialTrainingArguments, need_number, one_of
-from hf_robust_vision.training.layers import Reads
 
 from .classes import ClassTrainer, cosines, divergence
 

@@ -24,7 +24,9 @@ from hf_robust_vision.report.page import write_report
 from hf_robust_vision.report.pictures import plot_curve
 from hf_robust_vision.report.tables import comparison_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
-from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, load_encoder, load_image_processor, load_tokenizer
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.load import Encoder, load_encoder
+from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.config import AdversarialTrainingArguments
 from hf_robust_vision.training.publishing import check_push

@@ -25,7 +25,9 @@ from hf_robust_vision.processes import barrier, meet, part, rank_and_world
 from hf_robust_vision.report.page import write_report
 from hf_robust_vision.report.tables import results_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
-from hf_robust_vision.towers.clip import CLIPEncoder, load_encoder, load_tokenizer
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.load import load_encoder
+from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 
 from .estimate import say_cost

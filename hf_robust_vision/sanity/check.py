@@ -15,7 +15,8 @@ from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.task import RobustnessProtocol, Task, need_usable
 from hf_robust_vision.evaluation.tasks import Retrieval, RetrievalProtocol, ZeroShot
 from hf_robust_vision.towers.base import attack_mode
-from hf_robust_vision.towers.clip import CLIPEncoder, Encoder
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.text_bank import TextBank
 
 from .bench import Bench, pick, right_on_grey

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPModel
 
-from hf_robust_vision.towers.clip import load_clip, load_image_processor, load_tokenizer
+from hf_robust_vision.towers.clip import load_clip
+from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 from hf_robust_vision.towers.weights import load_state_dict
 
 from .open_clip import PROJECTION, clip_state, hf_to_openclip

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,75 @@ class EncoderOutput(ModelOutput):
     # What a language model reads: shape (batch, tokens, width); of earlier layers, too, (batch, tokens, layers, width).
     language_tokens: Tensor = None  # type: ignore[assignment]
     deepstack_tokens: Tensor = None  # type: ignore[assignment]
+
+
+# What a loss may look at: the entries of an `EncoderOutput` that hold it.
+FEATURES = {
+    "pooled": ("image_embeds",),
+    "patch_tokens": ("patch_tokens",),
+    "both": ("image_embeds", "patch_tokens"),
+    "language_tokens": ("language_tokens", "deepstack_tokens"),
+    "language_and_patch_tokens": ("language_tokens", "deepstack_tokens", "patch_tokens"),
+}
+DEFAULT_TOKEN_LAYER = -2  # the layer that LLaVA reads
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What of the network a method's loss reads; that trains, and nothing else.
+
+    Args:
+        feature: One of `FEATURES`.
+        token_layer: Entry of `hidden_states` that patch tokens come from.
+        text: What of the text tower trains: "encoder" (all of it), "projection" or "none".
+
+    Raises:
+        ValueError: If there is no such feature.
+    """
+
+    feature: str = "pooled"
+    token_layer: int = DEFAULT_TOKEN_LAYER
+    text: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.feature not in FEATURES:
+            raise ValueError(f"unknown feature {self.feature!r}; choose one of {', '.join(map(repr, FEATURES))}.")
+
+    def __contains__(self, entry: str) -> bool:
+        return entry in FEATURES[self.feature]
+
+    def asked(self) -> dict[str, Any]:
+        """What to ask of an encoder's forward pass beside its images."""
+        layer = self.token_layer if "patch_tokens" in self else None
+        return {"token_layer": layer} | ({"language_tokens": True} if "language_tokens" in self else {})
+
+
+def freeze_unread(encoder: Any, reads: Reads) -> None:
+    """Let gradients flow only to what a loss on these features reaches, in place; `logit_scale` always stays.
+
+    A parameter without a gradient would break DDP, and weight decay would still shrink it. Which have one depends on
+    the class, the layer and the feature; a backward pass tells for all of them.
+
+    Raises:
+        ValueError: If the encoder does not give these features.
+    """
+    encoder.requires_grad_(False)
+    for part in encoder.trained_parts():
+        part.requires_grad_(True)
+    read = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    with torch.enable_grad():
+        output = encoder(encoder.probe(), **reads.asked())
+        looked_at = [output[entry] for entry in FEATURES[reads.feature] if output.get(entry) is not None]
+        total = torch.stack([part.float().square().sum() for part in looked_at]).sum()
+    gradients = torch.autograd.grad(total, read, allow_unused=True)
+    for module, mode in modes.items():
+        module.training = mode
+    for parameter, gradient in zip(read, gradients):
+        parameter.requires_grad_(gradient is not None and bool(gradient.any()))
+    for part in encoder.text_parts(reads.text):
+        part.requires_grad_(True)
 
 
 @contextmanager

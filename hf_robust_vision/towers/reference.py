@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from .base import EncoderOutput
-from .clip import Encoder
+from .base import EncoderOutput, Reads
+from .load import Encoder
 
 
 _PROBES = 64  # pixels that tell an image that was seen before from a changed one
@@ -24,12 +24,12 @@ class Reference:
     original of a model whose adapter, added afterwards, is all that trains.
     """
 
-    def __init__(self, encoder: Encoder, token_layer: int | None = None, *, share_weights: bool = False):
+    def __init__(self, encoder: Encoder, reads: Reads | None = None, *, share_weights: bool = False):
         shared = {id(parameter): parameter for parameter in encoder.parameters()} if share_weights else {}
         self.encoder = copy.deepcopy(encoder, shared).eval()
         if not share_weights:
             self.encoder.requires_grad_(False)
-        self.token_layer = token_layer
+        self.reads = reads or Reads()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> EncoderOutput:
@@ -38,7 +38,7 @@ class Reference:
         tensors = [*self.encoder.parameters(), *self.encoder.buffers()]
         if any(tensor.device != images.device for tensor in tensors):
             self.encoder.to(images.device)
-        return self.encoder(images, token_layer=self.token_layer)
+        return self.encoder(images, **self.reads.asked())
 
 
 class TargetCache:

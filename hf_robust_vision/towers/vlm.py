@@ -14,15 +14,18 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_robust_vision.pixels import PixelTransform
 
+from .adapters import has_adapter, save_adapter
 from .base import EncoderOutput, attack_mode
 from .graft import Origin
+from .processors import load_image_processor
 from .vlm_inputs import TOLERANCE, ramps
-from .weights import FLOATS, check_weights, weights_files
+from .weights import FLOATS, check_weights, local_or_hub, weights_files
 
 
 MOST_PIXELS = 448  # side of the square that a tower of any size is given by default
@@ -94,24 +97,19 @@ class VLMEncoder:
         """The vision tower, as transformers finds it."""
         return self.get_encoder(modality="image")
 
-    def freeze_unread(self: Any, **_: Any) -> None:
-        """Let gradients flow to the tower's weights that the tokens depend on; to the projector's, too, if asked.
+    def trained_parts(self: Any) -> list[nn.Module]:
+        """What a loss on the tokens may train: the tower and, if asked, all that lies between it and the tokens."""
+        return [self if self.train_projector else self.tower]
 
-        A weight that nothing reads (a layer behind the one that the projector takes, a pooling head) would break DDP,
-        and weight decay would still shrink it. Which these are, a backward pass tells for any class.
+    def text_parts(self, text: str) -> list[nn.Module]:
+        """There is no text tower.
+
+        Raises:
+            ValueError: If one is to train.
         """
-        self.requires_grad_(False)
-        (self if self.train_projector else self.tower).requires_grad_(True)
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        training = self.training
-        self.eval()
-        output = self(self.probe())
-        parts = [output.language_tokens, output.deepstack_tokens]
-        total = sum(part.float().square().sum() for part in parts if part is not None)
-        gradients = torch.autograd.grad(total, trained, allow_unused=True)
-        self.train(training)
-        for parameter, gradient in zip(trained, gradients):
-            parameter.requires_grad_(gradient is not None)
+        if text != "none":
+            raise ValueError(f"a VLM's encoder has no text tower, of which {text!r} could train.")
+        return []
 
     def probe(self: Any) -> Tensor:
         """An image of the size that is attacked, different everywhere, shape (1, 3, height, width)."""
@@ -121,8 +119,9 @@ class VLMEncoder:
 
     def save_checkpoint(self: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write what is here, tower and projector, under its names in the module: of a run, not a model to load."""
-        from safetensors.torch import save_file
-
+        if has_adapter(self):
+            save_adapter(self, folder)
+            return
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = {name: value.contiguous() for name, value in (state_dict or self.state_dict()).items()}
         save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
@@ -239,11 +238,43 @@ def load_vlm(
     check_weights(encoder.state_dict(), name)
     encoder.origin = origin
     origin.check_names(encoder)
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} has no image processor (preprocessor_config.json): {error}") from error
-    return _finished(encoder, processor, resolution)
+    return _finished(encoder, load_image_processor(name, revision=revision), resolution)
+
+
+class LanguageReader:
+    """What a VLM makes of a tower that it will be given: the tower's images to what its language model reads.
+
+    Args:
+        name: Folder or Hub id of the VLM; its language model is not read.
+        revision: Branch, tag or commit on the Hub.
+        resolution: See `as_encoder`.
+    """
+
+    def __init__(self, name: str, *, revision: str | None = None, resolution: int | None = None):
+        self.vlm = load_vlm(local_or_hub(name), revision=revision, resolution=resolution).eval().requires_grad_(False)
+
+    def of(self, encoder: Any) -> LanguageReader:
+        """This reader, looking through the vision tower of an encoder from now on.
+
+        Raises:
+            ValueError: If the VLM's tower is of another class or shape.
+        """
+        own, theirs = encoder.tower, self.vlm.tower
+        shapes = [{name: tuple(value.shape) for name, value in part.state_dict().items()} for part in (own, theirs)]
+        if type(own) is not type(theirs) or shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the tower of {self.vlm.stock_class.__name__} is a {type(theirs).__name__} of "
+                f"{sum(value.numel() for value in theirs.parameters()):,} weights, the one to train a "
+                f"{type(own).__name__} of {sum(value.numel() for value in own.parameters()):,}: it could not be swapped in."
+            )
+        self.vlm.set_submodule(path_of(self.vlm, theirs), own)
+        return self
+
+    def __call__(self, images: Tensor) -> EncoderOutput:
+        """See `VLMEncoder.forward`."""
+        if any(part.device != images.device for part in self.vlm.parameters()):
+            self.vlm.to(images.device)
+        return self.vlm(images)
 
 
 def _finished(encoder: Any, processor: Any, resolution: int | None) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -20,10 +19,11 @@ from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
-from hf_robust_vision.pixels import PixelTransform, check_images
+from hf_robust_vision.pixels import check_images
 from hf_robust_vision.towers.adapters import add_adapter, has_adapter
-from hf_robust_vision.towers.base import attack_mode, weights_sha256
-from hf_robust_vision.towers.clip import CLIPEncoder, Encoder, as_encoder, freeze_unread, load_encoder, token_layer_of
+from hf_robust_vision.towers.base import Reads, attack_mode, freeze_unread, weights_sha256
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.load import Encoder, as_encoder, load_encoder
 from hf_robust_vision.towers.reference import Reference, TargetCache
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 from hf_robust_vision.towers.weights import check_weights
@@ -33,7 +33,7 @@ from .checkpoints import Setting, complete_checkpoint
 from .collapse import check_collapse, mean_pairwise_cosine
 from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
-from .layers import Reads, decay_learning_rates, freeze_first_blocks
+from .layers import decay_learning_rates, freeze_first_blocks
 from .publishing import PublishWhenMeasured
 from .resume import ResumableTrainer
 from .speed import compile_in_place, matmul_precision
@@ -91,7 +91,9 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     ):
         if unknown := set(parts) - set(TrainerParts.__annotations__):
             raise TypeError(f"{type(self).__name__} has no use for {', '.join(sorted(unknown))}; leave it out.")
-        encoder = load_encoder(model) if isinstance(model, str) else as_encoder(model, _transform(processing_class))
+        encoder = (
+            load_encoder(model) if isinstance(model, str) else as_encoder(model, _image_processor(processing_class))
+        )
         if has_adapter(encoder):
             raise ValueError("the model holds an adapter already; start from the model that it was trained on.")
         check_weights(encoder.state_dict(), "the model to start from")
@@ -99,13 +101,13 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         sha256 = weights_sha256(encoder)  # before an adapter joins them: it is the start that a resume compares
         self.start = Setting(sha256, f"--model_name_or_path {encoder.name_or_path} (weights {sha256[:12]})")
         reads = self.reads(args)
-        self.token_layer = token_layer_of(reads.feature, reads.token_layer)
-        freeze_unread(encoder, **asdict(reads))
+        self.asked = reads.asked()
+        freeze_unread(encoder, reads)
         freeze_first_blocks(encoder, args.freeze_blocks)
         if parts.get("optimizers", (None,))[0] is None:
             _need_optimizer(args, encoder)
         # Before the adapter is added, or the original would learn with the model that is compared with it.
-        self.reference = reference or Reference(encoder, self.token_layer, share_weights=args.use_peft)
+        self.reference = reference or Reference(encoder, reads, share_weights=args.use_peft)
         if args.use_peft:
             layers, seed = args.lora_target_modules, args.seed
             add_adapter(encoder, args.lora_r, args.lora_alpha, args.lora_dropout, target_modules=layers, seed=seed)
@@ -222,7 +224,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     @torch.no_grad()
     def _monitor(self, encoder: Encoder, batch: Batch, objective: Objective, adversarial: Tensor) -> None:
         """Measure, on this batch, how strong the attack is and how far the encoder went from the original."""
-        clean, original = encoder(batch.images).image_embeds, batch.original.image_embeds
+        clean, original = encoder(batch.images, **self.asked).image_embeds, batch.original.image_embeds
         self.record("cosine_to_original", F.cosine_similarity(clean, original))
         self.record("attack_loss", reached := objective(adversarial))
         self.record("attack_gain", reached - objective(batch.images))
@@ -247,7 +249,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
             raise ValueError(f"the weights are not finite after step {self.state.global_step}; {hint}")
         if self._last_images is not None:
             with torch.no_grad(), attack_mode(encoder := self.accelerator.unwrap_model(self.model)):
-                embeds = encoder(self._last_images).image_embeds
+                embeds = encoder(self._last_images, **self.asked).image_embeds
                 original = self.reference(self._last_images).image_embeds
             self._check_spread(embeds, original)
 
@@ -344,6 +346,7 @@ def _need_optimizer(args: AdversarialTrainingArguments, encoder: Encoder) -> Non
         raise ValueError(f"--optim {optim} with --lr_scheduler_type {schedule}: {error}") from error
 
 
-def _transform(processing_class: Any) -> PixelTransform | None:
+def _image_processor(processing_class: Any) -> Any:
+    """The image processor of a processing class, or None where that is a tokenizer alone."""
     processor = getattr(processing_class, "image_processor", processing_class)
-    return PixelTransform.from_image_processor(processor) if hasattr(processor, "image_mean") else None
+    return processor if hasattr(processor, "image_mean") else None

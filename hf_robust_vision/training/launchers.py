@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from hf_robust_vision.towers.clip import Encoder
+from hf_robust_vision.towers.load import Encoder
 
 
 def check_launcher(accelerator: Accelerator, *, adapter: bool) -> None:

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_robust_vision.towers.clip import DEFAULT_TOKEN_LAYER, Encoder
+from hf_robust_vision.towers.load import Encoder
 
 
 _BLOCK = re.compile(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.")
 _INPUT = re.compile(r"(vision_model|text_model)\.(embeddings|pre_layrnorm)\.")
-
-
-@dataclass(frozen=True)
-class Reads:
-    """What of the network a method's loss reads; that trains, and nothing else.
-
-    Args:
-        feature: "pooled", "patch_tokens" or "both".
-        token_layer: Entry of `hidden_states` that patch tokens come from.
-        text: What of the text tower trains: "encoder" (all of it), "projection" or "none".
-    """
-
-    feature: str = "pooled"
-    token_layer: int = DEFAULT_TOKEN_LAYER
-    text: str = "none"
 
 
 def freeze_first_blocks(encoder: Encoder, count: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
@@ -18,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.fingerprint import fingerprint
 from hf_robust_vision.towers.adapters import ADAPTER_FOLDER, has_adapter, load_adapter, merged
-from hf_robust_vision.towers.clip import Encoder
+from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.weights import check_weights
 
 from . import checkpoints
@@ -132,7 +133,14 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-        if not has_adapter(self.model) or is_checkpoint(folder):
+        if is_checkpoint(folder):
+            # What is not trained need not lie in every checkpoint: of a VLM that would be the language model.
+            if self.args.should_save:
+                self.model.save_checkpoint(folder, state_dict)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(str(folder))
+                torch.save(self.args, folder / "training_args.bin")
+        elif not has_adapter(self.model):
             super()._save(str(folder), state_dict)
         elif self.args.should_save:
             # `Trainer` saves whatever `self.model` is, its class, config and processor with it.

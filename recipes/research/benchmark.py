@@ -35,7 +35,7 @@ from hf_robust_vision.data.demo import DEMO_EPS, demo_checkpoint, load_demo
 from hf_robust_vision.evaluation.results import wilson_interval
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
 from hf_robust_vision.report.tables import markdown_table
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 
 
 # A part's name on the command line, and that on the page.

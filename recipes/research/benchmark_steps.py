@@ -24,8 +24,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer, siamese_loss
 from hf_robust_vision.report.tables import markdown_table
-from hf_robust_vision.towers.base import attack_mode
-from hf_robust_vision.towers.clip import CLIPEncoder, as_encoder, freeze_unread
+from hf_robust_vision.towers.base import Reads, attack_mode, freeze_unread
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.load import as_encoder
 from hf_robust_vision.training.base import Batch
 
 
@@ -39,7 +40,7 @@ def vit_b_32() -> CLIPEncoder:
     config = CLIPConfig(vision_config=CLIPVisionConfig(patch_size=32).to_dict(), text_config=text)
     torch.manual_seed(0)
     encoder = as_encoder(CLIPModel(config))
-    freeze_unread(encoder)
+    freeze_unread(encoder, Reads())
     return encoder
 
 
@@ -78,8 +79,8 @@ class TwoForwards(SimCLIPTrainer):
 
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
         """The same loss."""
-        clean = model(batch.images, token_layer=self.token_layer)
-        loss = siamese_loss(self.distance, clean, model(adversarial, token_layer=self.token_layer))
+        clean = model(batch.images, **self.asked)
+        loss = siamese_loss(self.distance, clean, model(adversarial, **self.asked))
         return (loss + self.args.anchor_weight * self.distance(clean, batch.original)).mean()
 
 

@@ -52,7 +52,8 @@ from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import Encoder, load_encoder, load_tokenizer
+from hf_robust_vision.towers.load import Encoder, load_encoder
+from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import make_text_bank
 from hf_robust_vision.training.config import Radius
 

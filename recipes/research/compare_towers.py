@@ -55,8 +55,8 @@ from hf_robust_vision.methods.fare import FARETrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.swap import swap_vision_encoder
-from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import FEATURES, load_encoder
+from hf_robust_vision.towers.base import FEATURES, weights_sha256
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
 

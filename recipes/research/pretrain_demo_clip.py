@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from hf_robust_vision.data.demo import CLASS_NAMES, load_demo
 from hf_robust_vision.data.templates import TEMPLATES
-from hf_robust_vision.towers.clip import as_encoder
+from hf_robust_vision.towers.load import as_encoder
 
 
 def main() -> None:

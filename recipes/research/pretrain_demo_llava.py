@@ -31,7 +31,7 @@ from transformers import (
 
 from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.data.demo_questions import PROMPT, Question, load_questions
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 
 
 IMAGE_TOKENS = 64

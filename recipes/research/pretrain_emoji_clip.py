@@ -18,7 +18,8 @@ from transformers import set_seed
 
 from hf_robust_vision.data.datasets import load_labelled_images
 from hf_robust_vision.data.templates import TEMPLATES
-from hf_robust_vision.towers.clip import CLIPEncoder, as_encoder
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.load import as_encoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
 

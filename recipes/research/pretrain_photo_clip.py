@@ -39,7 +39,8 @@ from transformers import set_seed
 
 from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
 from hf_robust_vision.data.templates import TEMPLATES
-from hf_robust_vision.towers.clip import CLIPEncoder, as_encoder, load_encoder
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.load import as_encoder, load_encoder
 from hf_robust_vision.towers.text_bank import tokenize
 
 

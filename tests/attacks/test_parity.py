@@ -26,7 +26,8 @@ from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.towers.base import attack_mode
-from hf_robust_vision.towers.clip import Encoder, load_encoder, load_tokenizer
+from hf_robust_vision.towers.load import Encoder, load_encoder
+from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 
 

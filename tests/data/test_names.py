@@ -13,7 +13,7 @@ from hf_robust_vision.data.templates import CLASS_NAMES, IMAGENET, TEMPLATES, ge
 from hf_robust_vision.pipeline.measure import EvaluationSet
 from hf_robust_vision.pipeline.run_data import DataArguments, load_splits
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.towers.clip import load_tokenizer
+from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import check_templates, make_text_bank
 from tests.conftest import NAMES, SIZE
 from tests.data.test_datasets import rows_of, saved

@@ -51,7 +51,8 @@ from hf_robust_vision.evaluation.tasks import (
     evaluate_vqa,
 )
 from hf_robust_vision.sanity.check import check_task
-from hf_robust_vision.towers.clip import CLIPEncoder, load_image_processor, load_tokenizer
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 
 
 Rows = dict[str, Any]

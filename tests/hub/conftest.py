@@ -17,7 +17,7 @@ from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.report.pictures import plot_curve
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 from tests.conftest import NAMES, picture
 from tests.hub.server import running_hub

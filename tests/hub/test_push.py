@@ -19,7 +19,8 @@ from hf_robust_vision.evaluation.results import load_results, save_results
 from hf_robust_vision.hub.push import PushError, VerificationError
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import as_encoder, load_encoder, vision_half
+from hf_robust_vision.towers.clip import vision_half
+from hf_robust_vision.towers.load import as_encoder, load_encoder
 from tests.hub import client as remote
 from tests.hub.conftest import LEFTOVERS, describe, measure
 from tests.hub.server import Fault

@@ -8,7 +8,7 @@ from transformers import AutoProcessor
 from hf_robust_vision import FAREArguments, FARETrainer, LabelledImages
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_checkpoint
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_robust_vision.attacks import cosine_distance, squared_l2
-from hf_robust_vision.methods.features import FeatureDistance, detached, split_output, token_variance
+from hf_robust_vision.methods.features import FeatureDistance, detached, split_output, token_variances
 from hf_robust_vision.methods.sim_clip import siamese_loss
-from hf_robust_vision.towers.base import EncoderOutput
+from hf_robust_vision.towers.base import EncoderOutput, Reads
 from hf_robust_vision.towers.reference import Reference
 from hf_robust_vision.training.collapse import (
     CollapseError,
@@ -83,11 +83,11 @@ def test_stop_gradient_stops():
 def test_tokens_and_both():
     one = output([[1.0, 0.0]], [[[1.0, 2.0], [3.0, 4.0]]])
     other = output([[0.0, 1.0]], [[[1.0, 0.0], [3.0, 0.0]]])
-    tokens = FeatureDistance("patch_tokens", token_variance=4.0)
-    both = FeatureDistance("both", token_variance=4.0)
+    tokens = FeatureDistance("patch_tokens", variances=(4.0,))
+    both = FeatureDistance("both", variances=(4.0,))
     assert tokens(one, other).item() == pytest.approx((4 + 16) / 4 / 4)
     assert both(one, other).item() == pytest.approx(1 + 1.25)
-    squared = FeatureDistance("both", pooled=squared_l2, token_variance=4.0)
+    squared = FeatureDistance("both", pooled=squared_l2, variances=(4.0,))
     assert squared(one, other).item() == pytest.approx(2 + 1.25)
 
 
@@ -99,12 +99,12 @@ def test_low_precision_is_widened():
 
 def test_token_variance_is_that_of_the_first_images(encoder):
     data = make_dataset(70)
-    reference = Reference(encoder, token_layer=-2)
+    reference = Reference(encoder, Reads("patch_tokens"))
     images = torch.stack([data[i]["images"] for i in range(64)])
     tokens = reference(images).patch_tokens.flatten(0, 1)
-    assert token_variance(reference, data) == pytest.approx(float(tokens.var(0).mean()), rel=1e-5)
-    assert token_variance(Reference(encoder), data) == 1.0
-    assert token_variance(reference, None) == 1.0
+    assert token_variances(reference, data) == pytest.approx([float(tokens.var(0).mean())], rel=1e-5)
+    assert token_variances(Reference(encoder), data) == ()
+    assert token_variances(reference, None) == ()
 
 
 def test_split_and_detach():

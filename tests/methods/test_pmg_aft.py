@@ -10,7 +10,7 @@ from hf_robust_vision import LabelledImages, PMGAFTArguments, PMGAFTTrainer
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_checkpoint
 from hf_robust_vision.methods.pmg_aft import pmg_aft_loss
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 
 
 @pytest.fixture

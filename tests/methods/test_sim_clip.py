@@ -15,7 +15,7 @@ from hf_robust_vision.methods.features import detached
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.towers.base import EncoderOutput
-from hf_robust_vision.towers.clip import as_encoder, load_encoder
+from hf_robust_vision.towers.load import as_encoder, load_encoder
 from hf_robust_vision.training import base
 from hf_robust_vision.training.base import AdversarialTrainer, Batch
 from hf_robust_vision.training.collapse import CollapseError

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, CLIPModel
 from hf_robust_vision import LabelledImages, TeCoAArguments, TeCoATrainer
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_checkpoint
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
 

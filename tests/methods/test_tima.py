@@ -11,7 +11,7 @@ from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_checkpoint
 from hf_robust_vision.methods.classes import cosines
 from hf_robust_vision.methods.tima import confusable, hyperspherical_energy, required_gap
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.training.base import Batch
 
 

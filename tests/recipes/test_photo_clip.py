@@ -13,7 +13,7 @@ from small_clip import build_tokenizer, contrastive_loss
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 from tests.conftest import picture
 
 

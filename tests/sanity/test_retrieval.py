@@ -17,7 +17,8 @@ from hf_robust_vision.report.page import write_report
 from hf_robust_vision.sanity.bench import Bench, pick
 from hf_robust_vision.sanity.check import add_retrieval_sanity, check_retrieval_sanity, sanity_text
 from hf_robust_vision.towers.base import attack_mode, weights_sha256
-from hf_robust_vision.towers.clip import load_encoder, load_tokenizer
+from hf_robust_vision.towers.load import load_encoder
+from hf_robust_vision.towers.processors import load_tokenizer
 from tests.sanity.maskers import InputQuantiser, masked
 
 

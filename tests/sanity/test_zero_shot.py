@@ -20,7 +20,8 @@ from hf_robust_vision.sanity import checks
 from hf_robust_vision.sanity.bench import Bench, Trial
 from hf_robust_vision.sanity.check import add_sanity, check_sanity, sanity_text
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import as_encoder, image_embedder, load_encoder, load_tokenizer
+from hf_robust_vision.towers.load import as_encoder, image_embedder, load_encoder
+from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import make_text_bank
 from tests.conftest import NAMES, TEMPLATE, build_clip, build_processor, make_dataset
 from tests.evaluation.toy_task import BrighterHalf, Halves

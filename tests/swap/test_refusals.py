@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessor
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.swap import swap_vision_encoder
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import as_encoder
+from hf_robust_vision.towers.load import as_encoder
 
 
 REFUSED = {

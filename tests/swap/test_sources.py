@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithP
 
 from hf_robust_vision.swap import find_towers, load_source, swap_vision_encoder
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import as_encoder
+from hf_robust_vision.towers.load import as_encoder
 
 
 def with_projection(clip):

@@ -20,7 +20,7 @@ from hf_robust_vision.swap import hf_to_openclip, swap_vision_encoder
 from hf_robust_vision.swap.convert import convert_checkpoint, export_open_clip, export_v4
 from hf_robust_vision.swap.swap import STRANGE_DRIFT
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import as_encoder
+from hf_robust_vision.towers.load import as_encoder
 
 
 IMAGE, VIDEO = "model.image_tower", "model.video_tower"

@@ -12,16 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from hf_robust_vision.towers import text_bank
-from hf_robust_vision.towers.base import attack_mode, tensor_sha256, weights_sha256
-from hf_robust_vision.towers.clip import (
-    CLIPEncoder,
-    CLIPVisionEncoder,
-    as_encoder,
-    freeze_unread,
-    load_encoder,
-    load_tokenizer,
-    token_layer_of,
-)
+from hf_robust_vision.towers.base import Reads, attack_mode, freeze_unread, tensor_sha256, weights_sha256
+from hf_robust_vision.towers.clip import CLIPEncoder, CLIPVisionEncoder
+from hf_robust_vision.towers.load import as_encoder, load_encoder
+from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.reference import Reference
 from hf_robust_vision.towers.text_bank import make_text_bank
 from tests.conftest import NAMES, build_clip
@@ -242,15 +236,23 @@ def test_template_hash_knows_names_templates_and_order(encoder, clip_folder):
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize(
     ("feature", "layer"),
-    [("pooled", -2), ("both", -2), ("patch_tokens", -2), ("patch_tokens", -1), ("patch_tokens", 1)],
+    [
+        ("pooled", -2),
+        ("both", -2),
+        ("patch_tokens", -2),
+        ("patch_tokens", -1),
+        ("patch_tokens", 1),
+        ("patch_tokens", 0),
+    ],
 )
 def test_freeze_unread_is_what_gradients_reach(encoder, processor, feature, layer, text):
     """Exactly the parameters with a gradient are trainable: one without breaks DDP, one frozen learns nothing."""
-    freeze_unread(encoder, feature=feature, token_layer=layer, text="encoder" if text else "none")
+    reads = Reads(feature, layer, "encoder" if text else "none")
+    freeze_unread(encoder, reads)
     chosen = {name for name, p in encoder.named_parameters() if p.requires_grad}
     encoder.requires_grad_(True)
     prompts = dict(processor.tokenizer(["a red", "a photo of a blue"], padding=True, return_tensors="pt"))
-    output = encoder(IMAGES, prompts if text else None, token_layer=token_layer_of(feature, layer))
+    output = encoder(IMAGES, prompts if text else None, **reads.asked())
     loss = output.text_embeds.square().sum() if text else 0.0
     if feature != "patch_tokens":
         loss = loss + output.image_embeds.pow(3).sum()
@@ -262,11 +264,11 @@ def test_freeze_unread_is_what_gradients_reach(encoder, processor, feature, laye
 
 def test_unknown_feature():
     with pytest.raises(ValueError, match="unknown feature 'cls'.*'pooled'"):
-        token_layer_of("cls", -2)
+        Reads("cls")
 
 
 def test_reference_is_untouched_by_training(encoder):
-    reference = Reference(encoder, token_layer=-2)
+    reference = Reference(encoder, Reads("both"))
     before = reference(IMAGES)
     assert not before.image_embeds.requires_grad
     encoder.train()
@@ -294,7 +296,7 @@ def test_weight_hash_sees_one_bit(encoder):
 def test_a_layer_that_is_not_there_is_refused(encoder, layer):
     """The tiny tower has 2 layers, so 3 hidden states."""
     with pytest.raises(ValueError, match=f"token_layer={layer} is not there"):
-        freeze_unread(encoder, feature="patch_tokens", token_layer=layer)
+        freeze_unread(encoder, Reads("patch_tokens", layer))
 
 
 @pytest.fixture

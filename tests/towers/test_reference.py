@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_robust_vision import TeCoATrainer
+from hf_robust_vision.towers.base import Reads
 from hf_robust_vision.towers.reference import Reference, TargetCache
 from tests.conftest import make_dataset
 from tests.training.helpers import largest_gap, make_trainer, weights
@@ -18,7 +19,7 @@ IMAGES, IDS = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1
 @pytest.fixture
 def reference(encoder):
     """The original, and how many images it was asked for at each call."""
-    inner, calls = Reference(encoder, token_layer=-2), []
+    inner, calls = Reference(encoder, Reads("patch_tokens")), []
 
     def counted(images):
         calls.append(len(images))

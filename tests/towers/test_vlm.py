@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from hf_robust_vision.towers.base import weights_sha256
+from hf_robust_vision.towers.base import Reads, freeze_unread, weights_sha256
 from hf_robust_vision.towers.vlm import Absent, load_vlm, view_vlm
 
 from .zoo import FAMILIES, saved, tiny_vlm
+
+
+READS = Reads("language_tokens")
 
 
 def images_for(encoder, count=2, seed=0):
@@ -82,7 +85,7 @@ class TestContract:
         assert any(isinstance(module, Absent) for module in encoder.modules())
         before = {name: value.clone() for name, value in encoder.state_dict().items()}
         rest = encoder.origin.rest_sha256(encoder)
-        encoder.freeze_unread()
+        freeze_unread(encoder, READS)
         train(encoder)
         tower = {id(value) for value in encoder.tower.parameters()}
         changed = {name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])}
@@ -104,7 +107,7 @@ class TestContract:
         vlm, processor = tiny_vlm(family)
         encoder = view_vlm(vlm, processor)
         before = weights_sha256(vlm)
-        encoder.freeze_unread()
+        freeze_unread(encoder, READS)
         train(encoder)
         assert weights_sha256(vlm) != before, "the VLM in memory sees the trained tower"
         encoder.save_pretrained(tmp_path)
@@ -113,7 +116,7 @@ class TestContract:
 
     def test_what_trains_has_a_gradient(self, family):
         encoder = view_vlm(*tiny_vlm(family))
-        encoder.freeze_unread()
+        freeze_unread(encoder, READS)
         trained = [value for value in encoder.parameters() if value.requires_grad]
         output = encoder(images_for(encoder))
         parts = [part for part in (output.language_tokens, output.deepstack_tokens) if part is not None]
@@ -133,7 +136,7 @@ class TestSaving:
     def test_the_projector_trains_if_asked(self):
         encoder = view_vlm(*tiny_vlm("llava"))
         encoder.train_projector = True
-        encoder.freeze_unread()
+        freeze_unread(encoder, READS)
         assert all(value.requires_grad for value in encoder.model.multi_modal_projector.parameters())
 
     def test_copies_share_the_language_model(self):

@@ -17,7 +17,8 @@ from transformers import CLIPModel, CLIPVisionModel
 from hf_robust_vision import load_robust_encoder
 from hf_robust_vision.swap import load_source, load_state_dict
 from hf_robust_vision.swap.convert import export_open_clip, export_v4
-from hf_robust_vision.towers.clip import load_encoder, load_image_processor, load_tokenizer
+from hf_robust_vision.towers.load import load_encoder
+from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 from hf_robust_vision.towers.text_bank import make_text_bank
 from hf_robust_vision.towers.weights import load_pretrained, local_or_hub
 

@@ -7,7 +7,7 @@ import torch
 
 from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.config import AdversarialTrainingArguments
 from tests.conftest import build_processor, make_dataset

@@ -25,8 +25,7 @@ from hf_robust_vision import (
 from hf_robust_vision.hub.card import is_hub_id
 from hf_robust_vision.pipeline import parse, run
 from hf_robust_vision.towers.adapters import add_adapter, has_adapter
-from hf_robust_vision.towers.base import attack_mode, weights_sha256
-from hf_robust_vision.towers.clip import freeze_unread
+from hf_robust_vision.towers.base import Reads, attack_mode, freeze_unread, weights_sha256
 from tests.training.helpers import largest_gap, make_trainer, weights
 
 
@@ -283,7 +282,7 @@ def test_the_adapter_beside_it_is_a_peft_folder(saved, clip_folder):
 def test_an_adapter_of_vit_b_32_is_one_percent(tmp_path):
     with torch.device("meta"):
         encoder = as_encoder(CLIPModel(CLIPConfig(vision_config={"patch_size": 32})))
-    freeze_unread(encoder)
+    freeze_unread(encoder, Reads())
     whole = encoder.num_parameters()
     add_adapter(encoder, rank=8, alpha=16, dropout=0.0, target_modules=None, seed=0)
     share = encoder.num_parameters(only_trainable=True) / whole

@@ -9,7 +9,7 @@ from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import patch_environment
 from torch import nn
 
-from hf_robust_vision.towers.clip import load_encoder
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.training.launchers import check_launcher
 from tests.training.helpers import arguments, make_trainer
 from tests.training.ranks import said, start

@@ -25,7 +25,7 @@ from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.evaluation.engine import RunSettings, evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, versions, wilson_interval
 from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict
-from hf_robust_vision.towers.clip import Encoder
+from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.text_bank import TextBank
 
 from .zero_shot import ZeroShot, bank_fields

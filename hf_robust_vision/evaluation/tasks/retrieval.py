@@ -26,7 +26,8 @@ from hf_robust_vision.evaluation.images import Remeasured, measure_again
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize_hits
 from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
 from hf_robust_vision.towers.base import attack_mode, tensor_sha256
-from hf_robust_vision.towers.clip import CLIPEncoder, image_embedder, text_embeddings
+from hf_robust_vision.towers.clip import CLIPEncoder, text_embeddings
+from hf_robust_vision.towers.load import image_embedder
 from hf_robust_vision.towers.text_bank import tokenize
 
 

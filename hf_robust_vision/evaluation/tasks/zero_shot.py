@@ -24,7 +24,7 @@ from hf_robust_vision.evaluation.images import Remeasured, measure_again
 from hf_robust_vision.evaluation.results import RobustnessResult, load_samples
 from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
 from hf_robust_vision.towers.base import tensor_sha256
-from hf_robust_vision.towers.clip import Encoder, image_embedder
+from hf_robust_vision.towers.load import Encoder, image_embedder
 from hf_robust_vision.towers.text_bank import TextBank
 
 
