@@ -19,14 +19,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.cli.evaluate import add_measuring, measuring
 from hf_robust_vision.configs import read_yaml
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.typed import from_plain
-from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report
+from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report, protocol_of
 from hf_robust_vision.terminal import Parser, user_errors
-from hf_robust_vision.training.config import Radius
 
 
 KINDS = {
@@ -38,20 +36,13 @@ KINDS = {
 def read_list(file: Path, only: list[str] | None) -> tuple[RobustnessProtocol, list[EvaluationSet]]:
     """The protocol and the datasets of a YAML file, or those of them that are named."""
     values = read_yaml(file)
-    attacks = {"steps", "restarts", "queries"}
     refuse_strays(file, values, set(KINDS))
     for name, value in values.items():
         if not isinstance(value, KINDS[name]) or isinstance(value, bool):
             raise ValueError(f"{file}: {name} must be of type {KINDS[name].__name__}, got {value!r}.")
     if missing := sorted({"protocol", "eps", "datasets"} - set(values)):
         raise ValueError(f"{file} lacks {missing}.")
-    how = RobustnessProtocol(
-        get_protocol(values["protocol"], **{name: values.get(name) for name in attacks}),
-        tuple(float(Radius(eps)) for eps in values["eps"]),
-        values.get("norm", "linf"),
-        batch_size=values.get("batch_size", 64),
-        seed=values.get("seed", 0),
-    )
+    how = protocol_of(values)
     known = {field.name for field in fields(EvaluationSet)}
     for entry in (values.get("defaults", {}), *values["datasets"]):
         refuse_strays(file, entry, known)

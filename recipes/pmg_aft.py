@@ -22,7 +22,7 @@ from hf_robust_vision.terminal import user_errors
 def main() -> None:
     """Parse and run; bad input ends in one line."""
     with user_errors():
-        run(PMGAFTTrainer, *parse(PMGAFTTrainer, demo_config="pmg_aft_demo"))
+        run(PMGAFTTrainer, *parse(PMGAFTTrainer))
         part()
 
 

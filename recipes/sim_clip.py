@@ -22,7 +22,7 @@ from hf_robust_vision.terminal import user_errors
 def main() -> None:
     """Parse and run; bad input ends in one line."""
     with user_errors():
-        run(SimCLIPTrainer, *parse(SimCLIPTrainer, demo_config="sim_clip_demo"))
+        run(SimCLIPTrainer, *parse(SimCLIPTrainer))
         part()
 
 

@@ -46,7 +46,7 @@ SANITY = {"samples": 40, "queries": 200}
 CHECK_EPS = (1, 2, 4, 8, 16, 32)
 
 
-def print_table(results: Sequence[RobustnessResult], drift: float) -> None:
+def print_table(results: Sequence[RobustnessResult], drift: float | None) -> None:
     """Answer accuracy before and after, per kind of question and radius."""
     by_key = {(r.group, r.model, r.eps): r for r in results if r.attack_success is None}
     rows = []
@@ -59,7 +59,8 @@ def print_table(results: Sequence[RobustnessResult], drift: float) -> None:
             cells = [point(by_key[group, model, eps], kind) for model in ("before", "after")]
             rows.append([group, name, *cells])
     print(f"\n{text_table(['questions', 'eps', 'before', 'after'], rows)}")
-    print(f"mean cosine of the clean patch tokens, old tower to new: {drift:.3f}\n")
+    if drift is not None:
+        print(f"mean cosine of the clean patch tokens, old tower to new: {drift:.3f}\n")
 
 
 def print_targeted(results: Sequence[RobustnessResult], target: str) -> None:
@@ -73,6 +74,11 @@ def print_targeted(results: Sequence[RobustnessResult], target: str) -> None:
     print(f"{text_table([f'{target!r} is said', 'before', 'after'], rows)}\n")
 
 
+def questions(args: argparse.Namespace, *, yes_no: bool = False) -> list[Any]:
+    """The demo's questions, each with the fields of a `Question`."""
+    return list(load_questions("test", yes_no=yes_no, limit=args.num_questions))
+
+
 def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> list[RobustnessResult]:
     """Colour and shape questions under attack; yes/no questions and a blank image as clean controls."""
     shared: dict[str, Any] = {"prompt": args.prompt, "model_name": model, "dataset": DEMO_NAME, "split": "test"}
@@ -81,8 +87,7 @@ def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> l
         tuple(map(float, args.eps)), steps=args.steps, restarts=args.restarts, batch_size=args.batch_size
     )
     clean = VLMProtocol((0.0,), steps=1, restarts=1, batch_size=args.batch_size)
-    asked = load_questions("test", yes_no=False, limit=args.num_questions)
-    yes_no = load_questions("test", yes_no=True, limit=args.num_questions)
+    asked, yes_no = questions(args), questions(args, yes_no=True)
     targeted = {"group": "targeted", "max_new_tokens": 8, **shared}
     attacked = evaluate_vqa(vlm, processor, asked, how, group="colour/shape", **shared)
     if args.sanity:
@@ -99,7 +104,7 @@ def measure(vlm: Any, processor: Any, args: argparse.Namespace, model: str) -> l
 
 def check_attack(vlm: Any, processor: Any, args: argparse.Namespace) -> list[RobustnessResult]:
     """Accuracy under one start of PGD on the loss alone, each cell attacked anew: it must fall along rows and columns."""
-    asked = load_questions("test", yes_no=False, limit=args.num_questions)
+    asked = questions(args)
     folder = args.output_dir / "check_attack"
     results = []
     print("\naccuracy, %   eps" + "".join(f"{eps:>6}" for eps in CHECK_EPS) + "   /255")
@@ -124,7 +129,7 @@ def repaired(results: Sequence[RobustnessResult], args: argparse.Namespace) -> Q
         if result.group == "colour/shape" and result.eps == float(args.eps[0]):
             records = load_samples(args.output_dir / str(result.samples))
             stood[result.model] = {record.id for record in records if record.robust_hit}
-    asked = load_questions("test", yes_no=False, limit=args.num_questions)
+    asked = questions(args)
     better = stood["after"] - stood["before"]
     return next((question for question in asked if question.id in better), asked[0])
 

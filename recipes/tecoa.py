@@ -22,7 +22,7 @@ from hf_robust_vision.terminal import user_errors
 def main() -> None:
     """Parse and run; bad input ends in one line."""
     with user_errors():
-        run(TeCoATrainer, *parse(TeCoATrainer, demo_config="tecoa_demo"))
+        run(TeCoATrainer, *parse(TeCoATrainer))
         part()
 
 

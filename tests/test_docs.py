@@ -96,10 +96,9 @@ def test_configs_set_what_trainer_would_choose(config):
 
 
 def test_demo_config_is_read_only_for_the_demo(tmp_path):
-    demo = ROOT / "hf_robust_vision" / "configs" / "sim_clip_demo.yaml"
-    _, with_demo = pipeline.parse(SimCLIPTrainer, ["--output_dir", str(tmp_path)], demo)
+    _, with_demo = pipeline.parse(SimCLIPTrainer, ["--output_dir", str(tmp_path)])
     words = ["--output_dir", str(tmp_path), "--model_name_or_path", "some/clip"]
-    _, without = pipeline.parse(SimCLIPTrainer, words, demo)
+    _, without = pipeline.parse(SimCLIPTrainer, words)
     assert with_demo.learning_rate == 2e-3
     assert with_demo.attack_eps == 8 / 255
     assert without.learning_rate == 1e-5

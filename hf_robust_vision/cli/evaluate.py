@@ -68,19 +68,9 @@ def measuring(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, report."""
-    from hf_robust_vision.attacks import get_protocol
-    from hf_robust_vision.evaluation.task import RobustnessProtocol
-    from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report
-    from hf_robust_vision.training.config import Radius
+    from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report, protocol_of
 
-    how = RobustnessProtocol(
-        get_protocol(args.protocol, steps=args.steps, restarts=args.restarts, queries=args.queries),
-        tuple(float(Radius(eps)) for eps in args.eps),
-        args.norm,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
     names = {field.name for field in fields(EvaluationSet)} - {"name", "revision"}
     data = EvaluationSet(**{name: value for name, value in vars(args).items() if name in names})
-    measure_and_report(args.model, [data], how, args.output_dir, **measuring(args))
+    measure_and_report(args.model, [data], protocol_of(vars(args)), args.output_dir, **measuring(args))
     return 0

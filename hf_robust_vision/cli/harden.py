@@ -40,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
 
     method = args.method.replace("-", "_")
     trainer = getattr(import_module(f"hf_robust_vision.methods.{method}"), METHODS[args.method][0])
-    command = f"hf-robust-vision harden {args.method}"
-    pipeline.run(trainer, *pipeline.parse(trainer, args.words, f"{method}_demo", command))
+    pipeline.run(trainer, *pipeline.parse(trainer, args.words, f"hf-robust-vision harden {args.method}"))
     part()
     return 0

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.configs import find_config, read_yaml
+from hf_robust_vision.evaluation.results import eps_text
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.terminal import Defaults, Parser
 from hf_robust_vision.training.base import AdversarialTrainer
@@ -34,36 +35,29 @@ OFTEN = {
 
 @dataclass
 class PipelineArguments(DataArguments):
-    """What to harden, on which data, and how to measure it; the data are those of `DataArguments`.
-
-    Args:
-        model_name_or_path: Folder or Hub id of a CLIP model; by default the demo model.
-        model_revision: Branch, tag or commit of the model.
-        test_protocol: Attacks of the reported numbers.
-        test_steps: Gradient steps of those attacks; by default the protocol's.
-        test_queries: Looks at the model of a black-box attack among them; by default the protocol's.
-        test_eps: Radii of those attacks.
-        test_restarts: Restarts of each attack at `attack_eps`; by default, and at the other radii, the protocol's.
-        sanity: Check the reported numbers for gradient masking; the answers go into every result.
-        overwrite: Replace what an earlier run left in `output_dir`; if this one fails, it comes back.
-        measure: Measure before and after; with false the recipe only trains.
-        cpu_threads: Threads of each process on a CPU. `accelerate launch` sets one; 0 shares the cores out evenly.
-    """
+    """What to harden, on which data, and how to measure it; the data are those of `DataArguments`."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     test_protocol: str = field(default="robustvlm", metadata={"help": "Attacks of the reported numbers."})
-    test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks."})
+    test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks; default: the protocol's."})
     test_queries: int | None = field(default=None, metadata={"help": "Queries of its black-box attack."})
     test_eps: list[Radius] = field(
         default_factory=lambda: [Radius("2/255"), Radius("4/255"), Radius("8/255")],
         metadata={"help": "Radii of the reported numbers."},
     )
-    test_restarts: int | None = field(default=None, metadata={"help": "Restarts at attack_eps."})
+    test_restarts: int | None = field(
+        default=None, metadata={"help": "Restarts at attack_eps; default, and at other radii: the protocol's."}
+    )
     sanity: bool = field(default=False, metadata={"help": "Check the numbers for gradient masking."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace an earlier run in output_dir; it comes back if this one fails."}
+    )
     measure: bool = field(default=True, metadata={"help": "Measure before and after training."})
-    cpu_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU; 0: all cores."})
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={"help": "Threads of a process on a CPU; a launcher sets 1, and 0 shares out all cores."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,12 +85,14 @@ class RecipeParser(Parser, HfArgumentParser):
         self.add_argument("--help_all", "--help-all", action=_HelpAll, nargs=0, help="show all arguments, and exit")
 
     def format_help(self, everything: bool = False) -> str:
-        """The help, without most of what `Trainer` adds."""
-        if not everything:
-            hidden = {item.name for item in fields(TrainingArguments)} - OFTEN
-            for action in self._actions:
-                if action.dest in hidden or action.option_strings[0].startswith("--no_"):
-                    action.help = argparse.SUPPRESS
+        """The help, without most of what `Trainer` adds, and radii as they are typed."""
+        hidden = set() if everything else {item.name for item in fields(TrainingArguments)} - OFTEN
+        for action in self._actions:
+            if action.dest in hidden or (not everything and action.option_strings[0].startswith("--no_")):
+                action.help = argparse.SUPPRESS
+            default = action.default if isinstance(action.default, list) else [action.default]
+            if default and all(isinstance(item, Radius) for item in default):
+                action.default = " ".join(eps_text(radius, "linf") for radius in default)
         return super().format_help()
 
 
@@ -109,18 +105,16 @@ class _HelpAll(argparse.Action):
 def parse(
     trainer_class: type[AdversarialTrainer],
     argv: Sequence[str] | None = None,
-    demo_config: str | Path | None = None,
     prog: str | None = None,
 ) -> tuple[PipelineArguments, AdversarialTrainingArguments]:
     """Read the command line and, with `--config FILE`, a YAML file of the same names; the command line wins.
 
-    Without an `output_dir` the run goes to `outputs/<method>-<data>`.
+    Where neither a config, a model nor a dataset is named, the shipped demo config of the method is read, such as
+    `sim_clip_demo`. Without an `output_dir` the run goes to `outputs/<method>-<data>`.
 
     Args:
         trainer_class: Its arguments are read.
         argv: Words of the command line; by default those of the process.
-        demo_config: Read where neither a config, a model nor a dataset is named; by default the shipped one that has
-            the name of the method, such as `sim_clip_demo`, where there is one.
         prog: What help calls the command.
 
     Raises:
@@ -131,16 +125,12 @@ def parse(
     known = parser.parse_args(words)
     config = known.config
     if config is None and known.model_name_or_path is None and known.dataset_name is None:
-        config = demo_config
         with suppress(ValueError):  # a method of one's own has no demo
-            config = config or find_config(f"{trainer_class.method.lower().replace('-', '_')}_demo")
+            config = find_config(f"{trainer_class.method.lower().replace('-', '_')}_demo")
     values = read_yaml(find_config(config)) if config is not None else {}
     # Backwards: the `--no_x` of a flag that is true by default comes after it, for the same value.
-    actions = {
-        action.dest: action
-        for action in reversed(parser._actions)
-        if action.dest not in ("help", "help_all", "config")
-    }
+    ours = ("help", "help_all", "config")
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ours}
     if stray := sorted(set(values) - set(actions)):
         raise ValueError(f"{config}: {stray} are no arguments of {trainer_class.__name__}.")
     parser.set_defaults(**{key: _typed(actions[key], value, f"{config}: {key}") for key, value in values.items()})

@@ -12,7 +12,6 @@ from transformers import CLIPProcessor, set_seed
 
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.evaluation.engine import evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results, tracked_metrics
 from hf_robust_vision.evaluation.task import RobustnessProtocol
@@ -25,7 +24,7 @@ from hf_robust_vision.report.pictures import plot_curve
 from hf_robust_vision.report.tables import comparison_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.clip import CLIPEncoder
-from hf_robust_vision.towers.load import Encoder, load_encoder
+from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.config import AdversarialTrainingArguments
@@ -33,6 +32,7 @@ from hf_robust_vision.training.publishing import check_push
 
 from .arguments import PipelineArguments
 from .estimate import say_cost
+from .measure import DEMO_MODEL, read_model
 from .run_data import load_splits
 from .run_folder import check_folder, run_folder
 
@@ -44,11 +44,6 @@ def run(
 
     Every input is checked before anything is written. Rank 0 writes; all ranks measure. A script that has nothing else to
     do then calls `processes.part`; with `push_to_hub` the processes have parted already.
-
-    Args:
-        trainer_class: The method.
-        options: Model, data and measurement.
-        args: Training and attack.
 
     Returns:
         The results before and after, as in `robustness.json`.
@@ -112,20 +107,15 @@ def _trainer(
     trainer_class: type[AdversarialTrainer], options: PipelineArguments, args: AdversarialTrainingArguments
 ) -> tuple[AdversarialTrainer, LabelledImages | None]:
     """The trainer with its model and data, and the test split where there is something to measure."""
-    name = options.model_name_or_path or str(demo_checkpoint())
-    try:
-        encoder = load_encoder(name, revision=options.model_revision)
-    except OSError as error:
-        raise ValueError(
-            f"{name} is neither a model folder nor a model of the Hub that can be read: {error}"
-        ) from error
+    model, revision = options.model_name_or_path or DEMO_MODEL, options.model_revision
+    encoder, name = read_model(model, revision=revision)
     if options.measure and not isinstance(encoder, CLIPEncoder):
         raise ValueError(
-            f"{name} has no text tower to measure with; name the whole CLIPModel, or type --measure false."
+            f"{model} has no text tower to measure with; name the whole CLIPModel, or type --measure false."
         )
     processor = CLIPProcessor(
-        image_processor=load_image_processor(name, revision=options.model_revision),
-        tokenizer=load_tokenizer(name, revision=options.model_revision),
+        image_processor=load_image_processor(name, revision=revision),
+        tokenizer=load_tokenizer(name, revision=revision),
     )
     train, validation, test = load_splits(options, args.seed, encoder.transform, measure=options.measure)
     trainer = trainer_class(
@@ -182,7 +172,7 @@ def _write(
         print(f"no picture: {error}", file=sys.stderr)
         picture = None
     # A path of this machine means nothing to the reader of a card; a Hub id does.
-    name = options.model_name_or_path or "demo-clip"
+    name = options.model_name_or_path or DEMO_MODEL
     base = Path(name).name if Path(name).exists() else name
     data = options.dataset_name
     write_card(

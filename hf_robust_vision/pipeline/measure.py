@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import torch
 from typing_extensions import Unpack
 
+from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import ImageSource, LabelledImages, load_labelled_images
 from hf_robust_vision.data.demo import demo_checkpoint, load_demo, refuse_ignored
 from hf_robust_vision.data.splits import seeded_subset, without_corrupt
@@ -26,9 +27,10 @@ from hf_robust_vision.report.page import write_report
 from hf_robust_vision.report.tables import results_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.clip import CLIPEncoder
-from hf_robust_vision.towers.load import load_encoder
+from hf_robust_vision.towers.load import Encoder, load_encoder
 from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
+from hf_robust_vision.training.config import Radius
 
 from .estimate import say_cost
 
@@ -41,38 +43,28 @@ MAX_RESOLUTION = 4096  # a batch of larger images fits nowhere
 class EvaluationSet:
     """A labelled dataset to measure on, as the command line or an entry of a YAML list says it.
 
-    Args:
-        dataset: Folder or Hub name; None is the demo.
-        name: What results call it; by default the dataset's own name.
-        config: Configuration of a Hub dataset.
-        revision: Branch, tag or commit on the Hub.
-        split: Of the dataset.
-        image_column: Column of the image; by default found.
-        label_column: Column of the label.
-        class_names: File of names in the order of the labels: a local file, or one of the dataset's own folder or Hub
-            repository; or "openai-imagenet". By default the names that the label column carries.
-        templates: Name of a template set, or a file found like `class_names`; by default "photo", the demo's "demo".
-        resolution: Attack square images of this size and resize them inside the attacked function; by default the
-            images are fitted to the tower first and attacked at its size.
-        max_samples: Seeded subset; all by default.
-        skip_corrupt: Count and leave out images that can not be decoded.
-
     Raises:
         ValueError: If a value is of another type, or makes no sense.
     """
 
-    dataset: str | None = None
-    name: str | None = None
-    config: str | None = None
-    revision: str | None = None
+    dataset: str | None = None  # folder or Hub name; None is the demo
+    name: str | None = None  # what results call it; by default the dataset's own name
+    config: str | None = None  # configuration of a Hub dataset
+    revision: str | None = None  # branch, tag or commit on the Hub
     split: str = "test"
-    image_column: str | None = None
+    image_column: str | None = None  # by default found
     label_column: str = "label"
+    # Of names in the order of the labels: a local file, or one of the dataset's own folder or Hub repository; or
+    # "openai-imagenet". By default the names that the label column carries.
     class_names: str | None = None
-    templates: str | None = None
+    templates: str | None = (
+        None  # a template set, or a file found like `class_names`; by default "photo", the demo's "demo"
+    )
+    # Attack square images of this size and resize them inside the attacked function; by default the images are fitted
+    # to the tower first and attacked at its size.
     resolution: int | None = None
-    max_samples: int | None = None
-    skip_corrupt: bool = False
+    max_samples: int | None = None  # seeded subset; all by default
+    skip_corrupt: bool = False  # count and leave out images that can not be decoded
 
     def __post_init__(self) -> None:
         for name, most in (("max_samples", None), ("resolution", MAX_RESOLUTION)):
@@ -119,32 +111,34 @@ class EvaluationSet:
             raise ValueError(f"{name} is neither a file nor one of {self.dataset} on the Hub: {error}") from error
 
 
-class Measuring(TypedDict, total=False):
-    """What else a measurement is told.
+def protocol_of(values: Mapping[str, Any]) -> RobustnessProtocol:
+    """The attacks and radii of a command line or a YAML list, both of which name them alike.
 
-    Keys:
-        name: What results call the model; by default its id, or the name of its folder.
-        revision: Branch, tag or commit of the model.
-        device: Where to run; by default a GPU where there is one.
-        dtype: Precision of the model under attack; by default float32.
-        examples: Samples of each dataset whose images are kept for the report, spread evenly over it; by default none.
-        save_adversarial: Keep the images of all samples.
-        sanity: Check the numbers for gradient masking (`check_sanity`).
-        samples: How many samples those checks look at.
-        surrogate: Folder or Hub id of the model whose adversarial images they carry over, or "demo-clip".
-        corruptions: Measure accuracy on corrupted images, too (`evaluate_corruptions`).
+    Raises:
+        ValueError: If there is no such protocol, or a radius makes no sense.
     """
+    return RobustnessProtocol(
+        get_protocol(values["protocol"], **{name: values.get(name) for name in ("steps", "restarts", "queries")}),
+        tuple(float(Radius(eps)) for eps in values["eps"]),
+        values.get("norm", "linf"),
+        batch_size=values.get("batch_size", 64),
+        seed=values.get("seed", 0),
+    )
 
-    name: str | None
-    revision: str | None
-    device: str | None
-    dtype: torch.dtype
-    examples: int
-    save_adversarial: bool
-    sanity: bool
-    samples: int | None
-    surrogate: str | None
-    corruptions: bool
+
+class Measuring(TypedDict, total=False):
+    """What else a measurement is told."""
+
+    name: str | None  # what results call the model; by default its id, or the name of its folder
+    revision: str | None  # branch, tag or commit of the model
+    device: str | None  # by default a GPU where there is one
+    dtype: torch.dtype  # of the model under attack; by default float32
+    examples: int  # samples of each dataset whose images are kept for the report, evenly spread; by default none
+    save_adversarial: bool  # keep the images of all samples
+    sanity: bool  # check the numbers for gradient masking (`check_sanity`)
+    samples: int | None  # that those checks look at
+    surrogate: str | None  # folder or Hub id of the model whose adversarial images they carry over, or "demo-clip"
+    corruptions: bool  # measure accuracy on corrupted images, too (`evaluate_corruptions`)
 
 
 def measure_model(
@@ -251,16 +245,21 @@ def load_model(
     Raises:
         ValueError: If it can not be read, or has no text tower to measure with.
     """
+    encoder, folder = read_model(model, revision=revision, dtype=dtype)
+    if not isinstance(encoder, CLIPEncoder):
+        raise ValueError(f"{model} has no text tower to classify with; name the whole CLIPModel.")
+    return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), folder
+
+
+def read_model(model: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Encoder, str]:
+    """As `load_model`, wherever it lies, and with or without a text tower."""
     folder = str(demo_checkpoint()) if model == DEMO_MODEL and not Path(model).is_dir() else model
     try:
-        encoder = load_encoder(folder, revision=revision, dtype=dtype)
+        return load_encoder(folder, revision=revision, dtype=dtype), folder
     except OSError as error:
         raise ValueError(
             f"{model} is neither a model folder nor a model of the Hub that can be read: {error}"
         ) from error
-    if not isinstance(encoder, CLIPEncoder):
-        raise ValueError(f"{model} has no text tower to classify with; name the whole CLIPModel.")
-    return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), folder
 
 
 def bank_of(result: RobustnessResult, encoder: CLIPEncoder, folder: str, revision: str | None = None) -> TextBank:

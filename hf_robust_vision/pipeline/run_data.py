@@ -35,22 +35,7 @@ _OF_A_DATASET = (
 class DataArguments:
     """What to fine-tune and to measure on.
 
-    Args:
-        dataset_name: Dataset name or local folder; by default the demo data.
-        dataset_config: Configuration of a Hub dataset.
-        train_split: Split to fine-tune on.
-        validation_split: Split that every choice is made on; by default drawn from `train_split`. A folder
-            `<class>/<image>` without splits is divided into train, validation and test (`read_folder`).
-        validation_size: Images drawn for validation where there is no split for it.
-        test_split: Split that the reported numbers come from.
-        image_column: Column of the image; by default found.
-        label_column: Column of the label.
-        class_names: File of class names in the order of the labels, or "openai-imagenet"; by default the dataset's own.
-        streaming: Stream the training split of a Hub dataset; needs `validation_split`. Of the other splits nothing but
-            their own files is downloaded.
-        skip_corrupt: Count and leave out images that can not be decoded.
-        max_validation_samples: Seeded subset of the validation split; all of it by default.
-        max_test_samples: Seeded subset of the test split, which is measured twice at full strength; 0 for all of it.
+    A folder `<class>/<image>` without splits is divided into train, validation and test (`read_folder`).
 
     Raises:
         ValueError: If a number makes no sense.
@@ -59,15 +44,24 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset or folder; default: the demo."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split to fine-tune on."})
-    validation_split: str | None = field(default=None, metadata={"help": "Split for choices; default: drawn."})
-    validation_size: int = field(default=1000, metadata={"help": "Images drawn for validation."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split that every choice is made on; default: drawn from train_split."}
+    )
+    validation_size: int = field(default=1000, metadata={"help": "Images drawn for validation where it has no split."})
     test_split: str = field(default="test", metadata={"help": "Split of the reported numbers."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the image; default: found."})
     label_column: str = field(default="label", metadata={"help": "Column of the label."})
-    class_names: str | None = field(default=None, metadata={"help": "File of class names in label order."})
-    streaming: bool = field(default=False, metadata={"help": "Stream the training split."})
+    class_names: str | None = field(
+        default=None,
+        metadata={"help": "File of class names in label order, or openai-imagenet; default: the dataset's."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Stream the training split of a Hub dataset; needs validation_split."}
+    )
     skip_corrupt: bool = field(default=False, metadata={"help": "Count and leave out broken images."})
-    max_validation_samples: int | None = field(default=None, metadata={"help": "Seeded subset of validation."})
+    max_validation_samples: int | None = field(
+        default=None, metadata={"help": "Seeded subset of the validation split; default: all of it."}
+    )
     max_test_samples: int = field(
         default=500, metadata={"help": "Seeded subset of the test split; 0: all of it, which may take days."}
     )

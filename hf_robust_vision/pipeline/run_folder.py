@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from glob import escape
 from itertools import count
 from pathlib import Path
 
@@ -23,7 +24,7 @@ SIGNS = ("robustness.json", "checkpoint-*", "samples-*.jsonl*", "training_args.b
 def check_folder(
     folder: Path, resume: str | bool | None, *, overwrite: bool, reads: Sequence[str | None] = ()
 ) -> str | None:
-    """Refuse a folder that holds a run or no checkpoint to resume, and change nothing.
+    """Refuse a folder that holds a run or no checkpoint to resume, and change nothing; say what a killed run left aside.
 
     Args:
         folder: Of the run that begins.
@@ -37,6 +38,12 @@ def check_folder(
     Raises:
         ValueError: If there is none, or `folder` is not free and what it holds may not be replaced.
     """
+    # A process that is killed outright can not put back what it moved aside.
+    for aside in sorted(folder.absolute().parent.glob(f"{escape(folder.name)}.old-*")):
+        if rank_and_world()[0] == 0:
+            print(
+                f"{aside} holds an earlier run that one was to replace: move it back, or delete it.", file=sys.stderr
+            )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; name a folder.")
     if resume:

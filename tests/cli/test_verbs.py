@@ -170,6 +170,8 @@ def test_help_of_a_method_is_short_unless_all_is_wanted(capsys):
     assert len(short.splitlines()) < 120
     assert "--form" in short
     assert "--test_protocol" in short
+    assert "(default: 2/255 4/255 8/255)" in short
+    assert "4/255. (default: 4/255)" in short
     assert "--adam_beta1" not in short
     assert main(["harden", "sim-clip", "--help_all"]) == 0
     assert "--adam_beta1" in capsys.readouterr().out

@@ -507,11 +507,12 @@ class TestOverwrite:
         assert tree(tmp_path / "out.old-1") == before
         assert f"{tmp_path / 'out.old-1'} the earlier run" in capsys.readouterr().err
 
-    def test_what_a_killed_run_left_aside_is_kept(self, overwrite, earlier, tmp_path):
+    def test_what_a_killed_run_left_aside_is_kept_and_said(self, overwrite, earlier, tmp_path, capsys):
         (tmp_path / "out.old-1").mkdir()
         (tmp_path / "out.old-1" / "precious").write_text("precious")
         overwrite()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old-1"]
+        assert f"{tmp_path / 'out.old-1'} holds an earlier run" in capsys.readouterr().err
 
     def test_a_folder_that_is_a_link(self, overwrite, earlier, tmp_path):
         (tmp_path / "link").symlink_to(earlier)
