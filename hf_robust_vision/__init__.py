@@ -16,7 +16,7 @@ _HOME = {
     "CaptionedImages": "data.captions",
     "FAREArguments": "methods.fare",
     "FARETrainer": "methods.fare",
-    "ImageSource": "data.datasets",
+    "ImageSource": "data.sources",
     "L2Ball": "attacks",
     "LabelledImages": "data.datasets",
     "LinfBall": "attacks",
@@ -45,7 +45,7 @@ _HOME = {
     "fgsm": "attacks",
     "get_protocol": "attacks",
     "load_encoder": "towers.load",
-    "load_labelled_images": "data.datasets",
+    "load_labelled_images": "data.sources",
     "load_results": "evaluation.results",
     "load_robust_encoder": "hub.load",
     "make_text_bank": "towers.text_bank",
@@ -123,7 +123,8 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .attacks import L2Ball, LinfBall, StartNoise, apgd, fab, fgsm, get_protocol, pgd, square
     from .data.captions import CaptionedImages
-    from .data.datasets import ImageSource, LabelledImages, load_labelled_images
+    from .data.datasets import LabelledImages
+    from .data.sources import ImageSource, load_labelled_images
     from .evaluation.metrics import AttackSuccessRate, RelativeRobustness, RobustAccuracy
     from .evaluation.results import RobustnessResult, load_results
     from .evaluation.task import RobustnessProtocol

@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hf_robust_vision.attacks import Protocol
-from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
+from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import DEMO_NAME, load_demo
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.text_bank import make_text_bank

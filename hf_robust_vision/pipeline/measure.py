@@ -12,8 +12,9 @@ import torch
 from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.data.datasets import ImageSource, LabelledImages, load_labelled_images
+from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import demo_checkpoint, load_demo, refuse_ignored
+from hf_robust_vision.data.sources import ImageSource, load_labelled_images
 from hf_robust_vision.data.splits import seeded_subset, without_corrupt
 from hf_robust_vision.data.templates import get_templates, read_class_names
 from hf_robust_vision.evaluation.engine import evaluate

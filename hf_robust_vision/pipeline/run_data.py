@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_robust_vision.data.datasets import (
-    ImageSource,
-    LabelledImages,
-    StreamedImages,
-    load_labelled_images,
-    stream_images,
-)
+from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
 from hf_robust_vision.data.demo import DEMO_NAME, load_demo, refuse_ignored
 from hf_robust_vision.data.folders import is_unsplit
+from hf_robust_vision.data.sources import ImageSource, load_labelled_images, stream_images
 from hf_robust_vision.data.splits import check_disjoint, seeded_subset, split_off, without_corrupt
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.pixels import PixelTransform

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
+from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import CLASS_NAMES, DEMO_EPS, UNSEEN, demo_checkpoint, load_demo
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.data.splits import relabel
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.pixels import PixelTransform

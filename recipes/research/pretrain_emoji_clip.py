@@ -16,7 +16,7 @@ from prepare_emoji import concept
 from small_clip import TRANSFORM, build_model, build_tokenizer, pretrain, training_parser
 from transformers import set_seed
 
-from hf_robust_vision.data.datasets import load_labelled_images
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.data.templates import TEMPLATES
 from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.load import as_encoder

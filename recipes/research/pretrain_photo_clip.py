@@ -37,7 +37,8 @@ from small_clip import (
 from torch import Tensor
 from transformers import set_seed
 
-from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
+from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.data.templates import TEMPLATES
 from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.load import as_encoder, load_encoder

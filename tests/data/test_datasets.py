@@ -11,14 +11,9 @@ import pytest
 import torch
 
 from hf_robust_vision.data.collator import collate_images
-from hf_robust_vision.data.datasets import (
-    ImageSource,
-    LabelledImages,
-    StreamedImages,
-    load_labelled_images,
-    stream_images,
-)
+from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
 from hf_robust_vision.data.decode import CorruptImageError
+from hf_robust_vision.data.sources import ImageSource, load_labelled_images, stream_images
 from hf_robust_vision.data.splits import only_classes, relabel
 from hf_robust_vision.pipeline.run_data import DataArguments, load_splits
 from hf_robust_vision.pixels import PixelTransform

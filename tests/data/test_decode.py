@@ -17,8 +17,9 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from hf_robust_vision.data.captions import CaptionedImages
-from hf_robust_vision.data.datasets import LabelledImages, StreamedImages, load_labelled_images
+from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
 from hf_robust_vision.data.decode import MAX_PIXELS_VARIABLE, CorruptImageError, decode_image
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.pixels import PixelTransform
 from tests.conftest import SIZE, picture
 
@@ -281,10 +282,10 @@ def test_hostile_files_in_a_folder(image_folder, tmp_path):
 
 
 def test_images_are_opened_in_one_place():
-    """A second decoder would see another picture of the same file. (The model card's example is for stock code.)"""
+    """A second decoder would see another picture of the same file."""
     opening = {
         str(file.relative_to(PACKAGE))
         for file in PACKAGE.rglob("*.py")
         if any(word in file.read_text(encoding="utf-8") for word in ("Image.open", "imread", "decode=True"))
     }
-    assert opening == {"data/decode.py", "hub/usage.py"}
+    assert opening == {"data/decode.py"}

@@ -10,8 +10,9 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from hf_robust_vision.data.datasets import LabelledImages, load_labelled_images
+from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.folders import read_folder
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.pipeline.measure import EvaluationSet
 from hf_robust_vision.pipeline.run_data import DataArguments, load_splits
 from hf_robust_vision.pixels import PixelTransform

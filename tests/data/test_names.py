@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from hf_robust_vision.data.datasets import load_labelled_images
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.data.templates import CLASS_NAMES, IMAGENET, TEMPLATES, get_templates, read_class_names
 from hf_robust_vision.pipeline.measure import EvaluationSet
 from hf_robust_vision.pipeline.run_data import DataArguments, load_splits

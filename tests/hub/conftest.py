@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.data.datasets import load_labelled_images
 from hf_robust_vision.data.decode import decode_image
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.evaluation.results import save_results
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot

@@ -20,7 +20,7 @@ from benchmarks import emoji_benchmark
 from PIL import Image, ImageDraw
 
 from hf_robust_vision.data.collator import collate_images
-from hf_robust_vision.data.datasets import load_labelled_images
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.pixels import PixelTransform
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_robust_vision.data.datasets import load_labelled_images
+from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.methods.tima import TIMATrainer
 from hf_robust_vision.training.checkpoints import MANIFEST, complete_checkpoint, mark_complete, rotate
