@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 def meet(device: str | None = None) -> str | None:
     """Join the processes that a launcher started, if one did; `TrainingArguments` does it for training.
 
-    Args:
-        device: Where this process is to run; by default a GPU where there is one, unless the launcher says CPU.
-
-    Returns:
-        The device: "cpu" where the launcher says so, else as given.
+    Returns the device to run on: "cpu" where the launcher says so, else as given, and None for a GPU where there is one.
 
     Raises:
         ValueError: If there is no such device, or there are more processes on this machine than GPUs to run on.
@@ -44,11 +40,7 @@ def meet(device: str | None = None) -> str | None:
 
 
 def check_device(device: str | None) -> None:
-    """Refuse a device that this machine does not have.
-
-    Raises:
-        ValueError: If it can not be used.
-    """
+    """Refuse a device that this machine does not have, by a ValueError."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
@@ -57,14 +49,12 @@ def check_device(device: str | None) -> None:
 
 
 def need_a_gpu_each(typed: str) -> None:
-    """Refuse more processes on this machine than it has GPUs; without any GPU they run on the CPU.
-
-    Args:
-        typed: What puts them all on the CPU.
+    """Refuse more processes on this machine than it has GPUs; what is `typed` puts them all on the CPU.
 
     Raises:
-        ValueError: If a process would have no GPU of its own.
+        ValueError: If a process would have no GPU of its own. Without any GPU they all run on the CPU.
     """
+    # Not every launcher sets LOCAL_WORLD_SIZE; the last process then finds out.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", 0)) + 1))
     if torch.cuda.is_available() and local > (gpus := torch.cuda.device_count()):
         raise ValueError(
@@ -75,9 +65,6 @@ def need_a_gpu_each(typed: str) -> None:
 
 def run_alone(recipe: str) -> None:
     """End a recipe that was started by a launcher and shares nothing out: all processes would write the same files.
-
-    Args:
-        recipe: Its file's name.
 
     Raises:
         SystemExit: If there are several processes; the first one says so.

@@ -23,19 +23,20 @@ def run(args: argparse.Namespace) -> int:
 
     from hf_robust_vision.evaluation.results import load_results
     from hf_robust_vision.evaluation.tasks.zero_shot import remeasure
-    from hf_robust_vision.pipeline.measure import bank_of, load_model
+    from hf_robust_vision.pipeline.measure import load_model
     from hf_robust_vision.towers.base import weights_sha256
+    from hf_robust_vision.towers.text_bank import make_text_bank
 
     path, agree = Path(args.results), True
     measured = load_results(path)
-    encoder, folder = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
+    encoder, tokenizer = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     sha256 = weights_sha256(encoder)
     mine = [row for row in measured if row.task == "zero_shot" and row.model_sha256 == sha256]
     results = [row for row in mine if row.images is not None]
     if not results:
         raise ValueError(f"{path} holds no result of {args.model} with saved images; measure with --save_adversarial.")
     for result in results:
-        bank = bank_of(result, encoder, folder, args.revision)
+        bank = make_text_bank(encoder, tokenizer, result.class_names, result.templates)
         again = remeasure(encoder, bank, result, path if path.is_dir() else path.parent)
         agree = agree and not again.changed and not again.outside
         print(

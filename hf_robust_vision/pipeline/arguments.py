@@ -63,6 +63,7 @@ class PipelineArguments(DataArguments):
         super().__post_init__()
         self.test_eps = [Radius(eps) for eps in self.test_eps]
         budget = {"steps": self.test_steps, "restarts": self.test_restarts, "queries": self.test_queries}
+        # Built for its checks alone; the norm is known to the training arguments only, and "l2" has no upper bound.
         RobustnessProtocol(get_protocol(self.test_protocol, **budget), tuple(map(float, self.test_eps)), "l2")
         if self.cpu_threads is not None and self.cpu_threads < 0:
             raise ValueError(f"cpu_threads must be at least 0, which takes all cores, got {self.cpu_threads}.")
@@ -134,7 +135,7 @@ def parse(
     if stray := sorted(set(values) - set(actions)):
         raise ValueError(f"{config}: {stray} are no arguments of {trainer_class.__name__}.")
     parser.set_defaults(**{key: _typed(actions[key], value, f"{config}: {key}") for key, value in values.items()})
-    namespace = parser.parse_args(words)
+    namespace = parser.parse_args(words)  # again, over the defaults of the file: so the command line wins
     if namespace.output_dir is None:
         source = namespace.dataset_name or namespace.model_name_or_path or "demo"
         namespace.output_dir = f"outputs/{trainer_class.method.lower()}-{Path(source).name}"

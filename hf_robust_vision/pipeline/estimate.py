@@ -18,11 +18,7 @@ TIMED = 8  # images of the timed pass; a GPU is faster with a full batch, which 
 def say_cost(task: Task, how: RobustnessProtocol, fewer: str, *, models: int = 1) -> None:
     """Print the attacks that a task allows, how many passes they take at most, and, by timing one, how long that is.
 
-    Args:
-        task: What will be measured.
-        how: Attacks and radii.
-        fewer: What to type for fewer images.
-        models: How many models will be measured so.
+    `fewer` is what to type for fewer images; so many `models` will be measured alike.
     """
     rank, world = rank_and_world()
     if rank > 0:

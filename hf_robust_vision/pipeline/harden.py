@@ -64,6 +64,8 @@ def run(
     trainer, test = _trainer(trainer_class, options, args)
     if resume is not None:
         trainer.need_resumable(resume)  # and not after hours of measuring
+    # Results are written inside: what fails before brings the earlier run back. Checks and page can be made again, and
+    # their failure must not cost the new run.
     with run_folder(output, overwrite=options.overwrite and not args.resume_from_checkpoint) as replaced:
         before = _measure(trainer, trainer.reference.encoder, test, how, "before") if test is not None else []
         trainer.train(resume_from_checkpoint=resume)
@@ -134,8 +136,8 @@ def _check_push(options: PipelineArguments, args: AdversarialTrainingArguments) 
 
 def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
     """Part; then the first process publishes what was written, and measures some samples of the download again."""
-    first = trainer.is_world_process_zero()
-    part()
+    first = trainer.is_world_process_zero()  # asked while there is a process group to ask
+    part()  # nobody has to wait for an upload
     if not first:
         return
     try:

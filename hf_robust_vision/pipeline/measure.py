@@ -30,7 +30,7 @@ from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.load import Encoder, load_encoder
 from hf_robust_vision.towers.processors import load_tokenizer
-from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
+from hf_robust_vision.towers.text_bank import make_text_bank
 from hf_robust_vision.training.config import Radius
 
 from .estimate import say_cost
@@ -58,9 +58,7 @@ class EvaluationSet:
     # Of names in the order of the labels: a local file, or one of the dataset's own folder or Hub repository; or
     # "openai-imagenet". By default the names that the label column carries.
     class_names: str | None = None
-    templates: str | None = (
-        None  # a template set, or a file found like `class_names`; by default "photo", the demo's "demo"
-    )
+    templates: str | None = None  # a set, or a file found like `class_names`; by default "photo", the demo's "demo"
     # Attack square images of this size and resize them inside the attacked function; by default the images are fitted
     # to the tower first and attacked at its size.
     resolution: int | None = None
@@ -175,8 +173,7 @@ def measure_model(
             raise ValueError(f"--{flag} {settings[flag]} serves the sanity checks only; ask for them, too (--sanity).")
     device = meet(settings.get("device"))
     check_output(output_dir)
-    encoder, folder = load_model(model, revision=settings.get("revision"), device=device, dtype=dtype)
-    tokenizer = load_tokenizer(folder, revision=settings.get("revision"))
+    encoder, tokenizer = load_model(model, revision=settings.get("revision"), device=device, dtype=dtype)
     other = load_model(surrogate, device=device, dtype=dtype) if surrogate is not None else None
     opened = [one.load(encoder.transform) for one in sets]
     label = settings.get("name") or (Path(model).resolve().name if Path(model).is_dir() else model)
@@ -198,7 +195,7 @@ def measure_model(
             if settings.get("sanity"):
                 tasks = {label: task}
                 if other is not None:
-                    second = make_text_bank(other[0], load_tokenizer(other[1]), images.class_names, templates)
+                    second = make_text_bank(*other, images.class_names, templates)
                     tasks[f"{surrogate} (surrogate)"] = ZeroShot(other[0], second, images)
                 samples = settings.get("samples")
                 add_sanity(attacked, tasks, how, **({} if samples is None else {"samples": samples}))
@@ -217,6 +214,7 @@ def measure_and_report(
 ) -> None:
     """As `measure_model`; then the processes part, and the first one prints the numbers and writes the report."""
     results = measure_model(model, sets, how, output_dir, **settings)
+    # The others already wait in `part`: nothing in this branch may talk to them.
     if rank_and_world()[0] == 0:
         print(results_text(results))
         if settings.get("sanity"):
@@ -240,8 +238,8 @@ def check_output(folder: str | Path) -> None:
 
 def load_model(
     model: str, *, revision: str | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[CLIPEncoder, str]:
-    """An encoder on its device, and the folder or Hub id that it came from; "demo-clip" is the shipped one.
+) -> tuple[CLIPEncoder, Any]:
+    """An encoder on its device, and its tokenizer, from a folder or the Hub; "demo-clip" is the shipped one.
 
     Raises:
         ValueError: If it can not be read, or has no text tower to measure with.
@@ -249,11 +247,12 @@ def load_model(
     encoder, folder = read_model(model, revision=revision, dtype=dtype)
     if not isinstance(encoder, CLIPEncoder):
         raise ValueError(f"{model} has no text tower to classify with; name the whole CLIPModel.")
-    return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), folder
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return encoder.to(device), load_tokenizer(folder, revision=revision)
 
 
 def read_model(model: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Encoder, str]:
-    """As `load_model`, wherever it lies, and with or without a text tower."""
+    """An encoder with or without a text tower, and the folder or Hub id that the rest of it is read from."""
     folder = str(demo_checkpoint()) if model == DEMO_MODEL and not Path(model).is_dir() else model
     try:
         return load_encoder(folder, revision=revision, dtype=dtype), folder
@@ -261,9 +260,3 @@ def read_model(model: str, *, revision: str | None = None, dtype: torch.dtype = 
         raise ValueError(
             f"{model} is neither a model folder nor a model of the Hub that can be read: {error}"
         ) from error
-
-
-def bank_of(result: RobustnessResult, encoder: CLIPEncoder, folder: str, revision: str | None = None) -> TextBank:
-    """The classifier of a result, made again by its model from the result's class names and templates."""
-    tokenizer = load_tokenizer(folder, revision=revision)
-    return make_text_bank(encoder, tokenizer, result.class_names, result.templates)

@@ -73,11 +73,8 @@ def load_splits(
 ) -> tuple[LabelledImages | StreamedImages, LabelledImages, LabelledImages | None]:
     """Train, validation and test: disjoint, seeded, and readable to the last image.
 
-    Args:
-        options: Which data.
-        seed: Of what is drawn for validation, and of a stream's order.
-        transform: Fits each image to the tower.
-        measure: Without it the test split is not opened, and None.
+    `seed` draws what validation is given of the training split, and orders a stream. Without `measure` the test split is
+    not opened, and None.
 
     Raises:
         ValueError: If a split is missing, shares images with another, or holds a broken image.
@@ -118,6 +115,7 @@ def load_splits(
         else:
             assert isinstance(train, LabelledImages)
             train, validation = split_off(train, options.validation_size, seed=seed, name="validation")
+    # A fixed seed: runs of different seeds are compared on the same images.
     validation = seeded_subset(validation, options.max_validation_samples, seed=0)
     if test is not None:
         whole, test = len(test), seeded_subset(test, options.max_test_samples or None, seed=0)

@@ -33,7 +33,7 @@ def check_folder(
         reads: Folders that this run reads; what is no folder is left out.
 
     Returns:
-        The checkpoint to go on from.
+        The checkpoint to go on from, if any.
 
     Raises:
         ValueError: If there is none, or `folder` is not free and what it holds may not be replaced.
@@ -41,9 +41,8 @@ def check_folder(
     # A process that is killed outright can not put back what it moved aside.
     for aside in sorted(folder.absolute().parent.glob(f"{escape(folder.name)}.old-*")):
         if rank_and_world()[0] == 0:
-            print(
-                f"{aside} holds an earlier run that one was to replace: move it back, or delete it.", file=sys.stderr
-            )
+            said = "holds an earlier run that another was to replace: move it back, or delete it."
+            print(f"{aside} {said}", file=sys.stderr)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; name a folder.")
     if resume:
@@ -68,11 +67,8 @@ def run_folder(folder: Path, *, overwrite: bool) -> Iterator[Callable[[Sequence[
     """Keep a folder for a run, and what an earlier run left in it safe until there is something in its stead.
 
     With `overwrite` the earlier run is moved aside, to `<folder>.old-1`. If this one fails or is told to end, it comes
-    back as it was, unless there are checkpoints to go on from: then both stay, and a line says where.
-
-    Args:
-        folder: Made if it is not there. Every process must enter.
-        overwrite: Whether it may hold an earlier run.
+    back as it was, unless there are checkpoints to go on from: then both stay, and a line says where. Every process
+    must enter.
 
     Yields:
         What to call with the names of the files that hold the results, when they are written: from then on the earlier
@@ -89,7 +85,7 @@ def run_folder(folder: Path, *, overwrite: bool) -> Iterator[Callable[[Sequence[
             lost = [str(folder)]
         if lost:
             raise ValueError(f"{lost[0]} was deleted while the run went on, and what it held is lost; start again.")
-        old, aside = aside, None
+        old, aside = aside, None  # first, so that an end amidst the deletion puts no half of a run back
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -138,6 +134,7 @@ def _put_back(folder: Path, aside: Path) -> None:
         print(f"{folder} keeps the checkpoints of this run, {aside} the earlier run.", file=sys.stderr)
         return
     if folder.exists():
+        # Renamed before it is deleted: a second interruption then still finds the way free.
         folder.rename(failed := aside.with_name(f"{aside.name}.failed"))
         shutil.rmtree(failed, ignore_errors=True)
     aside.rename(folder)
