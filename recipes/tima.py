@@ -14,17 +14,8 @@ Every argument of the YAML file can be given on the command line, which wins.
 from __future__ import annotations
 
 from hf_robust_vision.methods.tima import TIMATrainer
-from hf_robust_vision.pipeline import parse, run
-from hf_robust_vision.processes import part
-from hf_robust_vision.terminal import user_errors
-
-
-def main() -> None:
-    """Parse and run; bad input ends in one line."""
-    with user_errors():
-        run(TIMATrainer, *parse(TIMATrainer))
-        part()
+from hf_robust_vision.pipeline import main
 
 
 if __name__ == "__main__":
-    main()
+    main(TIMATrainer)

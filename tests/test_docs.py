@@ -65,7 +65,7 @@ def test_recipe_commands_parse(code, tmp_path, monkeypatch):
         recipe, words = match[1], shlex.split(match[2])
         assert (ROOT / recipe).is_file(), f"{recipe} does not exist"
         source = (ROOT / recipe).read_text()
-        if "import parse, run" not in source:
+        if "pipeline import main" not in source:
             shared = (
                 (ROOT / "hf_robust_vision" / "cli" / "evaluate.py").read_text() if "add_measuring" in source else ""
             )
@@ -73,8 +73,7 @@ def test_recipe_commands_parse(code, tmp_path, monkeypatch):
                 if word.startswith("--"):
                     assert f'"{word}"' in source + shared, f"{recipe} has no {word}"
             continue
-        demo = ROOT / "hf_robust_vision" / "configs" / f"{Path(recipe).stem}_demo.yaml"
-        pipeline.parse(trainer_of(recipe), [*words, "--output_dir", str(tmp_path)], demo)
+        pipeline.parse(trainer_of(recipe), [*words, "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("code", blocks("bash"))

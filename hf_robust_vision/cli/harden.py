@@ -36,10 +36,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """What the recipe of the method does."""
     from hf_robust_vision import pipeline
-    from hf_robust_vision.processes import part
 
     method = args.method.replace("-", "_")
     trainer = getattr(import_module(f"hf_robust_vision.methods.{method}"), METHODS[args.method][0])
-    pipeline.run(trainer, *pipeline.parse(trainer, args.words, f"hf-robust-vision harden {args.method}"))
-    part()
+    pipeline.main(trainer, args.words, f"hf-robust-vision harden {args.method}")
     return 0

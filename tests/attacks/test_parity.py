@@ -41,8 +41,7 @@ def folders(tmp_path_factory):
     """The demo CLIP, and the same hardened for 60 updates."""
     output = tmp_path_factory.mktemp("hardened") / "model"
     words = ["--output_dir", str(output), "--max_steps", "60", "--measure", "false", "--save_strategy", "no"]
-    demo = Path(__file__).parents[2] / "hf_robust_vision" / "configs" / "sim_clip_demo.yaml"
-    pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, [*words, "--disable_tqdm", "true"], demo))
+    pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, [*words, "--disable_tqdm", "true"]))
     return {"undefended": demo_checkpoint(), "hardened": output}
 
 
