@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .results import RobustnessResult, SampleRecord, load_samples
+from .task import Task
+from .tasks import TASKS
 
 
 _ACCURACIES = ("clean_accuracy", "robust_accuracy")
@@ -51,11 +53,7 @@ def measurements(results: Sequence[RobustnessResult]) -> list[list[RobustnessRes
 
 
 def check_attacked(result: RobustnessResult) -> None:
-    """Refuse a robust accuracy that no attack, or one without steps, was made for.
-
-    Raises:
-        ValueError: If it is one.
-    """
+    """Refuse a robust accuracy that no attack, or one without steps, was made for."""
     idle = [row["name"] for row in result.attacks if 0 in (row.get("steps"), row.get("restarts"))]
     if result.eps > 0 and (idle or not result.attacks):
         raise ValueError(
@@ -65,23 +63,19 @@ def check_attacked(result: RobustnessResult) -> None:
 
 
 def check_samples(result: RobustnessResult, records: Sequence[SampleRecord]) -> None:
-    """Refuse records that a result can not be the sum of.
-
-    Raises:
-        ValueError: If their number, a label, an attack's name or an accuracy does not fit.
-    """
+    """Refuse records that a result can not be the sum of: their number, a label, an attack or an accuracy."""
     where = f"{result.samples or 'the records'} of {_named(result)}"
-    families = len(result.attacks) if result.task == "corruption" else 1
-    if len(records) != result.num_samples * families:
-        raise ValueError(f"{where} should hold {result.num_samples * families} samples, it holds {len(records)}.")
+    task = TASKS.get(result.task, Task)
+    if len(records) != (count := result.num_samples * task.copies(result)):
+        raise ValueError(f"{where} should hold {count} samples, it holds {len(records)}.")
     blamed = {None, "clean", *(row["name"] for row in result.attacks)}
     for record in records:
         if record.fooled_by not in blamed:
             raise ValueError(
                 f"{where}: sample {record.id!r} was fooled by {record.fooled_by!r}, which is no attack of it."
             )
-        if result.task in ("zero_shot", "corruption", "retrieval"):
-            _check_numbers(result, record, where)
+        if complaint := task.complaint(record, result):
+            raise ValueError(f"{where}: {complaint}")
     for name, column in zip(_ACCURACIES, outcomes(result, records)):
         if not _sums_up(result, name, column):
             raise ValueError(
@@ -91,22 +85,14 @@ def check_samples(result: RobustnessResult, records: Sequence[SampleRecord]) -> 
 
 def outcomes(result: RobustnessResult, records: Sequence[SampleRecord]) -> tuple[list[float], list[float]]:
     """What each sample adds to clean and to robust accuracy: 0 or 1; where these are mean scores, its scores."""
-    flags = [_flags(result, record) for record in records]
+    task = TASKS.get(result.task, Task)
+    flags = [task.hits(record, result.metric) for record in records]
     columns = [float(clean) for clean, _ in flags], [float(robust) for _, robust in flags]
     scores = [(record.clean_score, record.score) for record in records if record.score is not None]
     clean_scores = [clean for clean, _ in scores if clean is not None]
+    # A task may keep scores of clean images and still count flags: the sums tell which.
     flagged = all(_sums_up(result, name, column) for name, column in zip(_ACCURACIES, columns))
     return columns if flagged or len(clean_scores) < len(records) else (clean_scores, [score for _, score in scores])
-
-
-def _flags(result: RobustnessResult, record: SampleRecord) -> tuple[bool, bool]:
-    _, recall, k = result.metric.partition("_recall@")
-    if recall:  # the outputs are ranks
-        worst = record.clean if record.adversarial is None else record.adversarial
-        return int(record.clean) < int(k), int(worst) < int(k)
-    if result.task == "corruption":  # a hit on the corrupted image is a hit, whatever the clean one was taken for
-        return record.clean == record.label, record.robust_hit
-    return record.clean_hit, record.robust_hit
 
 
 def _sums_up(result: RobustnessResult, name: str, column: Sequence[float]) -> bool:
@@ -115,18 +101,6 @@ def _sums_up(result: RobustnessResult, name: str, column: Sequence[float]) -> bo
 
 def _mean(column: Sequence[float]) -> float:
     return math.fsum(column) / len(column)
-
-
-def _check_numbers(result: RobustnessResult, record: SampleRecord, where: str) -> None:
-    answers = [record.label, record.clean, record.clean if record.adversarial is None else record.adversarial]
-    count = math.inf if result.task == "retrieval" else len(result.class_names)
-    if not all(isinstance(answer, int) and 0 <= answer < count for answer in answers):
-        raise ValueError(f"{where}: sample {record.id!r} must hold whole numbers under {count}, got {answers}.")
-    if result.task == "zero_shot" and (record.clean == record.label) != record.clean_hit:
-        raise ValueError(
-            f"{where}: sample {record.id!r} of class {record.label} was taken for {record.clean}, and "
-            f"{'not ' if record.clean_hit else ''}lost before the attack."
-        )
 
 
 def _check_radii(

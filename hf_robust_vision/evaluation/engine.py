@@ -23,14 +23,13 @@ from tqdm.auto import tqdm
 from typing_extensions import Required, Unpack
 
 from hf_robust_vision import __version__
-from hf_robust_vision.pixels import check_images
 from hf_robust_vision.processes import rank_and_world
 from hf_robust_vision.towers.base import attack_mode
 
 from .images import AdversarialImages
 from .results import RobustnessResult, SampleRecord, versions
 from .samples import Progress, SampleId, SampleStore
-from .task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict, model_identity, need_usable
+from .task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict, model_identity, need_usable, one_size
 
 
 READERS = min(4, os.cpu_count() or 1)  # threads that decode images while the device attacks
@@ -40,7 +39,7 @@ class Output(TypedDict, total=False):
     """What an evaluation is called, where it runs and writes.
 
     Keys:
-        model_name: "before", "after", or a path, for the results. Needed.
+        model_name: "before", "after", or a path, for the results.
         samples_dir: Folder for `samples-*.jsonl`. A call that was interrupted goes on from there, and a repeated one
             measures nothing.
         progress: Show a bar on the main process.
@@ -52,11 +51,9 @@ class Output(TypedDict, total=False):
 
 
 class RunSettings(Output, total=False):
-    """As `Output`, and what is kept of single samples.
+    """As `Output`, and `save_images`: ids of samples whose images are kept in `samples_dir` (`AdversarialImages`).
 
-    Keys:
-        save_images: Ids of samples whose images are kept in `samples_dir`, clean and adversarial, exactly as the model
-            saw them (`AdversarialImages`). A sample that was measured without them is measured again.
+    A sample that was measured without them is measured again.
     """
 
     save_images: Collection[SampleId]
@@ -67,11 +64,6 @@ def evaluate(task: Task, how: RobustnessProtocol, **settings: Unpack[RunSettings
 
     The samples are shared out over the processes of `torch.distributed`, and each is measured exactly once. Weights,
     mode and gradients of the model are as they were.
-
-    Args:
-        task: What is measured.
-        how: Attacks and radii.
-        settings: See `RunSettings`.
 
     Raises:
         ValueError: If two samples share an id, images have no folder to go to, the model gives values that are not
@@ -108,34 +100,33 @@ def evaluate(task: Task, how: RobustnessProtocol, **settings: Unpack[RunSettings
         flow = _Flow(task, how, levels, store, saved, save_images, f"{model_name}: {task.kind}")
         flow.run(show=settings.get("progress", True))
     records = store.gather(task.ids)
-    results = []
     by_level = [[records[sample][place] for sample in task.ids] for place in range(len(levels))]
+    shared: dict[str, Any] = {
+        "task": task.task,
+        "model": model_name,
+        "model_sha256": about["weights"],
+        "dataset": task.dataset,
+        "split": task.split,
+        "group": task.group,
+        "protocol": how.protocol.name,
+        "norm": how.norm,
+        "carry": how.protocol.carry,
+        "left_out": left_out,
+        "images": store.images if folder is not None and saved.ids() else None,
+        "seconds": store.seconds,
+        "versions": versions(),
+    }
+    of_level = []
     for place, level in enumerate(levels):
         smaller = by_level[place - 1] if place and how.protocol.carry else []
         rows = task.rows(level, by_level[place], smaller, how.seed)
-        for metric, summary in task.summaries(by_level[place]).items():
-            values: dict[str, Any] = {
-                "task": task.task,
-                "metric": metric,
-                "model": model_name,
-                "model_sha256": about["weights"],
-                "dataset": task.dataset,
-                "split": task.split,
-                "group": task.group,
-                "protocol": how.protocol.name,
-                "eps": level.value,
-                "norm": how.norm,
-                "attacks": rows,
-                "carry": how.protocol.carry,
-                "left_out": left_out,
-                "samples": store.names[place] if folder is not None else None,
-                "images": store.images if folder is not None and saved.ids() else None,
-                "seconds": store.seconds,
-                "versions": versions(),
-            }
-            results.append(RobustnessResult(**values | task.fields() | summary))
-    # Of one metric after the other, each at rising radii.
-    return [result for metric in task.summaries(by_level[0]) for result in results if result.metric == metric]
+        samples = store.names[place] if folder is not None else None
+        of_level.append(shared | {"eps": level.value, "attacks": rows, "samples": samples} | task.fields(level))
+    return [
+        RobustnessResult(**values, metric=metric, **task.summary(metric, level_records))
+        for metric in task.metrics
+        for values, level_records in zip(of_level, by_level)
+    ]
 
 
 def _identity(task: Task, how: RobustnessProtocol, levels: Sequence[Level]) -> dict[str, Any]:
@@ -202,10 +193,8 @@ class _Flow:
         """Ask the model about clean images."""
         start = time.time()
         states: dict[SampleId, Progress] = {}
-        for at in same_size([image for _, image in items]):
-            images = check_images(torch.stack([items[row][1] for row in at])).to(self.task.weight.device)
-            batch = Batch(tuple(items[row][0] for row in at), images)
-            for place, image, clean in zip(batch.places, images, self._in_memory(batch, self._judge_clean)):
+        for batch in one_size(items, len(items), self.task.weight.device):
+            for place, image, clean in zip(batch.places, batch.images, self._in_memory(batch, self._judge_clean)):
                 flight = _Flight(place, image, clean, self.task.first(place, clean), clean.harm)
                 states |= self._onward(self._take_up(flight))
         self.store.add(states, time.time() - start)
@@ -313,11 +302,3 @@ def prefetched(load: Callable[[int], Tensor], places: Sequence[int], *, ahead: i
         while coming:
             first, image = coming.popleft()
             yield first, image.result()
-
-
-def same_size(images: Sequence[Tensor]) -> list[list[int]]:
-    """Places of the images of each size."""
-    groups: dict[torch.Size, list[int]] = {}
-    for place, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(place)
-    return list(groups.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_robust_vision.attacks import make_ball
-from hf_robust_vision.pixels import check_images
 from hf_robust_vision.towers.base import attack_mode, weights_sha256
 
 from .results import RobustnessResult, SampleRecord, load_samples
-from .task import Batch, SampleId, Task
+from .task import Batch, SampleId, Task, one_size
 
 
 CLEAN = "clean"
@@ -31,9 +30,6 @@ class AdversarialImages:
     The values are the floats that fooled the model: rounded to the 256 steps of a picture file, an image may leave its
     ball, or no longer fool. A sample that fell at a smaller radius has no image of its own at the larger ones: their
     balls hold the smaller one's. One that was wrong before has its clean image only.
-
-    Args:
-        folder: Made at the first write.
     """
 
     def __init__(self, folder: str | Path):
@@ -49,13 +45,7 @@ class AdversarialImages:
         return numbers + [unquote(stem[1:]) for stem in stems if stem[0] == _TEXT]
 
     def write(self, sample: SampleId, clean: Tensor, found: Mapping[float, Tensor]) -> None:
-        """Keep the images of one sample, whole or not at all.
-
-        Args:
-            sample: Its id.
-            clean: Image in [0, 1], shape (3, height, width).
-            found: Radius to the image that the attacks ended with.
-        """
+        """Keep the images of one sample, whole or not at all; `found` is what the attacks ended with, by radius."""
         self.folder.mkdir(parents=True, exist_ok=True)
         images = {CLEAN: clean} | {repr(eps): image for eps, image in found.items()}
         draft = self._path(sample).with_suffix(f".{os.getpid()}")
@@ -63,11 +53,7 @@ class AdversarialImages:
         draft.replace(self._path(sample))
 
     def read(self, sample: SampleId, eps: float) -> tuple[Tensor, Tensor]:
-        """Clean and adversarial image of one sample at a radius; twice the clean one where nothing was attacked.
-
-        Raises:
-            FileNotFoundError: If the images of this sample were not saved.
-        """
+        """Clean and adversarial image of one sample at a radius; twice the clean one where nothing was attacked."""
         if sample not in self:
             raise FileNotFoundError(f"no image of sample {sample} in {self.folder}.")
         with safe_open(self._path(sample), framework="pt") as file:
@@ -85,9 +71,7 @@ class Remeasured:
     """What the saved images of one result say.
 
     Args:
-        num_samples: Samples whose images were saved.
-        clean_accuracy: On their clean images, measured again.
-        robust_accuracy: On their adversarial images, measured again.
+        num_samples: Samples whose images were saved; the accuracies are on these, measured again.
         reported: Robust accuracy of the same samples by the records of the result.
         changed: Ids whose flags, clean or robust, differ from the records. A logit within rounding of another may
             flip in a batch of another size.
@@ -104,21 +88,13 @@ class Remeasured:
     outside: list[SampleId]
 
 
-def measure_again(
-    task: Task,
-    result: RobustnessResult,
-    folder: str | Path,
-    *,
-    hits: Callable[[SampleRecord], tuple[bool, bool]] = lambda record: (record.clean_hit, record.robust_hit),
-    batch_size: int = 64,
-) -> Remeasured:
+def measure_again(task: Task, result: RobustnessResult, folder: str | Path, *, batch_size: int = 64) -> Remeasured:
     """Judge the saved images of a result again, without any attack, and compare with its records.
 
     Args:
         task: What was measured, on the same samples.
         result: With saved images.
         folder: Where its `robustness.json` lies.
-        hits: A record to its flags, clean and robust.
         batch_size: Images judged at once, where they are of one size.
 
     Raises:
@@ -133,24 +109,22 @@ def measure_again(
         )
     ball, places = make_ball(result.norm, result.eps), {sample: place for place, sample in enumerate(task.ids)}
     ids = [sample for sample in images.ids() if sample in records and sample in places]
-    groups: dict[torch.Size, list[SampleId]] = {}
-    for sample in ids:
-        groups.setdefault(images.read(sample, result.eps)[0].shape, []).append(sample)
+    told = {sample: task.hits(records[sample], result.metric) for sample in ids}
     seen: dict[SampleId, tuple[bool, bool]] = {}
     outside: list[SampleId] = []
     farthest = 0.0
-    for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            rows = group[start : start + batch_size]
-            clean, found = (torch.stack(part) for part in zip(*(images.read(row, result.eps) for row in rows)))
-            distance = ball.distance(found, clean)
-            farthest = max(farthest, distance.max().item())
-            within = ((found >= 0) & (found <= 1)).flatten(1).all(1)
-            inside = (distance <= ball.eps * (1 + 1e-5) + 1e-7) & within
-            outside += [row for row, fits in zip(rows, inside.tolist()) if not fits]
-            right, stands = (_right(task, [places[row] for row in rows], shown) for shown in (clean, found))
-            seen |= {row: (one, one and other) for row, one, other in zip(rows, right, stands)}
-    told = {sample: hits(records[sample]) for sample in ids}
+    clean = ((places[sample], images.read(sample, result.eps)[0]) for sample in ids)
+    for batch in one_size(clean, batch_size, task.weight.device):
+        rows = [task.ids[place] for place in batch.places]
+        # Not past `check_images`, as the clean ones: an image outside [0, 1] is to be counted, not to end the count.
+        found = torch.stack([images.read(row, result.eps)[1] for row in rows]).to(batch.images.device)
+        distance = ball.distance(found, batch.images)
+        farthest = max(farthest, distance.max().item())
+        within = ((found >= 0) & (found <= 1)).flatten(1).all(1)
+        inside = (distance <= ball.eps * (1 + 1e-5) + 1e-7) & within
+        outside += [row for row, fits in zip(rows, inside.tolist()) if not fits]
+        right, stands = _right(task, batch, batch.images), _right(task, batch, found)
+        seen |= {row: (one, one and other) for row, one, other in zip(rows, right, stands)}
     return Remeasured(
         num_samples=len(ids),
         clean_accuracy=sum(clean for clean, _ in seen.values()) / len(ids),
@@ -163,10 +137,9 @@ def measure_again(
 
 
 @torch.no_grad()
-def _right(task: Task, places: list[int], images: torch.Tensor) -> list[bool]:
-    shown = check_images(images).to(task.weight.device)
+def _right(task: Task, batch: Batch, images: Tensor) -> list[bool]:
     with attack_mode(task.model):
-        return [not verdict.lost for verdict in task.judge(Batch(tuple(places), shown), shown)]
+        return [not verdict.lost for verdict in task.judge(batch, images)]
 
 
 def _saved(result: RobustnessResult, folder: Path) -> tuple[AdversarialImages, dict[SampleId, SampleRecord]]:

@@ -63,8 +63,7 @@ class RobustAccuracy(_RobustnessMetric):
     description = "Share of samples that are classified rightly under every attack."
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[int]) -> dict[str, Any]:
-        hits = _right(predictions, references)
-        return _share("robust_accuracy", hits)
+        return _share("robust_accuracy", _right(predictions, references))
 
 
 class AttackSuccessRate(_RobustnessMetric):
@@ -112,9 +111,7 @@ class RelativeRobustness(_RobustnessMetric):
 def _right(predictions: Sequence[Any], references: Sequence[int]) -> Tensor:
     """One flag a sample: is it right, under all attacks if there are several?"""
     guesses, truth = torch.as_tensor(predictions), torch.as_tensor(references)
-    if guesses.ndim == 2:
-        return (guesses == truth[:, None]).all(1)
-    return guesses == truth
+    return (guesses == truth[:, None]).all(1) if guesses.ndim == 2 else guesses == truth
 
 
 def _share(name: str, hits: Tensor) -> dict[str, Any]:

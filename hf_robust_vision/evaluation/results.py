@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,6 @@ class SampleRecord:
     """One line of a samples file.
 
     Args:
-        id: Of the sample in its source.
         label: True class, the true answer of a question, the reference captions, or an attacker's target.
         clean: Output on the clean image.
         adversarial: Output on the adversarial image, None where none was made (a sample already wrong).
@@ -104,7 +103,7 @@ class RobustnessResult:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.norm == "severity":  # kept as a radius by earlier versions and by the engine
+        if self.norm == "severity":  # kept as a radius by earlier versions
             self.severity, self.eps, self.norm = int(self.eps), 0.0, "none"
         for name, value in (("clean_accuracy", self.clean_accuracy), ("robust_accuracy", self.robust_accuracy)):
             bounds = self.ci95.get(name, [])
@@ -123,8 +122,7 @@ class RobustnessResult:
     @property
     def robust_name(self) -> str:
         """What trackers call the robust accuracy at this radius: "robust_accuracy_4_255", or "robust_accuracy_l2_0.5"."""
-        name = self.threat.removeprefix("linf ").replace("/", "_").replace(" ", "_")
-        return f"robust_accuracy_{name}"
+        return f"robust_accuracy_{self.threat.removeprefix('linf ').replace('/', '_').replace(' ', '_')}"
 
     @property
     def threat(self) -> str:
@@ -148,50 +146,42 @@ class RobustnessResult:
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "a result") -> RobustnessResult:
-        """Read what `to_dict` wrote, now or in an earlier version; unknown fields of a newer one are left out.
-
-        Raises:
-            ValueError: If a field is missing or of another type, or a number can not be.
-        """
+        """Read what `to_dict` wrote, now or in an earlier version; see `from_plain`."""
         if isinstance(values, dict):  # earlier versions did not say it; one protocol of theirs did not carry
             values = {"carry": values.get("protocol") != "tecoa"} | values
         return from_plain(cls, values, where)
 
 
 def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
-    """Accuracies and their 95 % Wilson intervals, as sums over sample records."""
+    """Sample count, both accuracies and their intervals of records whose answers are right or wrong."""
     return summarize_hits([record.clean_hit for record in records], [record.robust_hit for record in records])
 
 
-def summarize_hits(clean_hits: Sequence[bool], robust_hits: Sequence[bool]) -> dict[str, Any]:
-    """The same from one flag a sample: right on the clean image, right under every attack."""
-    count, clean, robust = len(clean_hits), sum(clean_hits), sum(robust_hits)
-    return {
-        "num_samples": count,
-        "clean_accuracy": clean / count if count else math.nan,
-        "robust_accuracy": robust / count if count else math.nan,
-        "ci95": {
-            "clean_accuracy": list(wilson_interval(clean, count)),
-            "robust_accuracy": list(wilson_interval(robust, count)),
-        },
-    }
+def summarize_hits(clean: Sequence[bool], robust: Sequence[bool]) -> dict[str, Any]:
+    """The same over one flag a sample, with Wilson intervals."""
+    return _summary(clean, robust, lambda hits: wilson_interval(sum(hits), len(hits)))
 
 
 def summarize_scores(records: Sequence[SampleRecord]) -> dict[str, Any]:
-    """Mean scores on clean and on attacked images with normal 95 % intervals, over sample records.
+    """Mean scores on clean and on attacked images with normal 95 % intervals.
 
     Raises:
         ValueError: If a record has no scores.
     """
-    if any(record.score is None or record.clean_score is None for record in records):
+    scores = [(r.clean_score, r.score) for r in records if r.clean_score is not None and r.score is not None]
+    if len(scores) < len(records):
         raise ValueError("a record has no scores; summarize() counts records without them.")
-    columns = {
-        "clean_accuracy": [float(record.clean_score or 0) for record in records],
-        "robust_accuracy": [float(record.score or 0) for record in records],
-    }
-    means = {name: statistics.fmean(values) if values else math.nan for name, values in columns.items()}
-    intervals = {name: list(_mean_interval(values)) for name, values in columns.items()}
-    return {"num_samples": len(records), **means, "ci95": intervals}
+    return _summary([clean for clean, _ in scores], [robust for _, robust in scores], _mean_interval)
+
+
+def _summary(
+    clean: Sequence[float], robust: Sequence[float], interval: Callable[[Sequence[float]], tuple[float, float]]
+) -> dict[str, Any]:
+    if not clean:
+        raise ValueError("nothing was measured: there are no records.")
+    columns = {"clean_accuracy": clean, "robust_accuracy": robust}
+    means = {name: statistics.fmean(column) for name, column in columns.items()}
+    return {"num_samples": len(clean), **means, "ci95": {k: list(interval(v)) for k, v in columns.items()}}
 
 
 def _mean_interval(values: Sequence[float], z: float = 1.959963984540054) -> tuple[float, float]:
@@ -247,7 +237,7 @@ def load_results(path: str | Path) -> list[RobustnessResult]:
     """Read a `robustness.json`, or the one in a folder.
 
     Raises:
-        ValueError: If it is none, has a schema that this version does not read, or a result holds what can not be.
+        ValueError: If it is none, or has a schema that this version does not read; or as `from_plain`.
     """
     path = Path(path)
     path = path / RESULTS_FILE if path.is_dir() else path
@@ -260,11 +250,7 @@ def load_results(path: str | Path) -> list[RobustnessResult]:
 
 
 def check_results_file(folder: str | Path) -> None:
-    """Refuse a folder whose `robustness.json` could not be added to: good to know before hours of measuring.
-
-    Raises:
-        ValueError: If it holds one that can not be read.
-    """
+    """Refuse a folder whose `robustness.json` could not be added to: good to know before hours of measuring."""
     if (Path(folder) / RESULTS_FILE).exists():
         load_results(folder)
 
@@ -295,10 +281,7 @@ def eps_text(eps: float, norm: str) -> str:
 
 
 def tracked_metrics(results: Iterable[RobustnessResult]) -> dict[str, float]:
-    """The numbers of a run's end for tensorboard and the like: `test_clean_accuracy`, `test_robust_accuracy_4_255`, ...
-
-    Those of the original start with `test_before_`.
-    """
+    """A run's end for trackers: `test_clean_accuracy`, `test_robust_accuracy_4_255`, or `test_before_...`."""
     metrics = {}
     for result in results:
         prefix = "test_before_" if result.model == "before" else "test_"
@@ -308,10 +291,8 @@ def tracked_metrics(results: Iterable[RobustnessResult]) -> dict[str, float]:
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    r"""Write a text file so that a reader sees the old one or the new one.
-
-    What UTF-8 can not say, as half a name that a file system could not read, is written as JSON escapes it: `\udcff`.
-    """
+    """Write a text file so that a reader sees the old one or the new one."""
+    # Half a name that a file system could not read is nothing that UTF-8 can say: it is written as JSON escapes it.
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")

@@ -48,7 +48,7 @@ class SampleStore:
     repeated evaluation goes on only from records that are its own. A sample goes on from the search that it was in.
 
     Args:
-        folder: Where the files lie; None keeps the records in memory only.
+        folder: None keeps the records in memory only.
         label: Readable part of the files' names.
         levels: Radii or severities in rising order.
         identity: Plain values that decide the flags.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.attacks import Attack, Ball, Objective, Protocol, StartNoise, Success, make_ball
+from hf_robust_vision.pixels import check_images
 from hf_robust_vision.towers.base import weights_sha256
 
-from .results import SampleRecord, eps_text, summarize
+from .results import RobustnessResult, SampleRecord, eps_text, summarize_hits
 
 
 SampleId = int | str
@@ -29,7 +30,6 @@ class RobustnessProtocol:
     """How robustness is measured.
 
     Args:
-        protocol: The attacks.
         eps: Radii, measured in rising order: a sample that falls at a radius has fallen at every larger one, since
             the smaller ball lies inside; unless the protocol says `carry=False`.
         norm: "linf" or "l2".
@@ -59,7 +59,7 @@ class RobustnessProtocol:
             self.at(eps)
 
     def __str__(self) -> str:
-        """What it is, for a person: the attacks, and the radii with their own restarts."""
+        """For a person: the attacks, and the radii with their own restarts."""
         own = {eps: f" ({count} restarts)" for eps, count in self.restarts}
         radii = [f"{eps_text(eps, self.norm)}{own.get(eps, '')}" for eps in sorted(self.eps)]
         return f"{self.protocol}\n  {self.norm}, eps {', '.join(radii)}"
@@ -91,12 +91,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples with clean images of one size.
+    """Samples, by their places in the task's `ids`, with clean images of one size.
 
-    Args:
-        places: In the task's `ids`.
-        images: Clean, in [0, 1], shape (batch, 3, height, width).
-        clean: What the model said about them; empty while it has not been asked.
+    `images` lie in [0, 1], shape (batch, 3, height, width); `clean` is empty while the model has not been asked.
     """
 
     places: tuple[int, ...]
@@ -112,13 +109,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stage:
-    """One search of a level.
-
-    Args:
-        attack: What searches.
-        ball: Where.
-        target: Which of several targets it aims at: the place among the strongest wrong classes, or a reference text.
-    """
+    """One search of a level; `target` is the place among the strongest wrong classes, or among reference texts."""
 
     attack: Attack
     ball: Ball
@@ -140,12 +131,10 @@ class Task(ABC):
 
     Attributes:
         kind: Of the files that hold its records.
-        task: What results call it.
-        metric: Name of what is measured.
-        norm: Of the levels' values; by default the protocol's.
+        task, metric, dataset, split, group: What results say.
         counts_survivors: Whether results say what each attack leaves standing.
         loss, margin: Names of the objectives that sanity checks follow: with a gradient, and without one.
-        dataset, split: Of the samples, for results.
+        stronger: What to try where the attacks are too weak.
     """
 
     kind: str
@@ -154,6 +143,7 @@ class Task(ABC):
     counts_survivors: bool = True
     loss: str = ""
     margin: str = "margin"
+    stronger: str = "raise steps and restarts"
     group: str = "all"
     model: nn.Module
     ids: Sequence[SampleId]
@@ -237,14 +227,7 @@ class Task(ABC):
     def rows(
         self, level: Level, records: Sequence[SampleRecord], smaller: Sequence[SampleRecord], seed: int
     ) -> list[dict[str, Any]]:
-        """The attacks of a level as plain dictionaries, for a result.
-
-        Args:
-            level: The radius.
-            records: Of all samples there.
-            smaller: Of the same samples at the level below, where what fell there has fallen here.
-            seed: Of the measurement.
-        """
+        """The attacks of a level for a result; `smaller` are the records below, where what fell there fell here."""
         dtype, size = self.weight.dtype, self.resolution
         rows = [
             attack.describe(level.ball, resolution=size, seed=seed, dtype=dtype, target=self.target_text(attack))
@@ -261,13 +244,35 @@ class Task(ABC):
         """The size of the images under attack, for a result."""
         return max(self.load(0).shape[-2:])
 
-    def fields(self) -> dict[str, Any]:
-        """What else the results of this task hold."""
+    def fields(self, level: Level) -> dict[str, Any]:
+        """What else the results of a level hold."""
         return {}
 
-    def summaries(self, records: Sequence[SampleRecord]) -> dict[str, dict[str, Any]]:
-        """Metric to accuracies and intervals over all samples of a level."""
-        return {self.metric: summarize(records)}
+    @property
+    def metrics(self) -> Sequence[str]:
+        """What is measured, one result each at every level."""
+        return (self.metric,)
+
+    def summary(self, metric: str, records: Sequence[SampleRecord]) -> dict[str, Any]:
+        """Accuracies and intervals over all samples of a level."""
+        return summarize_hits(*zip(*(self.hits(record, metric) for record in records)))
+
+    # What a record says without the model: the page and the card have only the files
+
+    @classmethod
+    def hits(cls, record: SampleRecord, metric: str) -> tuple[bool, bool]:
+        """Is it right on the clean image, and under every attack?"""
+        return record.clean_hit, record.robust_hit
+
+    @classmethod
+    def copies(cls, result: RobustnessResult) -> int:
+        """How many records a sample of a result has."""
+        return 1
+
+    @classmethod
+    def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
+        """What a record says that can not be; nothing where it may be."""
+        return ""
 
     # What sanity checks ask
 
@@ -283,20 +288,31 @@ class Task(ABC):
         """An attack on a loss that the measurement may not have followed, and what to do where it wins."""
         return None, "The attacks follow what the answer is decided by already: there is no other loss to try."
 
-    stronger: str = "raise steps and restarts"
+
+def one_size(loaded: Iterable[tuple[int, Tensor]], size: int, device: torch.device) -> Iterator[Batch]:
+    """Samples with their images in batches of at most `size`, the images of each batch of one height and width."""
+    shapes: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+    for place, image in loaded:
+        shapes.setdefault(image.shape, []).append((place, image))
+    for alike in shapes.values():
+        for start in range(0, len(alike), size):
+            places, images = zip(*alike[start : start + size])
+            yield Batch(places, check_images(torch.stack(images)).to(device))
+
+
+def not_under(count: float, record: SampleRecord) -> str:
+    """The complaint about a record whose answers are not all whole numbers under `count`."""
+    answers = [record.label, record.clean, record.clean if record.adversarial is None else record.adversarial]
+    if all(isinstance(answer, int) and 0 <= answer < count for answer in answers):
+        return ""
+    return f"sample {record.id!r} must hold whole numbers under {count}, got {answers}."
 
 
 def after_each_attack(
     attacks: list[dict[str, Any]], records: Sequence[SampleRecord], smaller: Sequence[SampleRecord]
 ) -> list[dict[str, Any]]:
-    """The attacks, each with the `robust_accuracy` that it and those before it leave.
-
-    Args:
-        attacks: As a result lists them.
-        records: Of all samples at this radius.
-        smaller: The same samples at the radius below, if what fell there is carried over: it has fallen before the
-            first attack here, whichever attack it was.
-    """
+    """The attacks, each with the `robust_accuracy` that it and those before it leave."""
+    # What fell at the radius below has fallen before the first attack here, whichever attack it was.
     carried = {record.id for record in smaller if not record.robust_hit}
     met = [record for record in records if record.fooled_by != "clean" and record.id not in carried]
     left = len(met)

@@ -41,11 +41,7 @@ def _checked(cls: Any, values: Any) -> dict[str, Any]:
 
 
 def read_json(text: str, where: str | Path) -> Any:
-    """Parse JSON; an error says where it came from.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Parse JSON; where it is none, the ValueError says where it came from."""
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -53,11 +49,7 @@ def read_json(text: str, where: str | Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        ValueError: If it is not UTF-8.
-    """
+    """Read a text file; where it is not UTF-8, the ValueError names it."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_robust_vision.attacks import Attack, Ball, LinfBall, Objective, Protocol, StartNoise, Success, make_ball
-from hf_robust_vision.evaluation.engine import same_size
-from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
-from hf_robust_vision.pixels import check_images
+from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict, one_size
 
 
 # Set, like the thresholds of `checks`, before any model was looked at.
@@ -26,11 +24,7 @@ TOLERANCE = 0.05
 class Trial:
     """A batch of samples that the model gets right, and all that checks ask of their task.
 
-    Args:
-        task: What was measured.
-        batch: The samples.
-        white: The attacks of the measurement that follow a gradient.
-        seed: Of the random starts.
+    `white` are the attacks of the measurement that follow a gradient, `seed` is that of the random starts.
     """
 
     task: Task
@@ -109,34 +103,22 @@ def pick(task: Task, how: RobustnessProtocol, samples: int) -> list[Trial]:
     """
     white = replace(how.protocol, attacks=tuple(a for a in how.protocol.attacks if a.algorithm != "square"))
     order = torch.randperm(len(task.ids), generator=torch.Generator().manual_seed(how.seed)).tolist()
-    places: list[int] = []
-    images: list[Tensor] = []
-    verdicts: list[Verdict] = []
+    right: dict[int, tuple[Tensor, Verdict]] = {}
     for start in range(0, len(order), how.batch_size):
-        loaded = [task.load(place) for place in order[start : start + how.batch_size]]
-        for rows in same_size(loaded):
-            batch = Batch(
-                tuple(order[start + row] for row in rows),
-                check_images(torch.stack([loaded[row] for row in rows])).to(task.weight.device),
-            )
+        loaded = [(place, task.load(place)) for place in order[start : start + how.batch_size]]
+        for batch in one_size(loaded, how.batch_size, task.weight.device):
             with torch.no_grad():
                 clean = task.judge(batch, batch.images)
-            kept = [row for row, verdict in enumerate(clean) if not verdict.lost]
-            places += [batch.places[row] for row in kept]
-            images += [batch.images[row] for row in kept]
-            verdicts += [clean[row] for row in kept]
-        if len(places) >= samples:
+            seen = zip(batch.places, batch.images, clean)
+            right |= {place: (image, verdict) for place, image, verdict in seen if not verdict.lost}
+        if len(right) >= samples:
             break
-    if not places:
+    if not right:
         raise ValueError(f"the model is right about none of {len(task.ids)} samples: there is nothing to attack.")
-    trials = []
-    for rows in same_size(images[:samples]):
-        for start in range(0, len(rows), how.batch_size):
-            part = rows[start : start + how.batch_size]
-            stacked = torch.stack([images[row] for row in part])
-            batch = Batch(tuple(places[row] for row in part), stacked, tuple(verdicts[row] for row in part))
-            trials.append(Trial(task, batch, white, how.seed))
-    return trials
+    kept = [(place, image) for place, (image, _) in right.items()][:samples]
+    batches = one_size(kept, how.batch_size, task.weight.device)
+    known = [replace(batch, clean=tuple(right[place][1] for place in batch.places)) for batch in batches]
+    return [Trial(task, batch, white, how.seed) for batch in known]
 
 
 @dataclass(frozen=True)
@@ -145,9 +127,7 @@ class Bench:
 
     Args:
         trials: The samples in batches of one image size.
-        norm: Of the measurement.
-        eps: Its radii.
-        steps: Its steps.
+        norm, eps, steps: Of the measurement.
         chance: Share of the samples that may stand where all images can be made equal; None where the task sets none.
         chance_is: What that share is, in words.
         stronger: What to try where the attacks are too weak.
@@ -201,8 +181,7 @@ class Bench:
 
 def right_on_grey(trials: Sequence[Trial]) -> float:
     """Share of the samples that are answered rightly without looking: their image is grey."""
-    lost = torch.cat([trial.lost(torch.full_like(trial.images, 0.5)).cpu() for trial in trials])
-    return standing(lost)
+    return standing(torch.cat([trial.lost(torch.full_like(trial.images, 0.5)).cpu() for trial in trials]))
 
 
 def standing(fooled: Tensor) -> float:
@@ -211,23 +190,14 @@ def standing(fooled: Tensor) -> float:
 
 
 def check(
-    name: str,
-    why: str,
-    numbers: dict[str, Any] | None,
-    key: str,
-    *,
-    most: float | None = None,
-    least: float | None = None,
+    name: str, why: str, numbers: dict[str, Any] | None, key: str, *, most: float = math.inf, least: float = -math.inf
 ) -> dict[str, Any]:
     """One check: what its name says holds where it passed. Without numbers it was not run."""
-    sign, limit = ("<=", most) if most is not None else (">=", least)
-    assert limit is not None
+    sign, limit = ("<=", most) if most < math.inf else (">=", least)
     if numbers is None:
         verdict = "not run"
-    else:
-        # A value that is not a number satisfies neither.
-        holds = numbers[key] <= limit + 1e-9 if most is not None else numbers[key] >= limit - 1e-9
-        verdict = "passed" if holds else "flagged"
+    else:  # a value that is not a number satisfies neither
+        verdict = "passed" if least - 1e-9 <= numbers[key] <= most + 1e-9 else "flagged"
     plain = {word: _plain(value) for word, value in (numbers or {}).items()}
     return {"name": name, "verdict": verdict, "numbers": plain, "threshold": f"{key} {sign} {limit:.3g}", "why": why}
 

@@ -95,7 +95,7 @@ def check_task(
             chance_is=what,
             stronger=task.stronger,
         )
-        about = {"metric": next(iter(task.summaries([]))), "protocol": how.protocol.name, "seed": how.seed}
+        about = {"metric": task.metrics[0], "protocol": how.protocol.name, "seed": how.seed}
         return run_checks(bench, task, queries, surrogate) | about
 
 
@@ -138,19 +138,7 @@ def add_retrieval_sanity(
         task = Retrieval(encoder, tokenizer, dataset, direction, (int(k),), how.batch_size)
         own = [result for result in results if result.metric == metric]
         for name in dict.fromkeys(result.model for result in own):
-            add_sanity(own, {name: task}, _narrowed(how, int(k)).robustness(direction), **settings)
-
-
-class SurrogateSettings(SanitySettings, total=False):
-    """As `SanitySettings`, and another model for images of the same size.
-
-    Keys:
-        surrogate: The model.
-        surrogate_bank: Its classifier; by default the same.
-    """
-
-    surrogate: Encoder | None
-    surrogate_bank: TextBank | None
+            add_sanity(own, {name: task}, replace(how, ks=task.ks).robustness(direction), **settings)
 
 
 def check_sanity(
@@ -158,21 +146,17 @@ def check_sanity(
     bank: TextBank,
     dataset: LabelledImages,
     how: RobustnessProtocol,
-    **settings: Unpack[SurrogateSettings],
+    *,
+    surrogate: Encoder | None = None,
+    surrogate_bank: TextBank | None = None,
+    **settings: Unpack[SanitySettings],
 ) -> dict[str, Any]:
-    """`check_task` of a zero-shot classification.
+    """`check_task` of a zero-shot classification; a defence overrides the encoder's `encode_images`.
 
-    Args:
-        encoder: The model that was measured; a defence overrides its `encode_images`.
-        bank: Its zero-shot classifier.
-        dataset: What it was measured on.
-        how: How it was measured.
-        settings: See `SurrogateSettings`.
+    The surrogate is another model for images of the same size, by default with the same classifier.
     """
-    rest: Any = dict(settings)
-    second, second_bank = rest.pop("surrogate", None), rest.pop("surrogate_bank", None)
-    other = ZeroShot(second, second_bank or bank, dataset) if second is not None else None
-    return check_task(ZeroShot(encoder, bank, dataset), how, surrogate=other, **rest)
+    other = ZeroShot(surrogate, surrogate_bank or bank, dataset) if surrogate is not None else None
+    return check_task(ZeroShot(encoder, bank, dataset), how, surrogate=other, **settings)
 
 
 class RetrievalSanitySettings(SanitySettings, total=False):
@@ -196,15 +180,7 @@ def check_retrieval_sanity(
     direction: str = "image_to_text",
     **settings: Unpack[RetrievalSanitySettings],
 ) -> dict[str, Any]:
-    """`check_task` of a retrieval, in one direction at one k.
-
-    Args:
-        encoder: The model that was measured; a defence overrides its `encode_images`.
-        tokenizer: Of its text tower, and of the surrogate's.
-        dataset: What it was measured on.
-        how: How it was measured.
-        direction: "image_to_text" or "text_to_image".
-        settings: See `RetrievalSanitySettings`.
+    """`check_task` of a retrieval, in one direction at one k; a defence overrides the encoder's `encode_images`.
 
     Raises:
         ValueError: As `check_task`; or if there is no such direction or k.
@@ -213,11 +189,9 @@ def check_retrieval_sanity(
     k, surrogate = rest.pop("k", None), rest.pop("surrogate", None)
     if k is not None and k not in how.ks:
         raise ValueError(f"recall at {k} was not measured, only at {list(how.ks)}.")
-    how = _narrowed(how, min(how.ks) if k is None else k)
+    how = replace(how, ks=(min(how.ks) if k is None else k,))
     task = Retrieval(encoder, tokenizer, dataset, direction, how.ks, how.batch_size)
-    other = (
-        Retrieval(surrogate, tokenizer, dataset, direction, how.ks, how.batch_size) if surrogate is not None else None
-    )
+    other = replace(task, model=surrogate) if surrogate is not None else None
     return check_task(task, how.robustness(direction), surrogate=other, **rest)
 
 
@@ -233,7 +207,3 @@ def sanity_text(results: Sequence[RobustnessResult]) -> str:
         f"sanity checks, {what}: {sanity.get('why') or ', '.join(sanity['flagged']) or 'all passed'}"
         for what, sanity in found.items()
     )
-
-
-def _narrowed(how: RetrievalProtocol, k: int) -> RetrievalProtocol:
-    return replace(how, ks=(k,))

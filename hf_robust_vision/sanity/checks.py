@@ -43,12 +43,6 @@ _NOISE_RESTART = 1_000_000  # no attack restarts that often, so that none shares
 def run_checks(bench: Bench, task: Task, queries: int, surrogate: Task | None) -> dict[str, Any]:
     """All checks, as `RobustnessResult.sanity` holds them.
 
-    Args:
-        bench: The samples and the measurement.
-        task: What was measured.
-        queries: Looks at the model of the black-box attack per image.
-        surrogate: The same task of another model.
-
     Returns:
         Plain values for JSON: `verdict` ("passed", or "flagged" if one check was), `flagged` (their names), `checks`
         (each with `name`, `verdict` ("passed", "flagged", "not run"), `numbers`, `threshold` and `why`), and what was

@@ -44,12 +44,7 @@ def black_box(bench: Bench, queries: int) -> dict[str, Any]:
 
 
 def transfer(bench: Bench, surrogate: Task | None) -> dict[str, Any]:
-    """APGD on another model, the images carried over.
-
-    Args:
-        bench: The samples.
-        surrogate: The same task of the other model; None where there is none.
-    """
+    """APGD on the same task of another model, the images carried over."""
     name = "as strong as a transfer"
     why = (
         "Images that fool another model fool this one by accident. What they fool, an attack on the model itself should "

@@ -89,6 +89,8 @@ def test_a_tampered_image_is_found(measure, encoder, bank, labelled_by_model, tm
     assert fallen in again.changed
     assert again.outside == [standing]
     assert again.farthest == pytest.approx(0.01, abs=1e-6)
+    images.write(standing, clean, {EPS[-1]: clean + 1})  # no image at all: it is counted, too
+    assert remeasure(encoder, bank, results[-1], tmp_path).outside == [standing]
 
 
 def test_some_samples_only(measure, encoder, bank, labelled_by_model, tmp_path):

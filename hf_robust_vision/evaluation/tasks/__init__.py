@@ -1,6 +1,8 @@
 """What is measured under attack, one file a task: classes, retrieval, corruptions, answers, captions, chosen texts."""
 
-from .answers import AnswerLoss, AnswerTask, RightAnswer, WrongAnswer, answer_task
+from hf_robust_vision.evaluation.task import Task
+
+from .answers import AnswerLoss, RightAnswer, WrongAnswer, answer_task
 from .captions import CaptionMetric, Captions, bleu, chrf, evaluate_captions
 from .corruptions import Corruptions, evaluate_corruptions
 from .example import AnswerExample, attack_example
@@ -11,11 +13,14 @@ from .vqa import VQA, evaluate_vqa, remeasure_vqa
 from .zero_shot import ZeroShot, evaluate_zero_shot, remeasure
 
 
+# What is known of a record whose model is not at hand, by the `task` of its result; of all others as `Task` says.
+TASKS: dict[str, type[Task]] = {kind.task: kind for kind in (ZeroShot, Retrieval, Corruptions)}
+
 __all__ = [
+    "TASKS",
     "VQA",
     "AnswerExample",
     "AnswerLoss",
-    "AnswerTask",
     "CaptionMetric",
     "Captions",
     "ChosenText",

@@ -21,8 +21,7 @@ class AnswerTask:
 
     Args:
         inputs: How the model takes images and text.
-        input_ids: Prompt and answer, padded on the left, shape (batch, length).
-        attention_mask: Same shape.
+        input_ids, attention_mask: Prompt and answer, padded on the left, shape (batch, length).
         answers: Token ids of the answers, padded on the left with -100, shape (batch, longest answer).
     """
 
@@ -53,12 +52,10 @@ class AnswerTask:
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """Negative log-likelihood of the answer, or the margin of its weakest token, one per image.
+    """Negative log-likelihood of the answer ("nll"), or the margin of its weakest token ("margin"), one per image.
 
-    Args:
-        task: Prompts and answers.
-        kind: "nll" or "margin"; the margin is above 0 exactly where greedy decoding gives another answer.
-        wanted: The attacker wants the answer said: the loss with its sign turned.
+    The margin is above 0 exactly where greedy decoding gives another answer. With `wanted` the attacker wants the
+    answer said: the loss with its sign turned.
     """
 
     task: AnswerTask
@@ -103,18 +100,12 @@ class WrongAnswer:
 
 
 @dataclass(frozen=True)
-class RightAnswer:
+class RightAnswer(WrongAnswer):
     """Success of an attacker who wants the answer: greedy decoding begins with it."""
-
-    task: AnswerTask
 
     def __call__(self, images: Tensor) -> Tensor:
         """Boolean flags, shape (batch,)."""
-        return ~WrongAnswer(self.task)(images)
-
-    def take(self, rows: Tensor) -> RightAnswer:
-        """The criterion for some of the images."""
-        return replace(self, task=self.task.take(rows))
+        return ~super().__call__(images)
 
 
 def answer_task(
@@ -140,11 +131,7 @@ def answer_task(
 
 
 def continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
-    """Token ids of a text that follows a prompt, a space between them where the prompt ends without one.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Token ids of a text that follows a prompt, a space between them where the prompt ends without one."""
     gap = "" if prompt[-1:].isspace() else " "
     before, joint = (
         tokenizer(words, add_special_tokens=False)["input_ids"] for words in (prompt, prompt + gap + text)

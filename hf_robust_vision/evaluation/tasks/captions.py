@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import Objective
-from hf_robust_vision.evaluation.engine import evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize_scores
 from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Verdict
 
 from .answers import AnswerLoss
-from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, split_settings
+from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, evaluate_vlm
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,6 @@ class CaptionMetric:
 def chrf() -> CaptionMetric:
     """ChrF2 of sacrebleu: F-score of character n-grams up to 6, recall counting twice.
 
-    Raises:
-        ModuleNotFoundError: If sacrebleu is not installed; the message is the line to type.
-
     Reference:
         Popović 2015, https://aclanthology.org/W15-3049.
     """
@@ -59,9 +55,6 @@ def chrf() -> CaptionMetric:
 
 def bleu() -> CaptionMetric:
     """BLEU-4 of sacrebleu, of one sentence: orders that a short caption does not have are left out.
-
-    Raises:
-        ModuleNotFoundError: If sacrebleu is not installed; the message is the line to type.
 
     Reference:
         Papineni et al. 2002, https://aclanthology.org/P02-1040.
@@ -95,14 +88,9 @@ class Captions(VLMTask):
     Every attack raises the loss of one reference caption; then the model captions the attacked image, greedily. A
     sample counts with the worst score over all attacks, the smaller radii and the clean image.
 
-    Args:
-        scored: How captions are scored, by default `chrf()`.
-        attacked_references: How many references of a sample are attacked, one after the other.
-        max_new_tokens: Of a caption.
-
     Raises:
         ValueError: As `VLMTask`; or if a sample has no reference caption, or none is to be attacked.
-        ModuleNotFoundError: If the default metric's library is not installed.
+        ModuleNotFoundError: If the default metric's library is not installed; the message is the line to type.
     """
 
     scored: CaptionMetric = field(default_factory=chrf)
@@ -126,11 +114,7 @@ class Captions(VLMTask):
         return "\n".join(self.samples[place].references)
 
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
-        """What `generate` says, and its score.
-
-        Raises:
-            ValueError: If the metric gives something else than a fraction.
-        """
+        """What `generate` says, and its score."""
         verdicts = []
         for place, text in zip(batch.places, self.say(batch, images, self.max_new_tokens)):
             score = self.scored.score(text, self.samples[place].references)
@@ -174,9 +158,9 @@ class Captions(VLMTask):
         metric = {"name": self.scored.name, **self.scored.settings}
         return super().decoding() | {"max_new_tokens": self.max_new_tokens, "metric": metric}
 
-    def summaries(self, records: Sequence[SampleRecord]) -> dict[str, dict[str, Any]]:
+    def summary(self, metric: str, records: Sequence[SampleRecord]) -> dict[str, Any]:
         """Mean scores."""
-        return {self.metric: summarize_scores(records)}
+        return summarize_scores(records)
 
 
 class CaptionSettings(VLMSettings, total=False):
@@ -211,6 +195,6 @@ def evaluate_captions(
     Deviation: one precision and one kind of start for all attacks, where the reference goes from half to single
         precision, and from the clean image; its CIDEr needs corpus statistics and Java.
     """
-    about, run = split_settings(settings)
-    scored = about.pop("metric", None) or chrf()
-    return evaluate(Captions(vlm, processor, samples, **about, scored=scored), how.robustness(), **run)
+    own: dict[str, Any] = {**settings}
+    own["scored"] = own.pop("metric", None) or chrf()
+    return evaluate_vlm(Captions, (vlm, processor, samples), how, own)

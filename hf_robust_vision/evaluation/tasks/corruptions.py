@@ -24,7 +24,7 @@ from hf_robust_vision.data.corruptions import (
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.evaluation.engine import RunSettings, evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, versions, wilson_interval
-from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict
+from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict, not_under
 from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.text_bank import TextBank
 
@@ -45,14 +45,6 @@ class Corruptions(Task):
     Deviation: ImageNet-C corrupts crops of 224 pixels and stores them as JPEG. Here an image is corrupted at the size
     that the dataset gives it, which the rows call `resolution`, and not compressed. The strengths were chosen for 224
     pixels: the same blur takes more from a smaller image.
-
-    Args:
-        model: The encoder.
-        bank: The zero-shot classifier.
-        images: Labelled images of at least 32 pixels a side.
-        families: Out of `FAMILIES` and `EXTRA_FAMILIES`.
-        severities: Out of 1 to 5.
-        seed: Of the corruptions.
 
     Raises:
         ModuleNotFoundError: If the library is not installed; the message is the line to type.
@@ -91,11 +83,7 @@ class Corruptions(Task):
         return [replace(verdict, harm=0.0, notes=None) for verdict in self.classified.judge(within, images)]
 
     def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, None]:
-        """No attacker is at work.
-
-        Raises:
-            ValueError: Always.
-        """
+        """No attacker is at work."""
         raise ValueError("corruptions are not searched for: there is nothing that an attack could follow.")
 
     def levels(self, how: RobustnessProtocol) -> list[Level]:
@@ -149,31 +137,37 @@ class Corruptions(Task):
         own = {"corruptions": [self.families, sorted(self.severities), self.seed], "library": version(LIBRARY)}
         return self.classified.identity() | own
 
-    def fields(self) -> dict[str, Any]:
-        """The classifier, and the families of ImageNet-C that were not measured."""
+    def fields(self, level: Level) -> dict[str, Any]:
+        """The severity, the classifier, and the families of ImageNet-C that were not measured."""
         missing = [name for name in (*FAMILIES, *EXTRA_FAMILIES) if name not in self.families]
-        return bank_fields(self.bank) | {
-            "left_out": missing,
-            "norm": "severity",
-            "versions": versions() | {LIBRARY: version(LIBRARY)},
-        }
+        threat = {"norm": "none", "eps": 0.0, "severity": int(level.value)}
+        return (
+            bank_fields(self.bank)
+            | threat
+            | {"left_out": missing, "versions": versions() | {LIBRARY: version(LIBRARY)}}
+        )
 
-    def summaries(self, records: Sequence[SampleRecord]) -> dict[str, dict[str, Any]]:
+    def summary(self, metric: str, records: Sequence[SampleRecord]) -> dict[str, Any]:
         """The mean over the families."""
-        count = len(self.images)
-        clean = sum(record.clean == record.label for record in records[:count])
-        mean = sum(record.robust_hit for record in records) / len(records)
-        summary = {
-            "num_samples": count,
-            "clean_accuracy": clean / count,
-            "robust_accuracy": mean,
-            "ci95": {
-                "clean_accuracy": list(wilson_interval(clean, count)),
-                # The families share their images: as wide as if all families agreed on each, so never too narrow.
-                "robust_accuracy": list(wilson_interval(mean * count, count)),
-            },
-        }
-        return {self.metric: summary}
+        found = super().summary(metric, records) | {"num_samples": (count := len(self.images))}
+        # The families share their images: as wide as if all families agreed on each, so never too narrow.
+        bounds = {name: list(wilson_interval(found[name] * count, count)) for name in found["ci95"]}
+        return found | {"ci95": bounds}
+
+    @classmethod
+    def hits(cls, record: SampleRecord, metric: str) -> tuple[bool, bool]:
+        """A hit on the corrupted image is a hit, whatever the clean one was taken for."""
+        return record.clean == record.label, record.robust_hit
+
+    @classmethod
+    def copies(cls, result: RobustnessResult) -> int:
+        """One record a family."""
+        return len(result.attacks)
+
+    @classmethod
+    def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
+        """An answer that is no class."""
+        return not_under(len(result.class_names), record)
 
 
 class CorruptionSettings(RunSettings, total=False):
@@ -182,8 +176,6 @@ class CorruptionSettings(RunSettings, total=False):
     Keys:
         families: Out of `FAMILIES` and `EXTRA_FAMILIES`; by default those of `FAMILIES` that the library has.
         severities: Out of 1 to 5; by default all.
-        seed: Of the corruptions.
-        batch_size: Images classified at once.
         device: Where to run; by default where the encoder is.
     """
 
@@ -197,14 +189,7 @@ class CorruptionSettings(RunSettings, total=False):
 def evaluate_corruptions(
     encoder: Encoder, bank: TextBank, dataset: LabelledImages, **settings: Unpack[CorruptionSettings]
 ) -> list[RobustnessResult]:
-    """Accuracy on corrupted images, one result per severity.
-
-    Args:
-        encoder: The model.
-        bank: The zero-shot classifier.
-        dataset: Labelled images of at least 32 pixels a side.
-        settings: See `CorruptionSettings`.
-    """
+    """Accuracy on corrupted images of at least 32 pixels a side, one result per severity; see `CorruptionSettings`."""
     rest: Any = dict(settings)
     families, device, seed = rest.pop("families", None), rest.pop("device", None), rest.pop("seed", 0)
     if families is None:

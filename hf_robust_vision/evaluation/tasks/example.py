@@ -17,15 +17,7 @@ from .vqa import VQA, Question
 
 @dataclass(frozen=True)
 class AnswerExample:
-    """One attacked question, for a picture.
-
-    Args:
-        image: In [0, 1], shape (3, height, width).
-        adversarial: The same, attacked.
-        clean_answer: What the model says about `image`.
-        adversarial_answer: What it says about `adversarial`.
-        eps: Linf radius of the attack.
-    """
+    """An image in [0, 1], shape (3, height, width), the same attacked in a Linf ball, and what is said about each."""
 
     image: Tensor
     adversarial: Tensor
@@ -35,15 +27,7 @@ class AnswerExample:
 
 
 def attack_example(vlm: nn.Module, processor: Any, question: Question, prompt: str, how: VLMProtocol) -> AnswerExample:
-    """Attack one question at the largest radius, with one attack after the other until its answer falls.
-
-    Args:
-        vlm: The model; left as it was.
-        processor: Its processor, or a `VLMInputs` of the model.
-        question: What is asked.
-        prompt: With "{}" for the question and the processor's image token.
-        how: Attacks and radii.
-    """
+    """Attack one question at the largest radius, with one attack after the other until its answer falls."""
     task = VQA(vlm, processor, [question], prompt, dataset="", split="")
     level = task.levels(how.robustness())[-1]
     with torch.no_grad(), attack_mode(vlm):

@@ -8,6 +8,7 @@ Only images are attacked, never text. Each sample is attacked alone, in its own 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,8 +24,8 @@ from hf_robust_vision.data.captions import CaptionedImages
 from hf_robust_vision.data.fingerprint import fingerprint
 from hf_robust_vision.evaluation.engine import Output, evaluate
 from hf_robust_vision.evaluation.images import Remeasured, measure_again
-from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize_hits
-from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
+from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord
+from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict, not_under
 from hf_robust_vision.towers.base import attack_mode, tensor_sha256
 from hf_robust_vision.towers.clip import CLIPEncoder, text_embeddings
 from hf_robust_vision.towers.load import image_embedder
@@ -42,13 +43,9 @@ class RetrievalProtocol:
     """How the robustness of retrieval is measured.
 
     Args:
-        eps: Radii, measured in rising order; what fell stays fallen.
-        norm: "linf" or "l2".
-        steps: APGD steps of each attack.
-        restarts: Random starts of each attack.
+        eps, norm, batch_size, seed: As of `RobustnessProtocol`.
+        steps, restarts: Of each APGD attack.
         ks: A sample is a hit at k if what it searches is among the first k.
-        batch_size: Images attacked at once.
-        seed: Of the random starts.
     """
 
     eps: tuple[float, ...]
@@ -80,13 +77,6 @@ class Retrieval(Task):
 
     A record holds the rank of what a sample searches, 0 for the first place; `fooled_by` is about the first place.
 
-    Args:
-        model: Its dtype is the precision of the attack.
-        tokenizer: Of its text tower.
-        images: With their captions.
-        direction: "image_to_text" or "text_to_image".
-        ks: A sample is a hit at k where the rank is under k.
-
     Raises:
         ValueError: If there is no such direction, or the dataset is too small for the largest k to be missed.
     """
@@ -110,9 +100,9 @@ class Retrieval(Task):
         self.searches = self.direction == "image_to_text"
         self.kind, self.dataset, self.split = self.direction, self.images.name, self.images.split
         self.ids = range(len(self.images) if self.searches else len(self.images.captions))
-        self.loss, self.margin = (
-            (f"nll@{min(self.ks)}", f"margin@{min(self.ks)}") if self.searches else ("cosine",) * 2
-        )
+        self.loss, self.margin = [
+            f"{kind}@{min(self.ks)}" if self.searches else "cosine" for kind in ("nll", "margin")
+        ]
         embed, device = image_embedder(self.model), self.weight.device
         self.embed = Logits(lambda shown: F.normalize(embed(self.model.transform.fit(shown)), dim=-1))
         with torch.no_grad(), attack_mode(self.model):
@@ -120,10 +110,9 @@ class Retrieval(Task):
             texts = [tokenize(self.tokenizer, part, device) for part in _parts(self.images.captions, 256)]
             self.captions = torch.cat([F.normalize(text_embeddings(self.model, part), dim=-1) for part in texts])
             clean = [
-                torch.stack([self.images.image(place) for place in part])
-                for part in _parts(range(len(self.images)), self.batch_size)
+                [self.images.image(at) for at in part] for part in _parts(range(len(self.images)), self.batch_size)
             ]
-            self.gallery = torch.cat([self.embed(part.to(device)) for part in clean])
+            self.gallery = torch.cat([self.embed(torch.stack(part).to(device)) for part in clean])
         self.owners = torch.tensor(self.images.owners, device=device)
         self.similar = Logits(lambda shown: self.scale * self.embed(shown) @ self.captions.T)
 
@@ -187,18 +176,25 @@ class Retrieval(Task):
         """What is attacked."""
         return DIRECTIONS[self.direction]
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self, level: Level) -> dict[str, Any]:
         """The model's scale."""
         return {"logit_scale": self.scale}
 
-    def summaries(self, records: Sequence[SampleRecord]) -> dict[str, dict[str, Any]]:
+    @property
+    def metrics(self) -> list[str]:
         """Recall at each k."""
-        return {
-            f"{self.direction}_recall@{k}": summarize_hits(
-                [_rank(record) < k for record in records], [_rank(record, True) < k for record in records]
-            )
-            for k in self.ks
-        }
+        return [f"{self.direction}_recall@{k}" for k in self.ks]
+
+    @classmethod
+    def hits(cls, record: SampleRecord, metric: str) -> tuple[bool, bool]:
+        """Is the rank under the metric's k?"""
+        k = int(metric.partition("_recall@")[2])
+        return _rank(record) < k, _rank(record, True) < k
+
+    @classmethod
+    def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
+        """An answer that is no rank."""
+        return not_under(math.inf, record)
 
     def scores(self, batch: Batch, images: Tensor) -> Tensor:
         """Cosines with all captions."""
@@ -263,9 +259,7 @@ def remeasure_retrieval(
         raise ValueError(f"this measures retrieval results again, the given one is of the task {result.task!r}.")
     direction, _, k = result.metric.partition("_recall@")
     task = Retrieval(encoder, tokenizer, dataset, direction, (int(k),))
-    return measure_again(
-        task, result, folder, hits=lambda record: (_rank(record) < int(k), _rank(record, True) < int(k))
-    )
+    return measure_again(task, result, folder)
 
 
 @dataclass(frozen=True)
@@ -273,13 +267,8 @@ class CaptionLoss:
     """How far an image is from its own captions, one loss per image.
 
     "margin" is the k-th best wrong similarity minus the best own one: positive exactly where recall at k fails. "nll"
-    is the negative log-probability that a caption drawn by the model's softmax is an own one.
-
-    Args:
-        similarities: Images to scaled cosines with all captions, shape (batch, captions).
-        own: Which captions are an image's own, same shape.
-        k: Place to be pushed out of.
-        kind: "margin" or "nll".
+    is the negative log-probability that a caption drawn by the model's softmax is an own one. `similarities` are scaled
+    cosines with all captions, shape (batch, captions), of which `own` marks an image's own.
     """
 
     similarities: Callable[[Tensor], Tensor]
@@ -318,13 +307,7 @@ class CaptionsLost:
 
 @dataclass(frozen=True)
 class ImageLost:
-    """Success at k: at least k other images are more similar to the caption.
-
-    Args:
-        embed: Images to embeddings.
-        captions: Embeddings of the captions that search, shape (batch, dim).
-        bar: Similarity of the k-th best other image of the gallery, shape (batch,).
-    """
+    """Success at k: the k-th best other image of the gallery, at `bar`, is more similar to the caption."""
 
     embed: Callable[[Tensor], Tensor]
     captions: Tensor

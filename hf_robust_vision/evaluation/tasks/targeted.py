@@ -11,24 +11,19 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import Attack, Objective, Success
-from hf_robust_vision.evaluation.engine import evaluate
-from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize
+from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord
 from hf_robust_vision.evaluation.task import Batch, Stage, Verdict
 
 from .answers import AnswerLoss, RightAnswer, continuation
-from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, split_settings
+from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, evaluate_vlm
 
 
 @dataclass
 class ChosenText(VLMTask):
     """Does the generated text hold the target, in capitals or not?
 
-    The attack stops where greedy decoding begins with the target; what counts is what `generate` says.
-
-    Args:
-        target: What the attacker wants to hear.
-        max_new_tokens: Of the generated text.
-        asked: What the model is asked to do, "vqa" or "caption".
+    The attack stops where greedy decoding begins with the target; what counts is what `generate` says. `asked` is what
+    the model is asked to do, "vqa" or "caption".
 
     Raises:
         ValueError: As `VLMTask`; or if the tokenizer can not write the target, or not in `max_new_tokens`.
@@ -77,12 +72,11 @@ class ChosenText(VLMTask):
         """See `VLMTask.decoding`."""
         return super().decoding() | {"max_new_tokens": self.max_new_tokens}
 
-    def summaries(self, records: Sequence[SampleRecord]) -> dict[str, dict[str, Any]]:
+    def summary(self, metric: str, records: Sequence[SampleRecord]) -> dict[str, Any]:
         """The shares of images that resist, and the attacker's own rates."""
-        count = max(len(records), 1)
-        said = {"clean": sum(not record.clean_hit for record in records) / count}
-        said["attacked"] = sum(not record.robust_hit for record in records) / count
-        return {self.metric: {"attack_success": said, **summarize(records)}}
+        said = {"clean": sum(not record.clean_hit for record in records) / len(records)}
+        said["attacked"] = sum(not record.robust_hit for record in records) / len(records)
+        return super().summary(metric, records) | {"attack_success": said}
 
 
 class TargetedSettings(VLMSettings, total=False):
@@ -114,17 +108,13 @@ def evaluate_targeted(
     Reference:
         Schlarmann et al. 2024, https://huggingface.co/papers/2402.12336, section 4.2.
     """
-    about, run = split_settings(settings)
-    chosen = {"target": target, "asked": about.pop("task", "vqa")}
-    return evaluate(ChosenText(vlm, processor, samples, **about, **chosen), how.robustness(), **run)
+    own: dict[str, Any] = {**settings, "target": target}
+    own["asked"] = own.pop("task", "vqa")
+    return evaluate_vlm(ChosenText, (vlm, processor, samples), how, own)
 
 
 def check_target(tokenizer: Any, prompt: str, target: str, max_new_tokens: int) -> None:
-    """Refuse a target that the model could never say.
-
-    Raises:
-        ValueError: If it is empty, not writable with the tokenizer, or longer than what is generated.
-    """
+    """Refuse a target that the model could never say: empty, not writable with its tokenizer, or too long."""
     if not target:
         raise ValueError("the target is empty, and so is in every text: name what the attacker wants to hear.")
     ids = continuation(tokenizer, prompt, target)

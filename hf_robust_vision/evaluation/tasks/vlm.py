@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,8 +12,9 @@ from typing_extensions import Required
 
 from hf_robust_vision.attacks import Attack, StartNoise
 from hf_robust_vision.attacks import Protocol as Attacks
-from hf_robust_vision.evaluation.engine import RunSettings
-from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task
+from hf_robust_vision.evaluation.engine import RunSettings, evaluate
+from hf_robust_vision.evaluation.results import RobustnessResult
+from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task
 from hf_robust_vision.pixels import Fitting
 from hf_robust_vision.towers.vlm_inputs import VLMInputs, vlm_inputs
 
@@ -28,14 +29,11 @@ class VLMProtocol:
     """How the robustness of what a model says is measured.
 
     Args:
-        eps: Radii, measured in rising order; a sample that fell stays fallen.
-        norm: "linf" or "l2".
+        eps, norm, batch_size, seed: As of `RobustnessProtocol`.
         steps: Gradient steps per restart.
         restarts: Random starts for each objective.
         objectives: "nll" (loss of a text) and "margin" (best other token minus the text's, at its weakest token), run
             in order on the samples that still stand.
-        batch_size: Samples attacked at once.
-        seed: Of the random starts.
         algorithm: "pgd" or "apgd".
 
     Raises:
@@ -85,10 +83,8 @@ class VLMSettings(RunSettings, total=False):
     """What every evaluation of a vision-language model takes beside model, processor, samples and protocol.
 
     Keys:
-        prompt: With "{}" for a sample's text, if it is to have one, and the processor's image token. Needed.
-        dataset: Name of the data. Needed.
-        split: Of the data. Needed.
-        group: Which samples these are.
+        prompt: With "{}" for a sample's text, if it is to have one, and the processor's image token.
+        dataset, split, group: What the results call the samples.
         blank: Show a grey image instead (control: what is answerable without looking).
     """
 
@@ -101,17 +97,12 @@ class VLMSettings(RunSettings, total=False):
 
 @dataclass
 class VLMTask(Task):
-    """Base of the tasks on what a model says about an image.
+    """Base of the tasks on what a model says about an image; see `VLMSettings`.
 
     Args:
         model: A stock vision-language model in float32, or in the dtype that it is deployed in.
         processor: Its processor, or a `VLMInputs` of the model.
         samples: With ids that name them.
-        prompt: With "{}" for a sample's text, if it is to have one, and the processor's image token.
-        dataset: Name of the data.
-        split: Of the data.
-        group: Which samples these are.
-        blank: Show a grey image instead.
 
     Raises:
         TypeError: If `processor` is no processor of images and text.
@@ -128,6 +119,7 @@ class VLMTask(Task):
     blank: bool = False
     inputs: VLMInputs = field(init=False)
     loss = "nll"
+    stronger = "raise steps and restarts, attack both objectives"
 
     def __post_init__(self) -> None:
         self.inputs = vlm_inputs(self.model, self.processor)
@@ -150,9 +142,8 @@ class VLMTask(Task):
     def say(self, batch: Batch, images: Tensor, max_new_tokens: int) -> list[str]:
         """What `generate` says about some images, greedily."""
         height, width = images.shape[-2:]
-        return say(
-            self.inputs, self.inputs.encode(self.prompts(batch.places), (height, width)), images, max_new_tokens
-        )
+        prompts = self.inputs.encode(self.prompts(batch.places), (height, width))
+        return say(self.inputs, prompts, images, max_new_tokens)
 
     def answers(self, batch: Batch, texts: Sequence[str]) -> AnswerTask:
         """The texts after the prompts, as a function of the images."""
@@ -171,9 +162,8 @@ class VLMTask(Task):
         words = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
         samples = [(sample.id, sample.text, getattr(sample, "fingerprint", "")) for sample in self.samples]
         about = {"prompt": self.prompt, "samples": samples, "blank": self.blank, "starts": "by objective"}
-        return (
-            self.inputs.identity() | about | {"tokenizer": words, "template": getattr(tokenizer, "chat_template", "")}
-        )
+        about |= {"tokenizer": words, "template": getattr(tokenizer, "chat_template", "")}
+        return self.inputs.identity() | about
 
     @property
     def resolution(self) -> int | str:
@@ -184,7 +174,7 @@ class VLMTask(Task):
         """How texts are generated, for a result."""
         return {"prompt": self.prompt, "decoding": "greedy"}
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self, level: Level) -> dict[str, Any]:
         """How texts are generated."""
         return {"generation": self.decoding()}
 
@@ -205,10 +195,9 @@ class VLMTask(Task):
             'size: take both objectives, and algorithm="apgd".',
         )
 
-    stronger = "raise steps and restarts, attack both objectives"
 
-
-def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """What belongs to the task, and what to the run."""
+def evaluate_vlm(kind: type[VLMTask], parts: Sequence[Any], how: VLMProtocol, settings: Any) -> list[RobustnessResult]:
+    """Measure a task of model, processor and samples; of `settings` the run takes its own, the task the others."""
     run = {key: value for key, value in settings.items() if key in RunSettings.__annotations__}
-    return {key: value for key, value in settings.items() if key not in run}, run
+    own = {key: value for key, value in settings.items() if key not in run}
+    return evaluate(kind(*parts, **own), how.robustness(), **run)

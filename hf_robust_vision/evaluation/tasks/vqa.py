@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import Objective, Success
-from hf_robust_vision.evaluation.engine import evaluate
 from hf_robust_vision.evaluation.images import Remeasured, measure_again
 from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.task import Batch, Stage, Verdict
 
 from .answers import AnswerLoss, WrongAnswer, continuation
-from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, split_settings
+from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, evaluate_vlm
 
 
 EXTRA_TOKENS = 4  # generated beyond the true answer, so that one that goes on is not cut to a right one
@@ -109,13 +108,7 @@ class VQA(VLMTask):
 
 @dataclass(frozen=True)
 class SaysOtherwise:
-    """Success: greedy decoding leaves the tokens of the right answer, and what `generate` says then is wrong.
-
-    Args:
-        task: Judges what is said.
-        left: The cheap half, on the forward pass that the loss has made already.
-        batch: The samples.
-    """
+    """Success: greedy decoding leaves the tokens of the right answer, and what `generate` says then is wrong."""
 
     task: VQA
     left: WrongAnswer
@@ -123,7 +116,7 @@ class SaysOtherwise:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Boolean flags, shape (batch,)."""
-        flags = self.left(images)
+        flags = self.left(images)  # the cheap half first, on the forward pass that the loss has made already
         places = flags.nonzero().flatten()
         if len(places):
             verdicts = self.task.judge(self.batch.take(places), images[places].detach())
@@ -159,8 +152,7 @@ def evaluate_vqa(
         how: Attacks and radii.
         settings: See `VLMSettings`.
     """
-    about, run = split_settings(settings)
-    return evaluate(VQA(vlm, processor, questions, **about), how.robustness(), **run)
+    return evaluate_vlm(VQA, (vlm, processor, questions), how, settings)
 
 
 def remeasure_vqa(

@@ -21,8 +21,8 @@ from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.fingerprint import fingerprint
 from hf_robust_vision.evaluation.engine import RunSettings, evaluate
 from hf_robust_vision.evaluation.images import Remeasured, measure_again
-from hf_robust_vision.evaluation.results import RobustnessResult, load_samples
-from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict
+from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, load_samples
+from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict, not_under
 from hf_robust_vision.towers.base import tensor_sha256
 from hf_robust_vision.towers.load import Encoder, image_embedder
 from hf_robust_vision.towers.text_bank import TextBank
@@ -35,12 +35,8 @@ PROBE_TARGETS = 3  # strongest wrong classes that the sanity checks' other loss 
 class ZeroShot(Task):
     """Is the image still taken for its class?
 
-    Args:
-        model: The encoder; its dtype is the precision of the attack.
-        bank: The zero-shot classifier.
-        images: Labelled images. Those of another size than the tower's are attacked at their own size and fitted inside
-            the attacked function.
-        group: Which samples these are.
+    The dtype of the encoder is the precision of the attack. Images of another size than the tower's are attacked at
+    their own size and fitted inside the attacked function.
 
     Raises:
         ValueError: If the class names of the dataset and of the bank differ.
@@ -71,11 +67,7 @@ class ZeroShot(Task):
         return self.labels[place]
 
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
-        """The class of the highest logit; the harm is how far it lies above the true one's.
-
-        Raises:
-            ValueError: If a logit is not finite.
-        """
+        """The class of the highest logit; the harm is how far it lies above the true one's."""
         logits, truth = self.logits(images), self._truth(batch)
         if not bool(logits.isfinite().all()):
             names = [self.ids[place] for place in batch.places]
@@ -123,9 +115,18 @@ class ZeroShot(Task):
         fitted = self.images.transform.crop or self.images.transform.resize
         return fitted if isinstance(fitted, int) else max(fitted)
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self, level: Level) -> dict[str, Any]:
         """The classifier."""
         return bank_fields(self.bank)
+
+    @classmethod
+    def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
+        """An answer that is no class, or that `fooled_by` contradicts."""
+        wrong = not_under(len(result.class_names), record)
+        if not wrong and (record.clean == record.label) != record.clean_hit:
+            lost = f"{'not ' if record.clean_hit else ''}lost before the attack"
+            return f"sample {record.id!r} of class {record.label} was taken for {record.clean}, and {lost}."
+        return wrong
 
     def scores(self, batch: Batch, images: Tensor) -> Tensor:
         """Logits."""
@@ -192,14 +193,10 @@ def remeasure(
     if bank.template_hash != result.template_hash:
         raise ValueError("the bank has other class names or templates than the result; build it from the result's.")
     records = load_samples(Path(folder) / str(result.samples)) if result.samples else []
-    rows = [{"image": None, "label": record.label} for record in records]
-    known = LabelledImages(
-        rows or [{"image": None, "label": 0}],
-        bank.class_names,
-        encoder.transform,
-        name=result.dataset,
-        split=result.split,
-    )
+    # The images come from the files: of the dataset only labels and names are asked.
+    rows = [{"image": None, "label": record.label} for record in records] or [{"image": None, "label": 0}]
+    transform, names = encoder.transform, bank.class_names
+    known = LabelledImages(rows, names, transform, name=result.dataset, split=result.split)
     task = ZeroShot(encoder, bank, known)
     task.ids = [record.id for record in records]
     return measure_again(task, result, folder, batch_size=batch_size)
