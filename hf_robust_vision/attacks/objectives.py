@@ -17,7 +17,7 @@ from torch import Tensor
 
 ImagesToLogits = Callable[[Tensor], Tensor]
 ImagesToFeatures = Callable[[Tensor], Tensor]
-_T = TypeVar("_T", bound="_PerSample")
+_T = TypeVar("_T", bound="PerSample")
 
 
 class Objective(Protocol):
@@ -59,17 +59,19 @@ class Logits:
         return self._logits
 
 
-class _PerSample:
-    """Shared by the dataclasses below: cut every per-sample tensor to the given rows."""
+class PerSample:
+    """Base of dataclasses that hold per-sample data: tensors, or what has a `take` of its own."""
 
     def take(self: _T, rows: Tensor) -> _T:
         """The same objective for some images of the batch; `rows` holds their indices."""
-        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)  # type: ignore[type-var]
+        held = vars(self).items()
+        parts = {name: value[rows] for name, value in held if isinstance(value, Tensor)}
+        parts |= {name: value.take(rows) for name, value in held if name not in parts and hasattr(value, "take")}
+        return replace(self, **parts)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
-class _OfClasses(_PerSample):
+class _OfClasses(PerSample):
     """Shared by objectives of a classifier."""
 
     logits: ImagesToLogits  # to shape (batch, classes)
@@ -158,7 +160,7 @@ class TargetedMargin(_Targeted):
 
 
 @dataclass(frozen=True)
-class EmbeddingDistance(_PerSample):
+class EmbeddingDistance(PerSample):
     """Distance of the features from given features, for attacks that know no labels."""
 
     features: ImagesToFeatures  # to shape (batch, ...)

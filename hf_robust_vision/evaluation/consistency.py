@@ -20,12 +20,8 @@ _ACCURACIES = ("clean_accuracy", "robust_accuracy")
 def check_results(results: Sequence[RobustnessResult], folder: str | Path) -> dict[str, list[SampleRecord]]:
     """Refuse results without an attack, or whose records say something else; records that are not there are not missed.
 
-    Args:
-        results: As `load_results` reads them.
-        folder: Where their samples files lie.
-
     Returns:
-        The records, by the name of their file.
+        The records in `folder`, by the name of their file.
 
     Raises:
         ValueError: If something does not fit; the message names the file.

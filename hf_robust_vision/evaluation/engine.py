@@ -12,8 +12,10 @@ import time
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -177,14 +179,15 @@ class _Flow:
         self.waiting: dict[_Place, deque[_Flight]] = defaultdict(deque)
         source = prefetched(self.task.load, todo, ahead=2 * self.size)
         self.bar = tqdm(total=len(todo), desc=self.label, disable=not show or rank > 0)
+        order = itemgetter(0, 1)
         while True:
             full = [place for place, flights in self.waiting.items() if len(flights) >= self.size]
             if full:
-                self._attack(max(full, key=_order))  # the furthest first: what is done is written down
-            elif admitted := [item for _, item in zip(range(self.size), source)]:
+                self._attack(max(full, key=order))  # the furthest first: what is done is written down
+            elif admitted := list(islice(source, self.size)):
                 self._admit(admitted)
             elif left := [place for place, flights in self.waiting.items() if flights]:
-                self._attack(min(left, key=_order))  # the hindmost first: it fills up those before it
+                self._attack(min(left, key=order))  # the hindmost first: it fills up those before it
             else:
                 break
         self.bar.close()
@@ -285,20 +288,14 @@ class _Flow:
         return [value for part in rows.split(half) for value in self._in_memory(batch.take(part), function)]
 
 
-def _order(place: _Place) -> tuple[int, int]:
-    return place[:2]
-
-
 def prefetched(load: Callable[[int], Tensor], places: Sequence[int], *, ahead: int) -> Iterator[tuple[int, Tensor]]:
     """Places with their images, in order, decoded by threads up to `ahead` images before they are asked for."""
     # Threads, not worker processes: decoding and resizing release the interpreter's lock, and nothing is copied.
     with ThreadPoolExecutor(READERS) as pool:
-        coming: deque[tuple[int, Future[Tensor]]] = deque()
-        for place in places:
-            coming.append((place, pool.submit(load, place)))
-            if len(coming) > ahead:
-                first, image = coming.popleft()
-                yield first, image.result()
+        rest = iter(places)
+        coming = deque((place, pool.submit(load, place)) for place in islice(rest, ahead))
         while coming:
-            first, image = coming.popleft()
-            yield first, image.result()
+            place, image = coming.popleft()
+            # The next one before this one is given away: the threads decode while the caller attacks.
+            coming.extend((after, pool.submit(load, after)) for after in islice(rest, 1))
+            yield place, image.result()

@@ -91,11 +91,7 @@ class Remeasured:
 def measure_again(task: Task, result: RobustnessResult, folder: str | Path, *, batch_size: int = 64) -> Remeasured:
     """Judge the saved images of a result again, without any attack, and compare with its records.
 
-    Args:
-        task: What was measured, on the same samples.
-        result: With saved images.
-        folder: Where its `robustness.json` lies.
-        batch_size: Images judged at once, where they are of one size.
+    `task` is what was measured, on the same samples; `folder` is where the `robustness.json` of the result lies.
 
     Raises:
         ValueError: If the result is of another task or of other weights, or no images were saved.
@@ -110,9 +106,7 @@ def measure_again(task: Task, result: RobustnessResult, folder: str | Path, *, b
     ball, places = make_ball(result.norm, result.eps), {sample: place for place, sample in enumerate(task.ids)}
     ids = [sample for sample in images.ids() if sample in records and sample in places]
     told = {sample: task.hits(records[sample], result.metric) for sample in ids}
-    seen: dict[SampleId, tuple[bool, bool]] = {}
-    outside: list[SampleId] = []
-    farthest = 0.0
+    seen, outside, farthest = dict[SampleId, tuple[bool, bool]](), list[SampleId](), 0.0
     clean = ((places[sample], images.read(sample, result.eps)[0]) for sample in ids)
     for batch in one_size(clean, batch_size, task.weight.device):
         rows = [task.ids[place] for place in batch.places]

@@ -28,16 +28,12 @@ Args:
     predictions: Predicted class of each adversarial image; or a list of them, one for each attack, where a sample is
         right only if it is right under all.
     references: True classes.
-"""
-_CLEAN = """    clean_predictions: Predicted class of each clean image.
+    clean_predictions: Predicted class of each clean image, where the metric compares with it.
 """
 
 
 class _RobustnessMetric(evaluate.Metric):
-    """Shared by the three: the columns, and whether they take clean predictions."""
-
     needs_clean = True
-    description = ""
 
     def _info(self) -> evaluate.MetricInfo:
         number = datasets.Value("int64")
@@ -45,9 +41,9 @@ class _RobustnessMetric(evaluate.Metric):
         one_attack = datasets.Features({"predictions": number} | columns)
         many_attacks = datasets.Features({"predictions": datasets.Sequence(number)} | columns)
         return evaluate.MetricInfo(
-            description=self.description,
+            description=str(self.__doc__),
             citation=_CITATION,
-            inputs_description=_INPUTS + (_CLEAN if self.needs_clean else ""),
+            inputs_description=_INPUTS,
             features=[one_attack, many_attacks],
         )
 
@@ -60,7 +56,6 @@ class RobustAccuracy(_RobustnessMetric):
     """
 
     needs_clean = False
-    description = "Share of samples that are classified rightly under every attack."
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[int]) -> dict[str, Any]:
         return _share("robust_accuracy", _right(predictions, references))
@@ -72,8 +67,6 @@ class AttackSuccessRate(_RobustnessMetric):
     `compute(predictions, references, clean_predictions)` gives `attack_success_rate`, `attack_success_rate_ci95` and
     `num_samples`, the samples that were right and so could be attacked.
     """
-
-    description = "Share of the rightly classified samples that some attack turns."
 
     def _compute(
         self, predictions: Sequence[Any], references: Sequence[int], clean_predictions: Sequence[int]
@@ -90,7 +83,6 @@ class RelativeRobustness(_RobustnessMetric):
     both their answers; draws without a right clean answer have no ratio and are left out.
     """
 
-    description = "Accuracy under attack divided by clean accuracy."
     draws = 10_000
 
     def _compute(

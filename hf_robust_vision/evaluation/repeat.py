@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypedDict
+
+from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import Protocol
 from hf_robust_vision.data.datasets import LabelledImages
@@ -17,12 +19,10 @@ from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
 from .consistency import check_results, measurements
+from .engine import evaluate
 from .results import RobustnessResult, SampleRecord
-from .task import RobustnessProtocol
-from .tasks.zero_shot import evaluate_zero_shot
-
-
-Records = Mapping[int | str, SampleRecord]
+from .task import RobustnessProtocol, SampleId, Task
+from .tasks.zero_shot import ZeroShot
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,33 @@ class Repeat:
         return f"{told}: {len(self.differing)} samples differ" if self.differing else f"{told}: all as recorded"
 
 
+class RepeatSettings(TypedDict, total=False):
+    """What is measured again.
+
+    Keys:
+        dataset: By default the demo's or a dataset of the recorded name; a local folder by its path; anything else as
+            `LabelledImages`.
+        max_samples: So many, evenly spread over the recorded ones; by default all.
+        batch_size: Images attacked at once, 64 unless told otherwise.
+    """
+
+    dataset: LabelledImages | str | Path | None
+    max_samples: int | None
+    batch_size: int
+
+
 def repeat_zero_shot(
     encoder: CLIPEncoder,
     tokenizer: Any,
     results: Sequence[RobustnessResult],
     folder: str | Path,
-    *,
-    dataset: LabelledImages | str | Path | None = None,
-    max_samples: int | None = None,
-    batch_size: int = 64,
+    **settings: Unpack[RepeatSettings],
 ) -> Repeat:
     """Measure a model again on samples of its recorded zero-shot results, radius by radius, and compare every flag.
 
     The attacks, their random starts and the prompts are the recorded ones. On the same kind of machine the flags are
-    equal; on another, rounding may tip a sample at the very border.
-
-    Args:
-        encoder: The model that the results are of.
-        tokenizer: Its tokenizer.
-        results: Of this model; those of other tasks are left out.
-        folder: Where their `samples-*.jsonl` lie.
-        dataset: What was measured on: by default the demo's or a dataset of the recorded name; a local folder by its
-            path; anything else as `LabelledImages`.
-        max_samples: Measure so many, evenly spread over the recorded ones; by default all.
-        batch_size: Images attacked at once.
+    equal; on another, rounding may tip a sample at the very border. Results of other tasks are left out; their
+    `samples-*.jsonl` lie in `folder`.
 
     Raises:
         ValueError: If there is nothing to repeat, the records do not fit the results, the data is not what was measured
@@ -73,19 +76,20 @@ def repeat_zero_shot(
     found = check_results(wanted, folder)
     if missing := [result.samples for result in wanted if result.samples not in found]:
         raise ValueError(f"{Path(folder) / str(missing[0])} is missing: the samples of a result lie beside it.")
-    repeats = []
+    differing, samples, flags = dict[SampleId, None](), 0, 0
+    most = settings.get("max_samples")
     for run in measurements(wanted):
         recorded = [{record.id: record for record in found[str(result.samples)]} for result in run]
-        kept = _evenly(list(recorded[0]), max_samples)
-        images = _select(_images(run[0], dataset, encoder.transform), run[0], {i: recorded[0][i] for i in kept})
-        repeats.append(_repeat(encoder, tokenizer, run, recorded, images, batch_size))
-    differing = tuple(dict.fromkeys(sample for repeat in repeats for sample in repeat.differing))
-    return Repeat(sum(repeat.samples for repeat in repeats), sum(repeat.flags for repeat in repeats), differing)
-
-
-def _evenly(ids: list[int | str], most: int | None) -> list[int | str]:
-    kept = len(ids) if most is None else min(most, len(ids))
-    return [ids[place * len(ids) // kept] for place in range(kept)]
+        ids = list(recorded[0])
+        count = len(ids) if most is None else min(most, len(ids))
+        kept = {sample: recorded[0][sample] for sample in (ids[place * len(ids) // count] for place in range(count))}
+        images = _select(_images(run[0], settings.get("dataset"), encoder.transform), run[0], kept)
+        bank = make_text_bank(encoder, tokenizer, run[0].class_names, run[0].templates)
+        how = _protocol(run, settings.get("batch_size", 64))
+        for old, new in zip(recorded, _measure(ZeroShot(encoder, bank, images), how, run)):
+            differing |= {i: None for i, row in new.items() if _flags(row) != _flags(old[i])}
+        samples, flags = samples + count, flags + count * (1 + len(run))
+    return Repeat(samples, flags, tuple(differing))
 
 
 def _images(
@@ -98,7 +102,9 @@ def _images(
     return load_labelled_images(dataset or result.dataset, result.split, transform)
 
 
-def _select(images: LabelledImages, result: RobustnessResult, records: Records) -> LabelledImages:
+def _select(
+    images: LabelledImages, result: RobustnessResult, records: Mapping[SampleId, SampleRecord]
+) -> LabelledImages:
     """The images of some records, in their order."""
     where = {sample: place for place, sample in enumerate(images.ids)}
     labels = images.labels()
@@ -111,31 +117,19 @@ def _select(images: LabelledImages, result: RobustnessResult, records: Records) 
     return images.select([where[int(sample)] for sample in records])
 
 
-def _repeat(
-    encoder: CLIPEncoder,
-    tokenizer: Any,
-    run: Sequence[RobustnessResult],
-    recorded: Sequence[Records],
-    images: LabelledImages,
-    batch_size: int,
-) -> Repeat:
-    bank = make_text_bank(encoder, tokenizer, run[0].class_names, run[0].templates)
-    how = _protocol(run, batch_size)
+def _measure(
+    task: Task, how: RobustnessProtocol, run: Sequence[RobustnessResult]
+) -> list[dict[SampleId, SampleRecord]]:
+    """The records of each radius, by id."""
     with TemporaryDirectory() as place:
-        again = evaluate_zero_shot(encoder, bank, images, how, model_name="again", samples_dir=place, progress=False)
+        again = evaluate(task, how, model_name="again", samples_dir=place, progress=False)
         samples = check_results(again, place)
     for old, new in zip(run, again, strict=True):
         if _settings(old) != _settings(new):
             raise ValueError(
                 f"the protocol {old.protocol!r} was recorded as {old.attacks}; this version and model run {new.attacks}."
             )
-    repeated = [{record.id: record for record in samples[str(result.samples)]} for result in again]
-    differing = tuple(
-        sample
-        for sample in repeated[0]
-        if any(_flags(old[sample]) != _flags(new[sample]) for old, new in zip(recorded, repeated))
-    )
-    return Repeat(len(images), len(images) * (1 + len(run)), differing)
+    return [{record.id: record for record in samples[str(result.samples)]} for result in again]
 
 
 def _settings(result: RobustnessResult) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ class SampleStore:
         blames: What `fooled_by` may be.
 
     Raises:
-        ValueError: If a file holds a record that can not be of this evaluation; it is named with the line.
+        ValueError: If a file holds a record that can not be of this evaluation.
     """
 
     folder: Path | None

@@ -207,14 +207,8 @@ class Task(ABC):
 
     def first(self, place: int, clean: Verdict) -> SampleRecord:
         """The record of a sample before any attack."""
-        return SampleRecord(
-            self.ids[place],
-            self.label(place),
-            clean.answer,
-            score=clean.score,
-            clean_score=clean.score,
-            fooled_by="clean" if clean.lost else None,
-        )
+        lost, score = "clean" if clean.lost else None, clean.score
+        return SampleRecord(self.ids[place], self.label(place), clean.answer, None, score, lost, score)
 
     def blame(self, stage: Stage, verdict: Verdict, record: SampleRecord) -> str | None:
         """The record's `fooled_by` once a stage has brought its sample to the worst verdict so far."""
@@ -337,12 +331,8 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
 
 
 def need_usable(model: nn.Module) -> None:
-    """Refuse a model under which an attack would be weaker than it claims.
-
-    Raises:
-        ValueError: If its weights are in float16 (up to 15 % of the image gradients were measured to underflow to
-            zero), or not on a device.
-    """
+    """Refuse a model under which an attack would be weaker than it claims, or that is on no device."""
+    # In float16 up to 15 % of the image gradients were measured to underflow to zero.
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise ValueError(

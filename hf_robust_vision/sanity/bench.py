@@ -62,14 +62,6 @@ class Trial:
             )
         return fooled
 
-    def scores(self, images: Tensor) -> Tensor:
-        """The numbers that the answers are chosen by, shape (batch, ..., choices)."""
-        return self.task.scores(self.batch, images)
-
-    def attack(self, ball: Ball, steps: int) -> Tensor:
-        """Which samples the white-box attacks of the measurement win, shape (batch,)."""
-        return self.attack_with(self.white.with_budget(steps=steps), ball)
-
     def attack_with(self, protocol: Protocol, ball: Ball) -> Tensor:
         """Which samples fall to a protocol."""
         lost = torch.zeros(len(self.images), dtype=torch.bool, device=self.images.device)
@@ -96,11 +88,7 @@ class Trial:
 
 
 def pick(task: Task, how: RobustnessProtocol, samples: int) -> list[Trial]:
-    """The first samples, in a seeded order, that are not lost before any attack, in batches of one image size.
-
-    Raises:
-        ValueError: If all are lost.
-    """
+    """The first samples, in a seeded order, that are not lost before any attack, in batches of one image size."""
     white = replace(how.protocol, attacks=tuple(a for a in how.protocol.attacks if a.algorithm != "square"))
     order = torch.randperm(len(task.ids), generator=torch.Generator().manual_seed(how.seed)).tolist()
     right: dict[int, tuple[Tensor, Verdict]] = {}
@@ -171,7 +159,9 @@ class Bench:
     def attacked(self, ball: Ball, steps: int) -> Tensor:
         """Which samples fall, independent of every other radius and budget."""
         if (ball.eps, steps) not in self._flags:
-            self._flags[ball.eps, steps] = self.each(lambda trial: trial.attack(ball, steps))
+            self._flags[ball.eps, steps] = self.each(
+                lambda trial: trial.attack_with(trial.white.with_budget(steps=steps), ball)
+            )
         return self._flags[ball.eps, steps]
 
     def white(self) -> Tensor:

@@ -36,6 +36,12 @@ class SanitySettings(TypedDict, total=False):
     queries: int
 
 
+class SurrogateSettings(SanitySettings, total=False):
+    """As `SanitySettings`, and another model for images of the same size to carry images over from."""
+
+    surrogate: CLIPEncoder | None
+
+
 def check_task(
     task: Task,
     how: RobustnessProtocol,
@@ -55,16 +61,8 @@ def check_task(
     at a large radius, and that check is not run. A target that the model can not be made to say at all fails "stronger
     than noise": nothing tells an attack that does not work from a model that resists.
 
-    Args:
-        task: What was measured; a defence is part of its model.
-        how: How it was measured.
-        surrogate: The same task of another model for images of the same size, from which attacks are carried over: the
-            undefended one is a good one. Without it that check is not run.
-        samples: See `SanitySettings`.
-        queries: See `SanitySettings`.
-
-    Returns:
-        As `run_checks`.
+    A defence is part of the task's model. The surrogate is the same task of another model for images of the same size,
+    from which attacks are carried over: the undefended one is a good one. Without it that check is not run.
 
     Raises:
         ValueError: If the protocol has no gradient attack or no radius above 0, the model is right about no sample, or
@@ -107,11 +105,8 @@ def add_sanity(
 ) -> None:
     """Fill `sanity` of results, each model checked with another one, if there is one, as its surrogate.
 
-    Args:
-        results: Of these tasks. Where nothing can be checked they say why, and stand.
-        tasks: What was measured, by the `model` of the results; others serve as surrogates only.
-        how: How it was measured.
-        settings: See `SanitySettings`.
+    `tasks` is what was measured, by the `model` of the results; others serve as surrogates only. Where nothing can be
+    checked the results say why, and stand.
     """
     for name in dict.fromkeys(result.model for result in results):
         surrogate = next((task for key, task in tasks.items() if key != name), None)
@@ -159,18 +154,6 @@ def check_sanity(
     return check_task(ZeroShot(encoder, bank, dataset), how, surrogate=other, **settings)
 
 
-class RetrievalSanitySettings(SanitySettings, total=False):
-    """As `SanitySettings`, and what is searched.
-
-    Keys:
-        k: One of the protocol's, by default the smallest.
-        surrogate: Another model for images of the same size.
-    """
-
-    k: int | None
-    surrogate: CLIPEncoder | None
-
-
 def check_retrieval_sanity(
     encoder: CLIPEncoder,
     tokenizer: Any,
@@ -178,7 +161,8 @@ def check_retrieval_sanity(
     how: RetrievalProtocol,
     *,
     direction: str = "image_to_text",
-    **settings: Unpack[RetrievalSanitySettings],
+    k: int | None = None,
+    **settings: Unpack[SurrogateSettings],
 ) -> dict[str, Any]:
     """`check_task` of a retrieval, in one direction at one k; a defence overrides the encoder's `encode_images`.
 
@@ -186,7 +170,7 @@ def check_retrieval_sanity(
         ValueError: As `check_task`; or if there is no such direction or k.
     """
     rest: Any = dict(settings)
-    k, surrogate = rest.pop("k", None), rest.pop("surrogate", None)
+    surrogate = rest.pop("surrogate", None)
     if k is not None and k not in how.ks:
         raise ValueError(f"recall at {k} was not measured, only at {list(how.ks)}.")
     how = replace(how, ks=(min(how.ks) if k is None else k,))

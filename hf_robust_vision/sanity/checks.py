@@ -82,7 +82,7 @@ def same_answer(bench: Bench) -> dict[str, Any]:
     def change(trial: Trial) -> Tensor:
         # Of a clone each time: an objective may remember its latest answer.
         with torch.no_grad():
-            first, *others = (trial.scores(trial.images.clone()) for _ in range(PASSES))
+            first, *others = (trial.task.scores(trial.batch, trial.images.clone()) for _ in range(PASSES))
         limits.append(torch.finfo(first.dtype).eps)
         moved = torch.stack([(other - first).flatten(1).abs().amax(1) for other in others]).amax(0)
         turned = torch.stack([(other.argmax(-1) != first.argmax(-1)).reshape(len(first), -1) for other in others])

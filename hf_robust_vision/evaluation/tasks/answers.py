@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_robust_vision.attacks import Logits
+from hf_robust_vision.attacks.objectives import PerSample
 from hf_robust_vision.towers.vlm_inputs import VLMInputs
 
 
@@ -51,7 +52,7 @@ class AnswerTask:
 
 
 @dataclass(frozen=True)
-class AnswerLoss:
+class AnswerLoss(PerSample):
     """Negative log-likelihood of the answer ("nll"), or the margin of its weakest token ("margin"), one per image.
 
     The margin is above 0 exactly where greedy decoding gives another answer. With `wanted` the attacker wants the
@@ -63,7 +64,6 @@ class AnswerLoss:
     wanted: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
-        """One loss per image, shape (batch,)."""
         loss = self._nll(images) if self.kind == "nll" else self._margin(images)
         return -loss if self.wanted else loss
 
@@ -77,26 +77,17 @@ class AnswerLoss:
         true, other = logits.gather(2, places).squeeze(2), logits.scatter(2, places, -torch.inf).amax(2)
         return (other - true).masked_fill(answers == -100, -torch.inf).amax(1)
 
-    def take(self, rows: Tensor) -> AnswerLoss:
-        """The loss of some of the images."""
-        return replace(self, task=self.task.take(rows))
-
 
 @dataclass(frozen=True)
-class WrongAnswer:
+class WrongAnswer(PerSample):
     """Success: greedy decoding gives another answer, that is, some answer token is not the likeliest."""
 
     task: AnswerTask
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Boolean flags, shape (batch,)."""
         with torch.no_grad():
             guesses, answers = self.task.logits(images).argmax(2), self.task.answers
         return ((guesses != answers) & (answers != -100)).any(1)
-
-    def take(self, rows: Tensor) -> WrongAnswer:
-        """The criterion for some of the images."""
-        return replace(self, task=self.task.take(rows))
 
 
 @dataclass(frozen=True)
@@ -104,24 +95,13 @@ class RightAnswer(WrongAnswer):
     """Success of an attacker who wants the answer: greedy decoding begins with it."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Boolean flags, shape (batch,)."""
         return ~super().__call__(images)
 
 
 def answer_task(
     inputs: VLMInputs, prompts: Sequence[str], answers: Sequence[str], size: tuple[int, int]
 ) -> AnswerTask:
-    """Tokenize prompts with their answers, as the model's own processor would.
-
-    Args:
-        inputs: How the model takes images and text.
-        prompts: With the image token.
-        answers: One a prompt.
-        size: Height and width of the images that will come.
-
-    Raises:
-        ValueError: If the tokenizer makes nothing of an answer.
-    """
+    """Tokenize prompts with their answers, as the model's own processor would at an image size of (height, width)."""
     before = inputs.encode(prompts, size)
     after = [continuation(inputs.tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers)]
     input_ids, attention_mask = pad_left([one + two for one, two in zip(before, after)], inputs)

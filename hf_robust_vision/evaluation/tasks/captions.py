@@ -35,7 +35,6 @@ class CaptionMetric:
     settings: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> dict[str, str]:
-        """What tells this metric from others of its name."""
         code: Any = self.score if inspect.isroutine(self.score) else type(self.score)
         try:
             source = inspect.getsource(code)
@@ -110,11 +109,9 @@ class Captions(VLMTask):
             raise ValueError(f"attacked_references must be at least 1, got {self.attacked_references}.")
 
     def label(self, place: int) -> str:
-        """The reference captions, one a line."""
         return "\n".join(self.samples[place].references)
 
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
-        """What `generate` says, and its score."""
         verdicts = []
         for place, text in zip(batch.places, self.say(batch, images, self.max_new_tokens)):
             score = self.scored.score(text, self.samples[place].references)
@@ -124,11 +121,9 @@ class Captions(VLMTask):
         return verdicts
 
     def stands(self, record: SampleRecord, stage: Stage) -> bool:
-        """Until nothing is left of the score."""
         return record.score is not None and record.score > 0
 
     def blame(self, stage: Stage, verdict: Verdict, record: SampleRecord) -> str | None:
-        """Who brought the worst score."""
         lower = record.score is not None and verdict.score is not None and verdict.score < record.score
         return stage.attack.name if lower else record.fooled_by
 
@@ -136,10 +131,10 @@ class Captions(VLMTask):
         """Every attack on one reference after the other."""
         levels = []
         for level in super().levels(how):
-            places = range(self.attacked_references)
-            attacks = [replace(a, name=f"{a.name}-ref{place}") for place in places for a in level.attacks]
-            stages = [Stage(a, level.ball, int(a.name.rpartition("-ref")[2])) for a in attacks if level.value > 0]
-            levels.append(replace(level, stages=tuple(stages), attacks=tuple(attacks)))
+            aims = [(a, place) for place in range(self.attacked_references) for a in level.attacks]
+            stages = [Stage(replace(a, name=f"{a.name}-ref{place}"), level.ball, place) for a, place in aims]
+            attacks = tuple(stage.attack for stage in stages)
+            levels.append(replace(level, stages=tuple(stages) if level.value > 0 else (), attacks=attacks))
         return levels
 
     def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, None]:
@@ -149,17 +144,14 @@ class Captions(VLMTask):
         return AnswerLoss(self.answers(batch, texts), stage.attack.objective), None
 
     def identity(self) -> dict[str, Any]:
-        """See `Task.identity`."""
         own = {"score": self.scored.identity(), "references": [list(sample.references) for sample in self.samples]}
         return super().identity() | own | {"attacked": self.attacked_references, "tokens": self.max_new_tokens}
 
     def decoding(self) -> dict[str, Any]:
-        """See `VLMTask.decoding`."""
         metric = {"name": self.scored.name, **self.scored.settings}
         return super().decoding() | {"max_new_tokens": self.max_new_tokens, "metric": metric}
 
     def summary(self, metric: str, records: Sequence[SampleRecord]) -> dict[str, Any]:
-        """Mean scores."""
         return summarize_scores(records)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from hf_robust_vision.attacks import Attack, Objective, Protocol, make_ball
+from hf_robust_vision.attacks import Attack, Objective, Protocol, Success, make_ball
 from hf_robust_vision.data.corruptions import (
     EXTRA_FAMILIES,
     FAMILIES,
@@ -24,18 +24,18 @@ from hf_robust_vision.data.corruptions import (
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.evaluation.engine import RunSettings, evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, versions, wilson_interval
-from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict, not_under
+from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Verdict, not_under
 from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.text_bank import TextBank
 
-from .zero_shot import ZeroShot, bank_fields
+from .zero_shot import ZeroShot
 
 
 PROTOCOL = "imagenet-c"
 
 
 @dataclass
-class Corruptions(Task):
+class Corruptions(ZeroShot):
     """Is the image still taken for its class when it is corrupted?
 
     A sample is one image under one family, its id "family/sample"; the levels are the severities. `robust_accuracy` is
@@ -51,49 +51,40 @@ class Corruptions(Task):
         ValueError: If a family or severity is unknown, or the class names of dataset and bank differ.
     """
 
-    model: Encoder
-    bank: TextBank
-    images: LabelledImages
-    families: Sequence[str]
-    severities: Sequence[int]
+    families: Sequence[str] = tuple(FAMILIES)
+    severities: Sequence[int] = SEVERITIES
     seed: int = 0
-    group: str = "all"
     kind = PROTOCOL
     task = "corruption"
     metric = "mean corruption accuracy"
 
     def __post_init__(self) -> None:
         check_choice(self.families, self.severities)
+        super().__post_init__()
         self.families = tuple(dict.fromkeys(self.families))
-        self.classified = ZeroShot(self.model, self.bank, self.images)
-        self.dataset, self.split = self.images.name, self.images.split
         self.ids = [f"{family}/{sample}" for family in self.families for sample in self.images.ids]
+        self.labels = self.labels * len(self.families)
 
     def load(self, place: int) -> Tensor:
         """The image, not yet corrupted."""
-        return self.classified.load(place % len(self.images))
+        return super().load(place % len(self.images))
 
-    def label(self, place: int) -> int:
-        """The class."""
-        return self.classified.label(place % len(self.images))
+    def fit(self, how: RobustnessProtocol) -> tuple[RobustnessProtocol, list[str]]:
+        return how, []
 
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
         """As a zero-shot classifier; whatever stands in the record is of the last severity."""
-        within = replace(batch, places=tuple(place % len(self.images) for place in batch.places))
-        return [replace(verdict, harm=0.0, notes=None) for verdict in self.classified.judge(within, images)]
+        return [replace(verdict, harm=0.0, notes=None) for verdict in super().judge(batch, images)]
 
-    def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, None]:
-        """No attacker is at work."""
+    def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, Success]:
         raise ValueError("corruptions are not searched for: there is nothing that an attack could follow.")
 
     def levels(self, how: RobustnessProtocol) -> list[Level]:
-        """The severities."""
         severe = [(float(severity), Attack(PROTOCOL, steps=severity)) for severity in sorted(set(self.severities))]
         ball = make_ball("linf", 1)
         return [Level(value, (Stage(attack, ball, int(value)),), ball) for value, attack in severe]
 
     def strike(self, stage: Stage, batch: Batch, seed: int) -> Tensor:
-        """Corrupted images."""
         corrupted = []
         for place, image in zip(batch.places, batch.images):
             family, _, sample = str(self.ids[place]).partition("/")
@@ -115,40 +106,32 @@ class Corruptions(Task):
         return "clean" if record.clean != record.label else str(record.id).partition("/")[0]
 
     def blames(self, levels: Sequence[Level]) -> set[str]:
-        """The families."""
         return set(self.families)
 
     def rows(
         self, level: Level, records: Sequence[SampleRecord], smaller: Sequence[SampleRecord], seed: int
     ) -> list[dict[str, Any]]:
-        """The accuracy of each family."""
         count, rows = len(self.images), []
-        about = {"resolution": self.resolution, "seed": self.seed, "severity": int(level.value)}
+        about: dict[str, Any] = {"resolution": self.resolution, "seed": self.seed, "severity": int(level.value)}
         about["dtype"] = str(self.weight.dtype).removeprefix("torch.")
         for place, family in enumerate(self.families):
             hits = sum(record.robust_hit for record in records[place * count : (place + 1) * count])
-            rows.append(
-                {"name": family} | about | {"accuracy": hits / count, "ci95": list(wilson_interval(hits, count))}
-            )
+            found = {"accuracy": hits / count, "ci95": list(wilson_interval(hits, count))}
+            rows.append({"name": family} | about | found)
         return rows
 
     def identity(self) -> dict[str, Any]:
-        """See `Task.identity`."""
         own = {"corruptions": [self.families, sorted(self.severities), self.seed], "library": version(LIBRARY)}
-        return self.classified.identity() | own
+        return super().identity() | own
 
     def fields(self, level: Level) -> dict[str, Any]:
         """The severity, the classifier, and the families of ImageNet-C that were not measured."""
-        missing = [name for name in (*FAMILIES, *EXTRA_FAMILIES) if name not in self.families]
-        threat = {"norm": "none", "eps": 0.0, "severity": int(level.value)}
-        return (
-            bank_fields(self.bank)
-            | threat
-            | {"left_out": missing, "versions": versions() | {LIBRARY: version(LIBRARY)}}
-        )
+        own: dict[str, Any] = {"norm": "none", "eps": 0.0, "severity": int(level.value)}
+        own["left_out"] = [name for name in (*FAMILIES, *EXTRA_FAMILIES) if name not in self.families]
+        own["versions"] = versions() | {LIBRARY: version(LIBRARY)}
+        return super().fields(level) | own
 
     def summary(self, metric: str, records: Sequence[SampleRecord]) -> dict[str, Any]:
-        """The mean over the families."""
         found = super().summary(metric, records) | {"num_samples": (count := len(self.images))}
         # The families share their images: as wide as if all families agreed on each, so never too narrow.
         bounds = {name: list(wilson_interval(found[name] * count, count)) for name in found["ci95"]}
@@ -161,12 +144,10 @@ class Corruptions(Task):
 
     @classmethod
     def copies(cls, result: RobustnessResult) -> int:
-        """One record a family."""
         return len(result.attacks)
 
     @classmethod
     def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
-        """An answer that is no class."""
         return not_under(len(result.class_names), record)
 
 
@@ -196,7 +177,7 @@ def evaluate_corruptions(
         families = [name for name in FAMILIES if name in library().corruption_dict]
     if device is not None:
         encoder.to(torch.device(device))
-    task = Corruptions(encoder, bank, dataset, families, rest.pop("severities", SEVERITIES), seed)
+    task = Corruptions(encoder, bank, dataset, "all", families, rest.pop("severities", SEVERITIES), seed)
     # Each severity is a corruption of its own: what fell at a lower one may stand at a higher one.
     once = Protocol(PROTOCOL, (), carry=False)
     return evaluate(task, RobustnessProtocol(once, (1.0,), batch_size=rest.pop("batch_size", 64), seed=seed), **rest)

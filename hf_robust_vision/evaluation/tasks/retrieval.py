@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import Attack, EmbeddingDistance, Logits, Objective, Protocol, Success, cosine_distance
+from hf_robust_vision.attacks.objectives import PerSample
 from hf_robust_vision.data.captions import CaptionedImages
 from hf_robust_vision.data.fingerprint import fingerprint
 from hf_robust_vision.evaluation.engine import Output, evaluate
@@ -121,11 +122,9 @@ class Retrieval(Task):
         return self.images.image(place if self.searches else self.images.owners[place])
 
     def label(self, place: int) -> int:
-        """The first rank."""
         return 0
 
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
-        """The rank of what is searched."""
         if self.searches:
             own, scores = self._own(batch), self.similar(images)
             best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
@@ -143,7 +142,6 @@ class Retrieval(Task):
         return _rank(record, True) < self._k(stage.attack)
 
     def blame(self, stage: Stage, verdict: Verdict, record: SampleRecord) -> str | None:
-        """Who took the first place."""
         return record.fooled_by or (stage.attack.name if verdict.answer else None)
 
     def first(self, place: int, clean: Verdict) -> SampleRecord:
@@ -162,7 +160,6 @@ class Retrieval(Task):
         return EmbeddingDistance(self.embed, captions, cosine_distance), ImageLost(self.embed, captions, bar)
 
     def identity(self) -> dict[str, Any]:
-        """See `Task.identity`."""
         return {
             "captions": self.images.captions,
             "owners": self.images.owners,
@@ -173,31 +170,25 @@ class Retrieval(Task):
         }
 
     def target_text(self, attack: Attack) -> str:
-        """What is attacked."""
         return DIRECTIONS[self.direction]
 
     def fields(self, level: Level) -> dict[str, Any]:
-        """The model's scale."""
         return {"logit_scale": self.scale}
 
     @property
     def metrics(self) -> list[str]:
-        """Recall at each k."""
         return [f"{self.direction}_recall@{k}" for k in self.ks]
 
     @classmethod
     def hits(cls, record: SampleRecord, metric: str) -> tuple[bool, bool]:
-        """Is the rank under the metric's k?"""
         k = int(metric.partition("_recall@")[2])
         return _rank(record) < k, _rank(record, True) < k
 
     @classmethod
     def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
-        """An answer that is no rank."""
         return not_under(math.inf, record)
 
     def scores(self, batch: Batch, images: Tensor) -> Tensor:
-        """Cosines with all captions."""
         return self.embed(images) @ self.captions.T
 
     def luck(self, places: Sequence[int]) -> tuple[float, str]:
@@ -232,13 +223,8 @@ def evaluate_retrieval(
     Deviation: published image-text attacks perturb every image of the gallery at once, without knowing the query. Here
     the caption's own image is attacked for each caption, which is a worst case per sample and needs no second pass.
 
-    Args:
-        encoder: Its dtype is the precision of the attack.
-        tokenizer: Of its text tower.
-        dataset: Images with captions.
-        how: Attacks, radii and ks.
-        save_images: Keep the images of all samples, for `remeasure_retrieval`.
-        settings: See `Output`.
+    The dtype of the encoder is the precision of the attack. With `save_images` the images of all samples are kept, for
+    `remeasure_retrieval`.
 
     Returns:
         One result for each direction, k and eps; `metric` is such as "image_to_text_recall@1".
@@ -263,7 +249,7 @@ def remeasure_retrieval(
 
 
 @dataclass(frozen=True)
-class CaptionLoss:
+class CaptionLoss(PerSample):
     """How far an image is from its own captions, one loss per image.
 
     "margin" is the k-th best wrong similarity minus the best own one: positive exactly where recall at k fails. "nll"
@@ -277,36 +263,26 @@ class CaptionLoss:
     kind: str = "margin"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """One loss per image, shape (batch,)."""
         scores = self.similarities(images)
         if self.kind == "nll":
             return scores.logsumexp(1) - scores.masked_fill(~self.own, -torch.inf).logsumexp(1)
         wrong = scores.masked_fill(self.own, -torch.inf).topk(self.k, dim=1).values[:, -1]
         return wrong - scores.masked_fill(~self.own, -torch.inf).amax(1)
 
-    def take(self, rows: Tensor) -> CaptionLoss:
-        """The loss of some of the images."""
-        return replace(self, own=self.own[rows])
-
 
 @dataclass(frozen=True)
-class CaptionsLost:
+class CaptionsLost(PerSample):
     """Success at k: at least k wrong captions are more similar than every own one."""
 
     loss: CaptionLoss
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Boolean flags, shape (batch,)."""
         with torch.no_grad():
             return self.loss(images) > 0
 
-    def take(self, rows: Tensor) -> CaptionsLost:
-        """The criterion for some of the images."""
-        return replace(self, loss=self.loss.take(rows))
-
 
 @dataclass(frozen=True)
-class ImageLost:
+class ImageLost(PerSample):
     """Success at k: the k-th best other image of the gallery, at `bar`, is more similar to the caption."""
 
     embed: Callable[[Tensor], Tensor]
@@ -314,13 +290,8 @@ class ImageLost:
     bar: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Boolean flags, shape (batch,)."""
         with torch.no_grad():
             return F.cosine_similarity(self.embed(images), self.captions, dim=1) < self.bar
-
-    def take(self, rows: Tensor) -> ImageLost:
-        """The criterion for some of the images."""
-        return replace(self, captions=self.captions[rows], bar=self.bar[rows])
 
 
 def _rank(record: SampleRecord, attacked: bool = False) -> int:

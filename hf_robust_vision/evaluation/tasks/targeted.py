@@ -42,17 +42,14 @@ class ChosenText(VLMTask):
         check_target(self.inputs.tokenizer, prompts[0] if prompts else self.prompt, self.target, self.max_new_tokens)
 
     def label(self, place: int) -> str:
-        """The target."""
         return self.target
 
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
-        """What `generate` says, and whether the target is in it."""
         said = self.say(batch, images, self.max_new_tokens)
         lost = [self.target.casefold() in text.casefold() for text in said]
         return [Verdict(text, won, float(won) if batch.clean else -torch.inf) for text, won in zip(said, lost)]
 
     def texts(self, batch: Batch) -> list[str]:
-        """The target, for all."""
         return [self.target] * len(batch.places)
 
     def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, Success]:
@@ -61,15 +58,12 @@ class ChosenText(VLMTask):
         return AnswerLoss(part, stage.attack.objective, wanted=True), RightAnswer(part)
 
     def identity(self) -> dict[str, Any]:
-        """See `Task.identity`."""
         return super().identity() | {"target": self.target, "max_new_tokens": self.max_new_tokens}
 
     def target_text(self, attack: Attack) -> str:
-        """The target."""
         return self.target
 
     def decoding(self) -> dict[str, Any]:
-        """See `VLMTask.decoding`."""
         return super().decoding() | {"max_new_tokens": self.max_new_tokens}
 
     def summary(self, metric: str, records: Sequence[SampleRecord]) -> dict[str, Any]:

@@ -99,10 +99,8 @@ class VLMSettings(RunSettings, total=False):
 class VLMTask(Task):
     """Base of the tasks on what a model says about an image; see `VLMSettings`.
 
-    Args:
-        model: A stock vision-language model in float32, or in the dtype that it is deployed in.
-        processor: Its processor, or a `VLMInputs` of the model.
-        samples: With ids that name them.
+    The model is a stock one in float32, or in the dtype that it is deployed in; in place of its processor a `VLMInputs`
+    will do.
 
     Raises:
         TypeError: If `processor` is no processor of images and text.
@@ -127,11 +125,9 @@ class VLMTask(Task):
 
     @property
     def weight(self) -> Tensor:
-        """What the adapter of the model looks at."""
         return torch.empty(0, device=self.inputs.device, dtype=self.inputs.dtype)
 
     def load(self, place: int) -> Tensor:
-        """The image as the model's processor fits it."""
         image: Tensor = self.samples[place].pixels(self.inputs)
         return torch.full_like(image, 0.5) if self.blank else image
 
@@ -157,7 +153,6 @@ class VLMTask(Task):
         return StartNoise(seed, ids if plain else [f"{sample} {stage.attack.objective}" for sample in ids])
 
     def identity(self) -> dict[str, Any]:
-        """See `Task.identity`."""
         tokenizer = self.inputs.tokenizer
         words = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
         samples = [(sample.id, sample.text, getattr(sample, "fingerprint", "")) for sample in self.samples]
@@ -167,7 +162,6 @@ class VLMTask(Task):
 
     @property
     def resolution(self) -> int | str:
-        """As the adapter of the model says."""
         return self.inputs.resolution
 
     def decoding(self) -> dict[str, Any]:
@@ -175,7 +169,6 @@ class VLMTask(Task):
         return {"prompt": self.prompt, "decoding": "greedy"}
 
     def fields(self, level: Level) -> dict[str, Any]:
-        """How texts are generated."""
         return {"generation": self.decoding()}
 
     def texts(self, batch: Batch) -> Sequence[str]:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import Objective, Success
+from hf_robust_vision.attacks.objectives import PerSample
 from hf_robust_vision.evaluation.images import Remeasured, measure_again
 from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.task import Batch, Stage, Verdict
+from hf_robust_vision.towers.base import attack_mode
 
 from .answers import AnswerLoss, WrongAnswer, continuation
 from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, evaluate_vlm
@@ -56,11 +58,9 @@ class VQA(VLMTask):
         self.max_new_tokens = max(lengths, default=0) + EXTRA_TOKENS
 
     def label(self, place: int) -> str:
-        """The true answer."""
         return str(self.samples[place].answer)
 
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
-        """What `generate` says, and whether it is wrong."""
         texts = self.say(batch, images, self.max_new_tokens)
         lost = [plain(text) != plain(self.label(place)) for place, text in zip(batch.places, texts)]
         if batch.clean:
@@ -92,12 +92,10 @@ class VQA(VLMTask):
         return AnswerLoss(part, stage.attack.objective), SaysOtherwise(self, WrongAnswer(part), batch)
 
     def identity(self) -> dict[str, Any]:
-        """See `Task.identity`."""
         answers = [sample.answer for sample in self.samples]
         return super().identity() | {"answers": answers, "right": "generate", "tokens": self.max_new_tokens}
 
     def decoding(self) -> dict[str, Any]:
-        """See `VLMTask.decoding`."""
         return super().decoding() | {"extra_tokens": EXTRA_TOKENS, "blank_image": self.blank}
 
     def luck(self, places: Sequence[int]) -> tuple[float, str]:
@@ -107,7 +105,7 @@ class VQA(VLMTask):
 
 
 @dataclass(frozen=True)
-class SaysOtherwise:
+class SaysOtherwise(PerSample):
     """Success: greedy decoding leaves the tokens of the right answer, and what `generate` says then is wrong."""
 
     task: VQA
@@ -115,17 +113,12 @@ class SaysOtherwise:
     batch: Batch
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Boolean flags, shape (batch,)."""
         flags = self.left(images)  # the cheap half first, on the forward pass that the loss has made already
         places = flags.nonzero().flatten()
         if len(places):
             verdicts = self.task.judge(self.batch.take(places), images[places].detach())
             flags[places] = torch.tensor([verdict.lost for verdict in verdicts], device=flags.device)
         return flags
-
-    def take(self, rows: Tensor) -> SaysOtherwise:
-        """The criterion for some of the images."""
-        return replace(self, left=self.left.take(rows), batch=self.batch.take(rows))
 
 
 def plain(text: str) -> str:
@@ -141,16 +134,10 @@ def evaluate_vqa(
     how: VLMProtocol,
     **settings: Unpack[VLMSettings],
 ) -> list[RobustnessResult]:
-    """Share of questions answered rightly on clean and on attacked images, one result per eps.
+    """Share of questions answered rightly on clean and on attacked images, one result per eps; see `VQA`.
 
-    The attack differentiates through normalisation, tower, projector and language model.
-
-    Args:
-        vlm: A stock vision-language model in float32, or in the dtype that it is deployed in.
-        processor: Its processor, or a `VLMInputs` of the model.
-        questions: With ids that name them.
-        how: Attacks and radii.
-        settings: See `VLMSettings`.
+    The attack differentiates through normalisation, tower, projector and language model. See `VLMTask` for what the
+    model and its processor may be, `VLMSettings` for the rest.
     """
     return evaluate_vlm(VQA, (vlm, processor, questions), how, settings)
 
@@ -164,3 +151,31 @@ def remeasure_vqa(
         raise ValueError(f"this measures vqa results again, the given one is of the task {result.task!r}.")
     task = VQA(vlm, processor, questions, prompt, result.dataset, result.split, result.group)
     return measure_again(task, result, folder, batch_size=1)
+
+
+@dataclass(frozen=True)
+class AnswerExample:
+    """An image in [0, 1], shape (3, height, width), the same attacked in a Linf ball, and what is said about each."""
+
+    image: Tensor
+    adversarial: Tensor
+    clean_answer: str
+    adversarial_answer: str
+    eps: float
+
+
+def attack_example(vlm: nn.Module, processor: Any, question: Question, prompt: str, how: VLMProtocol) -> AnswerExample:
+    """Attack one question at the largest radius, with one attack after the other until its answer falls."""
+    task = VQA(vlm, processor, [question], prompt, dataset="", split="")
+    level = task.levels(how.robustness())[-1]
+    with torch.no_grad(), attack_mode(vlm):
+        image = task.load(0)[None].to(task.weight.device)
+        clean = task.judge(Batch((0,), image), image)
+        found, said = image, clean
+        for stage in level.stages:
+            batch = Batch((0,), image, tuple(clean))
+            found = task.strike(stage, batch, how.seed)
+            said = task.judge(batch, found)
+            if said[0].lost:
+                break
+    return AnswerExample(image[0].cpu(), found[0].cpu(), str(clean[0].answer), str(said[0].answer), level.value)

@@ -6,7 +6,7 @@ The trainer's `evaluate()`, the recipes and the command line all call `evaluate_
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,15 +55,14 @@ class ZeroShot(Task):
         self.bank.need_classes(self.images.class_names)
         self.ids, self.labels = self.images.ids, self.images.labels()
         self.dataset, self.split = self.images.name, self.images.split
-        self.logits = Logits(classifier(self.model, self.bank))
+        embed, fit = image_embedder(self.model), self.model.transform.fit
+        self.logits = Logits(self.bank.classify(lambda images: embed(fit(images))))
 
     def load(self, place: int) -> Tensor:
-        """See `Task.load`."""
         image: Tensor = self.images[place]["images"]
         return image
 
     def label(self, place: int) -> int:
-        """The class."""
         return self.labels[place]
 
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
@@ -96,12 +95,10 @@ class ZeroShot(Task):
         return objective, Misclassified(self.logits, truth)
 
     def fit(self, how: RobustnessProtocol) -> tuple[RobustnessProtocol, list[str]]:
-        """The attacks that so many classes allow."""
         protocol, left_out = how.protocol.for_classes(len(self.bank.class_names))
         return replace(how, protocol=protocol), left_out
 
     def identity(self) -> dict[str, Any]:
-        """See `Task.identity`."""
         return {
             "labels": self.labels,
             "rows": fingerprint(self.images.rows),
@@ -116,8 +113,12 @@ class ZeroShot(Task):
         return fitted if isinstance(fitted, int) else max(fitted)
 
     def fields(self, level: Level) -> dict[str, Any]:
-        """The classifier."""
-        return bank_fields(self.bank)
+        return {
+            "class_names": list(self.bank.class_names),
+            "templates": list(self.bank.templates),
+            "template_hash": self.bank.template_hash,
+            "logit_scale": self.bank.logit_scale,
+        }
 
     @classmethod
     def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
@@ -129,7 +130,6 @@ class ZeroShot(Task):
         return wrong
 
     def scores(self, batch: Batch, images: Tensor) -> Tensor:
-        """Logits."""
         return self.logits(images)
 
     def luck(self, places: Sequence[int]) -> tuple[float, str]:
@@ -160,16 +160,7 @@ def evaluate_zero_shot(
     device: torch.device | str | None = None,
     **settings: Unpack[RunSettings],
 ) -> list[RobustnessResult]:
-    """Measure clean and robust accuracy, one result per eps.
-
-    Args:
-        encoder: Its dtype is the precision of the attack.
-        bank: The zero-shot classifier.
-        dataset: Labelled images.
-        how: Attacks and radii.
-        device: Where to run; by default where the encoder is.
-        settings: See `RunSettings`.
-    """
+    """Measure clean and robust accuracy, one result per eps; the encoder is moved to `device`, if one is given."""
     if device is not None:
         encoder.to(torch.device(device))
     return evaluate(ZeroShot(encoder, bank, dataset), how, **settings)
@@ -200,19 +191,3 @@ def remeasure(
     task = ZeroShot(encoder, bank, known)
     task.ids = [record.id for record in records]
     return measure_again(task, result, folder, batch_size=batch_size)
-
-
-def classifier(encoder: Encoder, bank: TextBank) -> Callable[[Tensor], Tensor]:
-    """Images in [0, 1] of any size to logits; they are fitted to the tower inside."""
-    embed = image_embedder(encoder)
-    return bank.classify(lambda images: embed(encoder.transform.fit(images)))
-
-
-def bank_fields(bank: TextBank) -> dict[str, Any]:
-    """What a result says about a zero-shot classifier."""
-    return {
-        "class_names": list(bank.class_names),
-        "templates": list(bank.templates),
-        "template_hash": bank.template_hash,
-        "logit_scale": bank.logit_scale,
-    }
