@@ -104,12 +104,9 @@ def evaluate(task: Task, how: RobustnessProtocol, **settings: Unpack[RunSettings
     records = store.gather(task.ids)
     by_level = [[records[sample][place] for sample in task.ids] for place in range(len(levels))]
     shared: dict[str, Any] = {
-        "task": task.task,
+        **{name: getattr(task, name) for name in ("task", "dataset", "split", "group")},
         "model": model_name,
         "model_sha256": about["weights"],
-        "dataset": task.dataset,
-        "split": task.split,
-        "group": task.group,
         "protocol": how.protocol.name,
         "norm": how.norm,
         "carry": how.protocol.carry,
@@ -198,13 +195,16 @@ class _Flow:
         states: dict[SampleId, Progress] = {}
         for batch in one_size(items, len(items), self.task.weight.device):
             for place, image, clean in zip(batch.places, batch.images, self._in_memory(batch, self._judge_clean)):
-                flight = _Flight(place, image, clean, self.task.first(place, clean), clean.harm)
-                states |= self._onward(self._take_up(flight))
+                states |= self._onward(self._take_up(self._fresh(place, image, clean)))
         self.store.add(states, time.time() - start)
 
     def _judge_clean(self, batch: Batch) -> list[Verdict]:
         with torch.no_grad():
             return self.task.judge(batch, batch.images)
+
+    def _fresh(self, place: int, image: Tensor, clean: Verdict) -> _Flight:
+        harm = clean.harm if self.task.compares_with_clean else -math.inf
+        return _Flight(place, image, clean, self.task.first(place, clean), harm)
 
     def _take_up(self, flight: _Flight) -> _Flight:
         """Go on where an interrupted run was."""
@@ -267,8 +267,8 @@ class _Flow:
             # The smaller ball lies inside the larger one: what was found there counts here, unless the protocol wants
             # each radius measured on its own.
             if not self.how.protocol.carry:
-                flight.record = self.task.first(flight.place, flight.clean)
-                flight.harm = flight.clean.harm
+                fresh = self._fresh(flight.place, flight.image, flight.clean)
+                flight.record, flight.harm = fresh.record, fresh.harm
         if sample in self.save:  # before the record, which says that the sample is done
             self.saved.write(sample, flight.image, flight.found)
         self.bar.update()

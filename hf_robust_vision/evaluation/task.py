@@ -76,8 +76,7 @@ class Verdict:
     Args:
         answer: A class, a rank, a text.
         lost: The attacker has won.
-        harm: How far the attacker got: of several images of one sample the one of the highest harm counts. Of a clean
-            image it is what an attack has to exceed; -inf where the first attack is to be recorded whatever it did.
+        harm: How far the attacker got: of several images of one sample the one of the highest harm counts.
         score: What the record keeps beside the answer, if anything.
         notes: What the task wants to know of the clean image when it is attacked.
     """
@@ -132,6 +131,8 @@ class Task(ABC):
     Attributes:
         kind: Of the files that hold its records.
         task, metric, dataset, split, group: What results say.
+        compares_with_clean: Whether an attack is recorded only where it does more harm than the clean image has, whose
+            score the record keeps; by default the first attack is recorded whatever it did.
         counts_survivors: Whether results say what each attack leaves standing.
         loss, margin: Names of the objectives that sanity checks follow: with a gradient, and without one.
         stronger: What to try where the attacks are too weak.
@@ -140,6 +141,7 @@ class Task(ABC):
     kind: str
     task: str
     metric: str = "accuracy"
+    compares_with_clean: bool = False
     counts_survivors: bool = True
     loss: str = ""
     margin: str = "margin"
@@ -207,7 +209,7 @@ class Task(ABC):
 
     def first(self, place: int, clean: Verdict) -> SampleRecord:
         """The record of a sample before any attack."""
-        lost, score = "clean" if clean.lost else None, clean.score
+        lost, score = "clean" if clean.lost else None, clean.score if self.compares_with_clean else None
         return SampleRecord(self.ids[place], self.label(place), clean.answer, None, score, lost, score)
 
     def blame(self, stage: Stage, verdict: Verdict, record: SampleRecord) -> str | None:

@@ -47,9 +47,7 @@ class BrighterHalf(Task):
         margin = (wrong.amax(1) - logits.gather(1, truth[:, None]).squeeze(1)).tolist()
         notes = wrong.argsort(dim=1, descending=True)
         rows = zip(logits.argmax(1).tolist(), truth.tolist(), margin, notes)
-        if batch.clean:
-            return [Verdict(answer, answer != label, harm, round(harm, 6)) for answer, label, harm, _ in rows]
-        return [Verdict(answer, answer != label, -torch.inf, notes=note) for answer, label, _, note in rows]
+        return [Verdict(answer, answer != label, harm, round(harm, 6), note) for answer, label, harm, note in rows]
 
     def aim(self, stage: Stage, batch: Batch):
         truth = self._truth(batch)

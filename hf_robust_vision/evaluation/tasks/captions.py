@@ -97,6 +97,7 @@ class Captions(VLMTask):
     max_new_tokens: int = 64
     kind = "caption"
     task = "caption"
+    compares_with_clean = True
     counts_survivors = False  # a caption is attacked to the last, whoever brought its worst score
 
     def __post_init__(self) -> None:

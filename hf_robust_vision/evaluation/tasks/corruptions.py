@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -71,10 +71,6 @@ class Corruptions(ZeroShot):
 
     def fit(self, how: RobustnessProtocol) -> tuple[RobustnessProtocol, list[str]]:
         return how, []
-
-    def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
-        """As a zero-shot classifier; whatever stands in the record is of the last severity."""
-        return [replace(verdict, harm=0.0, notes=None) for verdict in super().judge(batch, images)]
 
     def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, Success]:
         raise ValueError("corruptions are not searched for: there is nothing that an attack could follow.")

@@ -90,6 +90,7 @@ class Retrieval(Task):
     batch_size: int = 64
     group: str = "all"
     task = "retrieval"
+    compares_with_clean = True
     counts_survivors = False  # a sample that lost the first place is still attacked at larger k
     captions: Tensor = field(init=False)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -47,7 +46,7 @@ class ChosenText(VLMTask):
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
         said = self.say(batch, images, self.max_new_tokens)
         lost = [self.target.casefold() in text.casefold() for text in said]
-        return [Verdict(text, won, float(won) if batch.clean else -torch.inf) for text, won in zip(said, lost)]
+        return [Verdict(text, won, float(won)) for text, won in zip(said, lost)]
 
     def texts(self, batch: Batch) -> list[str]:
         return [self.target] * len(batch.places)

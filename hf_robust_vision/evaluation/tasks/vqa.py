@@ -63,10 +63,9 @@ class VQA(VLMTask):
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
         texts = self.say(batch, images, self.max_new_tokens)
         lost = [plain(text) != plain(self.label(place)) for place, text in zip(batch.places, texts)]
-        if batch.clean:
-            return [Verdict(text, wrong, float(wrong)) for text, wrong in zip(texts, lost)]
-        self._need_finite(batch, texts, lost)
-        return [Verdict(text, wrong, -torch.inf) for text, wrong in zip(texts, lost)]
+        if not batch.clean:
+            self._need_finite(batch, texts, lost)
+        return [Verdict(text, wrong, float(wrong)) for text, wrong in zip(texts, lost)]
 
     def _need_finite(self, batch: Batch, texts: Sequence[str], lost: Sequence[bool]) -> None:
         """Refuse a model whose right answers come out of logits that are not numbers."""

@@ -76,13 +76,11 @@ class ZeroShot(Task):
             )
         others = logits.scatter(1, truth[:, None], -torch.inf)
         margins = (others.amax(1) - logits.gather(1, truth[:, None]).squeeze(1)).tolist()
-        rows = zip(logits.argmax(1).tolist(), truth.tolist(), margins)
-        if batch.clean:
-            return [Verdict(answer, answer != label, margin, round(margin, 6)) for answer, label, margin in rows]
         # The strongest wrong classes, from the strongest down: what targeted attacks aim at.
         wrong = others.argsort(dim=1, descending=True)
+        rows = zip(logits.argmax(1).tolist(), truth.tolist(), margins, wrong)
         return [
-            Verdict(answer, answer != label, -torch.inf, notes=order) for (answer, label, _), order in zip(rows, wrong)
+            Verdict(answer, answer != label, margin, round(margin, 6), order) for answer, label, margin, order in rows
         ]
 
     def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, Success]:
