@@ -130,6 +130,7 @@ def evaluate(task: Task, how: RobustnessProtocol, **settings: Unpack[RunSettings
 
 def _identity(task: Task, how: RobustnessProtocol, levels: Sequence[Level]) -> dict[str, Any]:
     """What decides the records, beside the model."""
+    # The batch size decides no outcome: a run may go on with another one.
     shared = asdict(replace(how, batch_size=1)) | {"levels": [level.value for level in levels]}
     shared |= {"kind": task.kind, "data": [task.dataset, task.split, list(task.ids)], "dtype": str(task.weight.dtype)}
     return shared | {"task": task.identity(), "version": __version__}
@@ -169,6 +170,7 @@ class _Flow:
         """Measure what the store does not hold yet."""
         rank, world = rank_and_world()
         ids, known = self.task.ids, self.store.progress
+        # Every world-th sample: of data in the order of its classes each process gets some of each.
         todo = [at for at in range(rank, len(ids), world) if ids[at] not in known or not known[ids[at]].done]
         self.size = self.how.batch_size
         # Samples wait per search, not per batch. Without it the last searches, which few samples reach, would run on
@@ -246,6 +248,7 @@ class _Flow:
                 f"the model gives values that are not finite for sample {self.task.ids[flight.place]!r} under "
                 f"{stage.attack.name}: no number can come of it. Load it in float32, or check its weights."
             )
+        # The worst case is per sample: the mean over attacks would flatter the model.
         if verdict.harm > flight.harm or (flight.record.adversarial is None and verdict.harm == flight.harm):
             flight.harm, flight.found[level.value] = verdict.harm, image
             blame = self.task.blame(stage, verdict, flight.record)
@@ -281,6 +284,7 @@ class _Flow:
         except torch.OutOfMemoryError:
             if len(batch.places) == 1:
                 raise
+        # Outside the `except`: inside, the traceback would keep the failed pass in memory.
         half = (len(batch.places) + 1) // 2
         self.size = min(self.size, half)
         warnings.warn(f"a batch of {len(batch.places)} does not fit into memory; going on with {half}.", stacklevel=2)

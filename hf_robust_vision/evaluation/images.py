@@ -48,6 +48,7 @@ class AdversarialImages:
         """Keep the images of one sample, whole or not at all; `found` is what the attacks ended with, by radius."""
         self.folder.mkdir(parents=True, exist_ok=True)
         images = {CLEAN: clean} | {repr(eps): image for eps, image in found.items()}
+        # Renamed when it is whole: its record follows, and must not speak of half an image.
         draft = self._path(sample).with_suffix(f".{os.getpid()}")
         save_file({name: image.detach().cpu().clone() for name, image in images.items()}, draft)
         draft.replace(self._path(sample))
@@ -62,6 +63,7 @@ class AdversarialImages:
             return clean, file.get_tensor(repr(max(radii))) if radii else clean
 
     def _path(self, sample: SampleId) -> Path:
+        # An id may hold what no file name can; a number needs no mark, so that 7 and "7" differ.
         stem = str(sample) if isinstance(sample, int) else _TEXT + quote(sample, safe=" ")
         return self.folder / f"{stem}.safetensors"
 
@@ -115,6 +117,7 @@ def measure_again(task: Task, result: RobustnessResult, folder: str | Path, *, b
         distance = ball.distance(found, batch.images)
         farthest = max(farthest, distance.max().item())
         within = ((found >= 0) & (found <= 1)).flatten(1).all(1)
+        # An L2 projection ends at the radius up to rounding only.
         inside = (distance <= ball.eps * (1 + 1e-5) + 1e-7) & within
         outside += [row for row, fits in zip(rows, inside.tolist()) if not fits]
         right, stands = _right(task, batch, batch.images), _right(task, batch, found)

@@ -38,6 +38,7 @@ class _RobustnessMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         number = datasets.Value("int64")
         columns = {"references": number} | ({"clean_predictions": number} if self.needs_clean else {})
+        # `evaluate` checks columns against the first form that fits.
         one_attack = datasets.Features({"predictions": number} | columns)
         many_attacks = datasets.Features({"predictions": datasets.Sequence(number)} | columns)
         return evaluate.MetricInfo(

@@ -121,6 +121,7 @@ def _measure(
     task: Task, how: RobustnessProtocol, run: Sequence[RobustnessResult]
 ) -> list[dict[SampleId, SampleRecord]]:
     """The records of each radius, by id."""
+    # Through files, as the records came: what a file can not hold would count as a difference.
     with TemporaryDirectory() as place:
         again = evaluate(task, how, model_name="again", samples_dir=place, progress=False)
         samples = check_results(again, place)
@@ -144,6 +145,7 @@ def _flags(record: SampleRecord) -> tuple[int | str, bool]:
 def _protocol(run: Sequence[RobustnessResult], batch_size: int) -> RobustnessProtocol:
     """The recorded attacks; a radius with restarts of its own has as many of every attack."""
     restarts = {result.eps: [int(row["restarts"]) for row in result.attacks] for result in run}
+    # Radii whose attacks all have one count may be a `restarts` of the protocol; mixed counts are its own.
     base = max(run, key=lambda result: len(set(restarts[result.eps])))
     own = [(eps, counts[0]) for eps, counts in restarts.items() if counts != restarts[base.eps]]
     protocol = Protocol.from_rows(base.protocol, base.attacks, base.carry)

@@ -199,6 +199,7 @@ def wilson_interval(hits: float, count: int, z: float = 1.959963984540054) -> tu
     """
     if count == 0:
         return 0.0, 1.0
+    # Not the normal interval, which has no width where all samples fall or none does.
     share, weight = hits / count, z * z / count
     centre = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / (4 * count))
@@ -229,6 +230,7 @@ def add_results(results: Sequence[RobustnessResult], folder: str | Path) -> Path
     """
     path = Path(folder) / RESULTS_FILE
     kept = load_results(path) if path.is_file() else []
+    # The level, not eps: severities all have an eps of 0.
     new = {(result.run, result.level) for result in results}
     return save_results([*(result for result in kept if (result.run, result.level) not in new), *results], folder)
 
@@ -295,6 +297,7 @@ def write_atomically(path: str | Path, text: str) -> None:
     # Half a name that a file system could not read is nothing that UTF-8 can say: it is written as JSON escapes it.
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # One draft a process: two that write at once must not share it.
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8", errors="backslashreplace")
     draft.replace(path)

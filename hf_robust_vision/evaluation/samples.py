@@ -91,6 +91,7 @@ class SampleStore:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"id": sample} | asdict(state)) for sample, state in progress.items()]
+        # On its own line: seconds are of the batch, and add up over restarts.
         lines.append(json.dumps({"seconds": round(seconds, 3)}))
         with (self.folder / f"{self._journal}.rank{self.rank}").open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
@@ -128,6 +129,7 @@ class SampleStore:
         levels = [{record.id: record for record in load_samples(file)} for file in files]
         for file, level in zip(files, levels):
             self._check(file, level.values())
+        # Measured again is what a file does not hold: somebody may have cut it.
         shared = set(levels[0]).intersection(*levels[1:])
         self.progress |= {sample: Progress([level[sample] for level in levels]) for sample in shared}
 

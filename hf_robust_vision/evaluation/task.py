@@ -191,6 +191,7 @@ class Task(ABC):
         for eps in sorted(how.eps):
             ball, protocol = how.at(eps)
             stages = [Stage(attack, ball, at) for attack in protocol.attacks for at in range(attack.targets or 1)]
+            # In a ball of radius 0 lies the clean image only; the attacks are still named in the result.
             levels.append(Level(eps, tuple(stages) if eps > 0 else (), ball, protocol.attacks))
         return levels
 
@@ -287,6 +288,7 @@ class Task(ABC):
 
 def one_size(loaded: Iterable[tuple[int, Tensor]], size: int, device: torch.device) -> Iterator[Batch]:
     """Samples with their images in batches of at most `size`, the images of each batch of one height and width."""
+    # Images of two sizes can not be stacked, and padding would show the model other images.
     shapes: dict[torch.Size, list[tuple[int, Tensor]]] = {}
     for place, image in loaded:
         shapes.setdefault(image.shape, []).append((place, image))

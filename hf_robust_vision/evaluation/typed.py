@@ -71,6 +71,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(key, str) and _fits(value[key], args[1]) for key in value)
+    # To Python True is a number, and JSON of Python may hold NaN: neither is one here.
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:

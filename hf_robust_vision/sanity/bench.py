@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_robust_vision.attacks import Attack, Ball, LinfBall, Objective, Protocol, StartNoise, Success, make_ball
+from hf_robust_vision.attacks.objectives import PerSample
 from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict, one_size
 
 
@@ -21,7 +22,7 @@ TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(PerSample):
     """A batch of samples that the model gets right, and all that checks ask of their task.
 
     `white` are the attacks of the measurement that follow a gradient, `seed` is that of the random starts.
@@ -73,10 +74,6 @@ class Trial:
                     lost[rows] = left.lost(self.task.strike(Stage(attack, ball, target), left.batch, self.seed))
         return lost
 
-    def take(self, rows: Tensor) -> Trial:
-        """The same for some of the samples."""
-        return replace(self, batch=self.batch.take(rows))
-
     @torch.no_grad()
     def lost(self, images: Tensor) -> Tensor:
         """The verdict on any images of the same shape, boolean flags of shape (batch,)."""
@@ -90,6 +87,7 @@ class Trial:
 def pick(task: Task, how: RobustnessProtocol, samples: int) -> list[Trial]:
     """The first samples, in a seeded order, that are not lost before any attack, in batches of one image size."""
     white = replace(how.protocol, attacks=tuple(a for a in how.protocol.attacks if a.algorithm != "square"))
+    # Seeded, not the first of the dataset: these may all be of one class.
     order = torch.randperm(len(task.ids), generator=torch.Generator().manual_seed(how.seed)).tolist()
     right: dict[int, tuple[Tensor, Verdict]] = {}
     for start in range(0, len(order), how.batch_size):

@@ -34,6 +34,7 @@ class AnswerTask:
 
     def _forward(self, images: Tensor) -> Tensor:
         """Logits that predict each place of `answers`, shape (*answers.shape, vocabulary)."""
+        # The logits of the prompt decide nothing, and its vocabulary-wide rows are most of the memory.
         keep = self.answers.shape[1] + 1
         logits = self.inputs.logits(images, self.input_ids, self.attention_mask, keep)[:, :-1].float()
         if images.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:

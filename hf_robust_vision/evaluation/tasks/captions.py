@@ -141,6 +141,7 @@ class Captions(VLMTask):
     def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, None]:
         """Raise the loss of one reference caption, to the last step."""
         references = [self.samples[place].references for place in batch.places]
+        # Who has fewer references meets the first ones again: every sample gets the same budget.
         texts = [own[stage.target % len(own)] for own in references]
         return AnswerLoss(self.answers(batch, texts), stage.attack.objective), None
 

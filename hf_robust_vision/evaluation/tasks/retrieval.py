@@ -115,6 +115,7 @@ class Retrieval(Task):
                 [self.images.image(at) for at in part] for part in _parts(range(len(self.images)), self.batch_size)
             ]
             self.gallery = torch.cat([self.embed(torch.stack(part).to(device)) for part in clean])
+        # Scaled as the model scales: the softmax of "nll" is the one that it was trained with.
         self.owners = torch.tensor(self.images.owners, device=device)
         self.similar = Logits(lambda shown: self.scale * self.embed(shown) @ self.captions.T)
 
@@ -157,6 +158,7 @@ class Retrieval(Task):
             margin = CaptionLoss(self.similar, self._own(batch), k)
             return replace(margin, kind=kind), CaptionsLost(margin)
         captions = self.captions[list(batch.places)]
+        # The gallery is clean and fixed, so the bar is too: one number a caption, no pass over the gallery.
         bar = self._others(batch).topk(k, dim=1).values[:, -1]
         return EmbeddingDistance(self.embed, captions, cosine_distance), ImageLost(self.embed, captions, bar)
 

@@ -36,6 +36,7 @@ class ChosenText(VLMTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # What is generated is stripped: a target with spaces around it would not be found at its ends.
         self.task, self.target = self.asked, self.target.strip()
         prompts = self.prompts(range(len(self.samples)))
         check_target(self.inputs.tokenizer, prompts[0] if prompts else self.prompt, self.target, self.max_new_tokens)

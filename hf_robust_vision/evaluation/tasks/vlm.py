@@ -148,12 +148,14 @@ class VLMTask(Task):
 
     def starts(self, stage: Stage, batch: Batch, seed: int) -> StartNoise:
         """Each objective begins at points of its own, whatever runs before it."""
+        # From the same points a second objective would climb into the same dead ends.
         plain = stage.attack.objective == OBJECTIVES[0]
         ids = [self.ids[place] for place in batch.places]
         return StartNoise(seed, ids if plain else [f"{sample} {stage.attack.objective}" for sample in ids])
 
     def identity(self) -> dict[str, Any]:
         tokenizer = self.inputs.tokenizer
+        # Two tokenizers of one class may spell a text differently: other tokens are another attack.
         words = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
         samples = [(sample.id, sample.text, getattr(sample, "fingerprint", "")) for sample in self.samples]
         about = {"prompt": self.prompt, "samples": samples, "blank": self.blank, "starts": "by objective"}

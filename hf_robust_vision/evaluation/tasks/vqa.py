@@ -69,6 +69,7 @@ class VQA(VLMTask):
 
     def _need_finite(self, batch: Batch, texts: Sequence[str], lost: Sequence[bool]) -> None:
         """Refuse a model whose right answers come out of logits that are not numbers."""
+        # An answer that is wrong anyway counts as lost, whatever its logits: no number can flatter there.
         rows = torch.tensor([row for row, wrong in enumerate(lost) if not wrong], dtype=torch.long)
         if len(rows) == 0:
             return

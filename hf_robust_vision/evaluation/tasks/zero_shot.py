@@ -56,6 +56,7 @@ class ZeroShot(Task):
         self.ids, self.labels = self.images.ids, self.images.labels()
         self.dataset, self.split = self.images.name, self.images.split
         embed, fit = image_embedder(self.model), self.model.transform.fit
+        # One for objective and success: it remembers its latest answer, so they share the pass.
         self.logits = Logits(self.bank.classify(lambda images: embed(fit(images))))
 
     def load(self, place: int) -> Tensor:
@@ -132,6 +133,7 @@ class ZeroShot(Task):
 
     def luck(self, places: Sequence[int]) -> tuple[float, str]:
         """What answering the commonest class gets right."""
+        # Where all images look alike one answer is left, and the commonest class is right by it.
         commonest = max(Counter(self.labels[place] for place in places).values()) / len(places)
         return max(commonest, 1 / len(self.bank.class_names)), "the share of the commonest class"
 
