@@ -21,17 +21,18 @@ HEAVY = ("transformers", "datasets", "peft", "evaluate", "accelerate", "matplotl
 MAY_IMPORT = {
     "attacks": set(),
     "pixels": set(),
+    "files": set(),
     "processes": set(),
     "configs": set(),
     "terminal": set(),
     "towers": {"pixels"},
     "data": {"processes", "pixels", "towers"},  # towers for class names only
     "swap": {"towers", "pixels"},
-    "evaluation": {"processes", "attacks", "pixels", "towers", "data"},
+    "evaluation": {"files", "processes", "attacks", "pixels", "towers", "data"},
     "sanity": {"attacks", "pixels", "towers", "data", "evaluation"},
-    "report": {"processes", "attacks", "pixels", "towers", "evaluation"},
-    "hub": {"pixels", "towers", "data", "evaluation", "report"},
-    "training": {"processes", "attacks", "pixels", "towers", "data", "evaluation", "hub"},
+    "report": {"files", "processes", "attacks", "pixels", "towers", "evaluation"},
+    "hub": {"files", "pixels", "towers", "data", "evaluation", "report"},
+    "training": {"files", "processes", "attacks", "pixels", "towers", "data", "evaluation", "hub"},
     "methods": {"attacks", "towers", "data", "training"},
     "pipeline": {
         "processes",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_robust_vision import __version__
-
-from .typed import from_plain, read_json, read_text
+from hf_robust_vision.files import from_plain, read_json, read_text, write_atomically
 
 
 SCHEMA = 1
@@ -290,17 +288,6 @@ def tracked_metrics(results: Iterable[RobustnessResult]) -> dict[str, float]:
         metrics[f"{prefix}clean_accuracy"] = result.clean_accuracy
         metrics[prefix + result.robust_name] = result.robust_accuracy
     return metrics
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one."""
-    # Half a name that a file system could not read is nothing that UTF-8 can say: it is written as JSON escapes it.
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One draft a process: two that write at once must not share it.
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
-    draft.replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hf_robust_vision.files import write_atomically
 from hf_robust_vision.processes import barrier, rank_and_world
 
-from .results import SampleRecord, load_samples, write_atomically
+from .results import SampleRecord, load_samples
 
 
 SampleId = int | str

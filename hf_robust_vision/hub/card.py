@@ -11,7 +11,8 @@ from typing import Any
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
 from hf_robust_vision.evaluation.consistency import check_attacked, check_results
-from hf_robust_vision.evaluation.results import RobustnessResult, write_atomically
+from hf_robust_vision.evaluation.results import RobustnessResult
+from hf_robust_vision.files import write_atomically
 from hf_robust_vision.report import protocol
 from hf_robust_vision.report.tables import point, training_settings
 from hf_robust_vision.report.templates import template

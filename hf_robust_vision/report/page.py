@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_robust_vision.evaluation.consistency import check_results
-from hf_robust_vision.evaluation.results import RobustnessResult, load_results, pretty_eps, write_atomically
+from hf_robust_vision.evaluation.results import RobustnessResult, load_results, pretty_eps
+from hf_robust_vision.files import write_atomically
 
 from . import protocol
 from .curve import COLOURS, axes_of, colours_of, curve_of, draw_curves

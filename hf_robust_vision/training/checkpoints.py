@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_robust_vision.evaluation.results import write_atomically
+from hf_robust_vision.files import write_atomically
 
 
 MANIFEST = "checkpoint_complete"

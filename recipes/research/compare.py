@@ -46,10 +46,10 @@ from hf_robust_vision.evaluation.results import (
     save_results,
     source_hash,
     versions,
-    write_atomically,
 )
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
+from hf_robust_vision.files import write_atomically
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.load import Encoder, load_encoder

@@ -46,11 +46,11 @@ from hf_robust_vision.evaluation.results import (
     save_results,
     source_hash,
     versions,
-    write_atomically,
 )
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
+from hf_robust_vision.files import write_atomically
 from hf_robust_vision.methods.fare import FARETrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.processes import run_alone

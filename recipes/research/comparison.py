@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_robust_vision.evaluation.results import write_atomically
+from hf_robust_vision.files import write_atomically
 from hf_robust_vision.report.curve import Curve, Point
 from hf_robust_vision.report.pictures import plot_panels
 from hf_robust_vision.report.tables import markdown_table

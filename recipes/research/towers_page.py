@@ -13,7 +13,7 @@ from typing import Any
 
 from comparison import difference, spread
 
-from hf_robust_vision.evaluation.results import write_atomically
+from hf_robust_vision.files import write_atomically
 from hf_robust_vision.report.escape import Verbatim
 from hf_robust_vision.report.tables import markdown_table
 

@@ -20,8 +20,8 @@ from hf_robust_vision.evaluation.results import (
     summarize_scores,
     tracked_metrics,
     wilson_interval,
-    write_atomically,
 )
+from hf_robust_vision.files import write_atomically
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""Plain values from a file as a dataclass, each checked against its annotation: a file is read as it says, or refused."""
+"""Text files, read as a dataclass says or refused, and written whole or not at all."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,17 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}).") from error
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one."""
+    # Half a name that a file system could not read is nothing that UTF-8 can say: it is written as JSON escapes it.
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One draft a process: two that write at once must not share it.
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+    draft.replace(path)
 
 
 @cache
