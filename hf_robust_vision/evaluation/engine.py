@@ -38,26 +38,17 @@ READERS = min(4, os.cpu_count() or 1)  # threads that decode images while the de
 
 
 class Output(TypedDict, total=False):
-    """What an evaluation is called, where it runs and writes.
+    """What an evaluation is called, where it runs and writes."""
 
-    Keys:
-        model_name: "before", "after", or a path, for the results.
-        samples_dir: Folder for `samples-*.jsonl`. A call that was interrupted goes on from there, and a repeated one
-            measures nothing.
-        progress: Show a bar on the main process.
-    """
-
-    model_name: Required[str]
-    samples_dir: str | Path | None
-    progress: bool
+    model_name: Required[str]  # "before", "after", or a path, for the results
+    samples_dir: str | Path | None  # an interrupted call goes on from there, and a repeated one measures nothing
+    progress: bool  # show a bar on the main process
 
 
 class RunSettings(Output, total=False):
-    """As `Output`, and `save_images`: ids of samples whose images are kept in `samples_dir` (`AdversarialImages`).
+    """As `Output`, and what is kept of single samples."""
 
-    A sample that was measured without them is measured again.
-    """
-
+    # Ids of samples whose images go to `samples_dir` (`AdversarialImages`); measured again where they were not kept.
     save_images: Collection[SampleId]
 
 
@@ -200,9 +191,9 @@ class _Flow:
                 states |= self._onward(self._take_up(self._fresh(place, image, clean)))
         self.store.add(states, time.time() - start)
 
+    @torch.no_grad()
     def _judge_clean(self, batch: Batch) -> list[Verdict]:
-        with torch.no_grad():
-            return self.task.judge(batch, batch.images)
+        return self.task.judge(batch, batch.images)
 
     def _fresh(self, place: int, image: Tensor, clean: Verdict) -> _Flight:
         harm = clean.harm if self.task.compares_with_clean else -math.inf

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_robust_vision.attacks import make_ball
 from hf_robust_vision.towers.base import attack_mode, weights_sha256
 
-from .results import RobustnessResult, SampleRecord, load_samples
+from .results import RobustnessResult, load_samples
 from .task import Batch, SampleId, Task, one_size
 
 
@@ -70,24 +70,16 @@ class AdversarialImages:
 
 @dataclass(frozen=True)
 class Remeasured:
-    """What the saved images of one result say.
+    """What the saved images of one result say, measured again."""
 
-    Args:
-        num_samples: Samples whose images were saved; the accuracies are on these, measured again.
-        reported: Robust accuracy of the same samples by the records of the result.
-        changed: Ids whose flags, clean or robust, differ from the records. A logit within rounding of another may
-            flip in a batch of another size.
-        farthest: Largest perturbation, in the norm and the unit of the result's eps.
-        outside: Ids whose image lies outside the ball or outside [0, 1].
-    """
-
-    num_samples: int
+    num_samples: int  # whose images were saved
     clean_accuracy: float
     robust_accuracy: float
-    reported: float
+    reported: float  # robust accuracy of the same samples by the records of the result
+    # Ids whose flags differ from the records. A logit within rounding of another may flip in a batch of another size.
     changed: list[SampleId]
-    farthest: float
-    outside: list[SampleId]
+    farthest: float  # largest perturbation, in the norm and the unit of the result's eps
+    outside: list[SampleId]  # whose image lies outside the ball or outside [0, 1]
 
 
 def measure_again(task: Task, result: RobustnessResult, folder: str | Path, *, batch_size: int = 64) -> Remeasured:
@@ -100,7 +92,13 @@ def measure_again(task: Task, result: RobustnessResult, folder: str | Path, *, b
     """
     if result.task != task.task:
         raise ValueError(f"this measures {task.task} results again, the given one is of the task {result.task!r}.")
-    images, records = _saved(result, Path(folder))
+    images = AdversarialImages(Path(folder) / str(result.images))
+    if result.images is None or result.samples is None or not images.ids():
+        raise ValueError(
+            f"no images of {result.model} on {result.dataset} were saved; measure it with save_images=, or "
+            "--save_adversarial."
+        )
+    records = {record.id: record for record in load_samples(Path(folder) / result.samples)}
     if (sha256 := weights_sha256(task.model)) != result.model_sha256:
         raise ValueError(
             f"{result.model} was measured with weights {result.model_sha256[:16]}, these are {sha256[:16]}."
@@ -137,13 +135,3 @@ def measure_again(task: Task, result: RobustnessResult, folder: str | Path, *, b
 def _right(task: Task, batch: Batch, images: Tensor) -> list[bool]:
     with attack_mode(task.model):
         return [not verdict.lost for verdict in task.judge(batch, images)]
-
-
-def _saved(result: RobustnessResult, folder: Path) -> tuple[AdversarialImages, dict[SampleId, SampleRecord]]:
-    images = AdversarialImages(folder / result.images) if result.images is not None else None
-    if images is None or result.samples is None or not images.ids():
-        raise ValueError(
-            f"no images of {result.model} on {result.dataset} were saved; measure it with save_images=, or "
-            "--save_adversarial."
-        )
-    return images, {record.id: record for record in load_samples(folder / result.samples)}

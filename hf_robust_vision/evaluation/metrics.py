@@ -1,7 +1,6 @@
 """Robust accuracy, attack success rate and relative robustness as `evaluate.Metric`s that need no network.
 
-They take what any attack of any library found, sample by sample: answers on clean images, answers on adversarial ones,
-and the truth.
+They take what any attack of any library found, sample by sample.
 
 Example:
     >>> from hf_robust_vision.evaluation.metrics import RobustAccuracy

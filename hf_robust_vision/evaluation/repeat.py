@@ -39,18 +39,12 @@ class Repeat:
 
 
 class RepeatSettings(TypedDict, total=False):
-    """What is measured again.
+    """What is measured again."""
 
-    Keys:
-        dataset: By default the demo's or a dataset of the recorded name; a local folder by its path; anything else as
-            `LabelledImages`.
-        max_samples: So many, evenly spread over the recorded ones; by default all.
-        batch_size: Images attacked at once, 64 unless told otherwise.
-    """
-
+    # By default the demo's or a dataset of the recorded name; a local folder by its path; or anything else, loaded.
     dataset: LabelledImages | str | Path | None
-    max_samples: int | None
-    batch_size: int
+    max_samples: int | None  # evenly spread over the recorded ones; by default all
+    batch_size: int  # 64 unless told otherwise
 
 
 def repeat_zero_shot(
@@ -87,7 +81,8 @@ def repeat_zero_shot(
         bank = make_text_bank(encoder, tokenizer, run[0].class_names, run[0].templates)
         how = _protocol(run, settings.get("batch_size", 64))
         for old, new in zip(recorded, _measure(ZeroShot(encoder, bank, images), how, run)):
-            differing |= {i: None for i, row in new.items() if _flags(row) != _flags(old[i])}
+            was = {i: (row.clean, row.robust_hit) for i, row in old.items()}
+            differing |= {i: None for i, row in new.items() if (row.clean, row.robust_hit) != was[i]}
         samples, flags = samples + count, flags + count * (1 + len(run))
     return Repeat(samples, flags, tuple(differing))
 
@@ -136,10 +131,6 @@ def _measure(
 def _settings(result: RobustnessResult) -> list[dict[str, Any]]:
     """The attacks without what they found."""
     return [{name: value for name, value in row.items() if name != "robust_accuracy"} for row in result.attacks]
-
-
-def _flags(record: SampleRecord) -> tuple[int | str, bool]:
-    return record.clean, record.robust_hit
 
 
 def _protocol(run: Sequence[RobustnessResult], batch_size: int) -> RobustnessProtocol:

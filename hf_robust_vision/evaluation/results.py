@@ -23,26 +23,19 @@ RESULTS_FILE = "robustness.json"
 
 @dataclass
 class SampleRecord:
-    """One line of a samples file.
-
-    Args:
-        label: True class, the true answer of a question, the reference captions, or an attacker's target.
-        clean: Output on the clean image.
-        adversarial: Output on the adversarial image, None where none was made (a sample already wrong).
-        score: Highest logit minus the true class's on the adversarial image, at least 0 where the attack won; of a
-            caption its worst score in [0, 1].
-        fooled_by: Name of the attack that won, None for none; "clean" for a sample that was lost before. Of a caption
-            the attack that brought the worst score.
-        clean_score: Score of the caption of the clean image.
-    """
+    """One line of a samples file."""
 
     id: int | str
-    label: int | str
-    clean: int | str
-    adversarial: int | str | None = None
+    label: int | str  # true class, true answer of a question, reference captions, or an attacker's target
+    clean: int | str  # output on the clean image
+    adversarial: int | str | None = None  # on the adversarial one; None where none was made (a sample already wrong)
+    # Highest logit minus the true class's on the adversarial image, at least 0 where the attack won; of a caption its
+    # worst score in [0, 1].
     score: float | None = None
+    # Name of the attack that won (of a caption: that brought the worst score), None for none; "clean" for a sample that
+    # was lost before.
     fooled_by: str | None = None
-    clean_score: float | None = None
+    clean_score: float | None = None  # of the caption of the clean image
 
     @property
     def clean_hit(self) -> bool:
@@ -161,11 +154,7 @@ def summarize_hits(clean: Sequence[bool], robust: Sequence[bool]) -> dict[str, A
 
 
 def summarize_scores(records: Sequence[SampleRecord]) -> dict[str, Any]:
-    """Mean scores on clean and on attacked images with normal 95 % intervals.
-
-    Raises:
-        ValueError: If a record has no scores.
-    """
+    """Mean scores on clean and on attacked images with normal 95 % intervals."""
     scores = [(r.clean_score, r.score) for r in records if r.clean_score is not None and r.score is not None]
     if len(scores) < len(records):
         raise ValueError("a record has no scores; summarize() counts records without them.")
@@ -256,11 +245,7 @@ def check_results_file(folder: str | Path) -> None:
 
 
 def load_samples(path: str | Path) -> list[SampleRecord]:
-    """Read a samples file; a line that stands twice counts once.
-
-    Raises:
-        ValueError: If a line is no record, or two lines say different things about a sample.
-    """
+    """Read a samples file; a line that stands twice counts once, and two that contradict each other are refused."""
     path, found = Path(path), dict[int | str, SampleRecord]()
     for number, line in enumerate(read_text(path).splitlines(), 1):
         where = f"{path}, line {number}"

@@ -23,17 +23,11 @@ SampleId = int | str
 
 @dataclass
 class Progress:
-    """How far a sample has come.
+    """How far a sample has come."""
 
-    Args:
-        records: Of the levels that it has behind it, and of the one that it is in.
-        stage: Searches of that level that it has behind it; None where it has all levels behind it.
-        harm: Of its worst image so far.
-    """
-
-    records: list[SampleRecord]
-    stage: int | None = None
-    harm: float = 0.0
+    records: list[SampleRecord]  # of the levels that it has behind it, and of the one that it is in
+    stage: int | None = None  # searches of that level that it has behind it; None where it has all levels behind it
+    harm: float = 0.0  # of its worst image so far
 
     @property
     def done(self) -> bool:
@@ -48,24 +42,16 @@ class SampleStore:
     The files' names carry a hash of everything that decides the flags (weights, data, prompts, attacks), so that a
     repeated evaluation goes on only from records that are its own. A sample goes on from the search that it was in.
 
-    Args:
-        folder: None keeps the records in memory only.
-        label: Readable part of the files' names.
-        levels: Radii or severities in rising order.
-        identity: Plain values that decide the flags.
-        labels: The right answer of each sample, by id: a record with another one is refused.
-        blames: What `fooled_by` may be.
-
     Raises:
         ValueError: If a file holds a record that can not be of this evaluation.
     """
 
-    folder: Path | None
-    label: str
-    levels: Sequence[float]
-    identity: Mapping[str, Any]
-    labels: Mapping[SampleId, int | str]
-    blames: Collection[str]
+    folder: Path | None  # None keeps the records in memory only
+    label: str  # readable part of the files' names
+    levels: Sequence[float]  # radii or severities in rising order
+    identity: Mapping[str, Any]  # plain values that decide the flags
+    labels: Mapping[SampleId, int | str]  # the right answer of each sample: a record with another one is refused
+    blames: Collection[str]  # what `fooled_by` may be
     progress: dict[SampleId, Progress] = field(default_factory=dict)
     seconds: float = 0.0
 

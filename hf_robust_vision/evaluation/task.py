@@ -29,24 +29,18 @@ SampleId = int | str
 class RobustnessProtocol:
     """How robustness is measured.
 
-    Args:
-        eps: Radii, measured in rising order: a sample that falls at a radius has fallen at every larger one, since
-            the smaller ball lies inside; unless the protocol says `carry=False`.
-        norm: "linf" or "l2".
-        restarts: Restarts at single radii that differ from the protocol's own.
-        batch_size: Images attacked at once; halved where they do not fit into memory.
-        seed: Of the random starts.
-
     Raises:
         ValueError: If there is no radius, one stands twice, or a value makes no sense.
     """
 
     protocol: Protocol
+    # Radii, measured in rising order: a sample that falls at a radius has fallen at every larger one, since the smaller
+    # ball lies inside; unless the protocol says `carry=False`.
     eps: tuple[float, ...]
-    norm: str = "linf"
-    restarts: tuple[tuple[float, int], ...] = ()
-    batch_size: int = 64
-    seed: int = 0
+    norm: str = "linf"  # or "l2"
+    restarts: tuple[tuple[float, int], ...] = ()  # at single radii, where they differ from the protocol's own
+    batch_size: int = 64  # images attacked at once; halved where they do not fit into memory
+    seed: int = 0  # of the random starts
 
     def __post_init__(self) -> None:
         if not self.eps:
@@ -71,21 +65,13 @@ class RobustnessProtocol:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a model says about an image, and how far that brings an attacker.
+    """What a model says about an image, and how far that brings an attacker."""
 
-    Args:
-        answer: A class, a rank, a text.
-        lost: The attacker has won.
-        harm: How far the attacker got: of several images of one sample the one of the highest harm counts.
-        score: What the record keeps beside the answer, if anything.
-        notes: What the task wants to know of the clean image when it is attacked.
-    """
-
-    answer: int | str
-    lost: bool
-    harm: float
-    score: float | None = None
-    notes: Any = None
+    answer: int | str  # a class, a rank, a text
+    lost: bool  # the attacker has won
+    harm: float  # how far the attacker got: of several images of one sample the one of the highest harm counts
+    score: float | None = None  # what the record keeps beside the answer, if anything
+    notes: Any = None  # what the task wants to know of the clean image when it is attacked
 
 
 @dataclass(frozen=True)
@@ -126,26 +112,18 @@ class Level:
 
 
 class Task(ABC):
-    """Base of all tasks.
+    """Base of all tasks: what the engine, the sanity checks and the readers of records ask."""
 
-    Attributes:
-        kind: Of the files that hold its records.
-        task, metric, dataset, split, group: What results say.
-        compares_with_clean: Whether an attack is recorded only where it does more harm than the clean image has, whose
-            score the record keeps; by default the first attack is recorded whatever it did.
-        counts_survivors: Whether results say what each attack leaves standing.
-        loss, margin: Names of the objectives that sanity checks follow: with a gradient, and without one.
-        stronger: What to try where the attacks are too weak.
-    """
-
-    kind: str
-    task: str
+    kind: str  # of the files that hold its records
+    task: str  # with `metric`, `group`, `dataset` and `split`: what results say
     metric: str = "accuracy"
+    # An attack is recorded only where it does more harm than the clean image has, whose score the record keeps; by
+    # default the first attack is recorded whatever it did.
     compares_with_clean: bool = False
-    counts_survivors: bool = True
-    loss: str = ""
-    margin: str = "margin"
-    stronger: str = "raise steps and restarts"
+    counts_survivors: bool = True  # results say what each attack leaves standing
+    loss: str = ""  # objective that sanity checks follow with a gradient
+    margin: str = "margin"  # and without one
+    stronger: str = "raise steps and restarts"  # what to try where the attacks are too weak
     group: str = "all"
     model: nn.Module
     ids: Sequence[SampleId]
@@ -316,7 +294,7 @@ def after_each_attack(
     left = len(met)
     for attack in attacks:
         left -= sum(record.fooled_by == attack["name"] for record in met)
-        attack["robust_accuracy"] = left / max(len(records), 1)
+        attack["robust_accuracy"] = left / len(records)
     return attacks
 
 
@@ -325,13 +303,10 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     # Two models of equal weights differ by what no weight holds: an activation, an epsilon, a hook's own module.
     config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
+    # Where a folder lies and which version wrote it decide nothing.
+    kept = {key: value for key, value in values.items() if key[0] != "_" and key != "transformers_version"}
     modules = hashlib.sha256(repr(model).encode()).hexdigest()[:16]
-    return {
-        "weights": weights_sha256(model),
-        # Where a folder lies and which version wrote it decide nothing.
-        "config": {key: value for key, value in values.items() if key[0] != "_" and key != "transformers_version"},
-        "modules": modules,
-    }
+    return {"weights": weights_sha256(model), "config": kept, "modules": modules}
 
 
 def need_usable(model: nn.Module) -> None:

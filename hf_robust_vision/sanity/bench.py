@@ -109,23 +109,15 @@ def pick(task: Task, how: RobustnessProtocol, samples: int) -> list[Trial]:
 
 @dataclass(frozen=True)
 class Bench:
-    """The samples, and which of them the white-box attacks win at any radius and budget; each of these is run once.
-
-    Args:
-        trials: The samples in batches of one image size.
-        norm, eps, steps: Of the measurement.
-        chance: Share of the samples that may stand where all images can be made equal; None where the task sets none.
-        chance_is: What that share is, in words.
-        stronger: What to try where the attacks are too weak.
-    """
+    """The samples, and which of them the white-box attacks win at any radius and budget; each of these is run once."""
 
     trials: Sequence[Trial]
     norm: str
     eps: Sequence[float]
     steps: int
-    chance: float | None
-    chance_is: str
-    stronger: str
+    chance: float | None  # share that may stand where all images can be made equal; None where the task sets none
+    chance_is: str  # what that share is, in words
+    stronger: str  # what to try where the attacks are too weak
     _flags: dict[tuple[float, int], Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -24,16 +24,11 @@ from .checks import not_run, run_checks
 
 
 class SanitySettings(TypedDict, total=False):
-    """How much the checks look at.
+    """How much the checks look at."""
 
-    Keys:
-        samples: How many samples, the first in a seeded order that the model gets right. Of fewer than 20 a single one
-            is more than the tolerance of 5 points.
-        queries: Looks at the model of the black-box attack per image.
-    """
-
+    # The first in a seeded order that the model gets right. Of fewer than 20 a single one is more than `TOLERANCE`.
     samples: int
-    queries: int
+    queries: int  # looks at the model of the black-box attack per image
 
 
 class SurrogateSettings(SanitySettings, total=False):
@@ -43,19 +38,13 @@ class SurrogateSettings(SanitySettings, total=False):
 
 
 def check_task(
-    task: Task,
-    how: RobustnessProtocol,
-    *,
-    surrogate: Task | None = None,
-    samples: int = 100,
-    queries: int = 1000,
+    task: Task, how: RobustnessProtocol, *, surrogate: Task | None = None, samples: int = 100, queries: int = 1000
 ) -> dict[str, Any]:
     """Look for signs that a measurement flatters its model, and give what `RobustnessResult.sanity` holds.
 
-    Attacks run at the largest radius of `how` unless a check says otherwise; those of its protocol that ask for no
-    gradient are left to the black-box check. The dearest checks attack with the steps of `how` at each of its radii and
-    at every doubling up to half the pixel range, and at the largest radius with up to twice the steps. It runs whole in
-    the process that calls it.
+    Attacks run at the largest radius of `how` unless a check says otherwise; those that ask for no gradient are left to
+    the black-box check. The dearest checks attack with the steps of `how` at each of its radii and at every doubling up
+    to half the pixel range, and at the largest one with up to twice the steps, all in the process that calls.
 
     Where no image has to make a model say a chosen text (`ChosenText`), robust accuracy has no level that it must fall to
     at a large radius, and that check is not run. A target that the model can not be made to say at all fails "stronger

@@ -15,20 +15,19 @@ from hf_robust_vision.attacks.objectives import PerSample
 from hf_robust_vision.towers.vlm_inputs import VLMInputs
 
 
+@dataclass(eq=False)
 class AnswerTask:
     """One batch of prompts and answers as a function of their images.
 
     A loss and a success criterion on the same task share one forward pass per image, also after `take`.
-
-    Args:
-        inputs: How the model takes images and text.
-        input_ids, attention_mask: Prompt and answer, padded on the left, shape (batch, length).
-        answers: Token ids of the answers, padded on the left with -100, shape (batch, longest answer).
     """
 
-    def __init__(self, inputs: VLMInputs, input_ids: Tensor, attention_mask: Tensor, answers: Tensor):
-        self.inputs = inputs
-        self.input_ids, self.attention_mask, self.answers = input_ids, attention_mask, answers
+    inputs: VLMInputs
+    input_ids: Tensor  # prompt and answer, padded on the left, shape (batch, length)
+    attention_mask: Tensor  # same shape
+    answers: Tensor  # token ids of the answers, padded on the left with -100, shape (batch, longest answer)
+
+    def __post_init__(self) -> None:
         self.logits = Logits(self._forward)
         self._taken: tuple[Tensor, AnswerTask] | None = None
 

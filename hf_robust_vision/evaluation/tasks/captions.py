@@ -21,17 +21,12 @@ from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, evaluate_vlm
 
 @dataclass(frozen=True)
 class CaptionMetric:
-    """How a caption is scored, on its own.
+    """How a caption is scored, on its own."""
 
-    Args:
-        name: What results call it.
-        score: A caption and its references to a fraction in [0, 1], 1 for the best.
-        settings: What else decides the score, for the results. Records on disk are used again only for the same
-            settings and the same source text of `score`; a score that reads other values has to name them here.
-    """
-
-    name: str
-    score: Callable[[str, Sequence[str]], float]
+    name: str  # what results call it
+    score: Callable[[str, Sequence[str]], float]  # of a caption and its references: a fraction, 1 for the best
+    # What else decides the score, for the results. Records on disk are used again only for the same settings and the
+    # same source text of `score`: one that reads other values has to name them here.
     settings: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> dict[str, str]:
@@ -158,25 +153,15 @@ class Captions(VLMTask):
 
 
 class CaptionSettings(VLMSettings, total=False):
-    """As `VLMSettings`, and how captions are made, attacked and scored.
+    """As `VLMSettings`, and how captions are made, attacked and scored."""
 
-    Keys:
-        metric: How captions are scored, by default `chrf()`.
-        attacked_references: How many references of a sample are attacked, one after the other; by default one.
-        max_new_tokens: Of a caption, 64 unless told otherwise.
-    """
-
-    metric: CaptionMetric | None
-    attacked_references: int
-    max_new_tokens: int
+    metric: CaptionMetric | None  # by default `chrf()`
+    attacked_references: int  # of each sample, one after the other; by default one
+    max_new_tokens: int  # 64 unless told otherwise
 
 
 def evaluate_captions(
-    vlm: nn.Module,
-    processor: Any,
-    samples: Sequence[Captioned],
-    how: VLMProtocol,
-    **settings: Unpack[CaptionSettings],
+    vlm: nn.Module, processor: Any, samples: Sequence[Captioned], how: VLMProtocol, **settings: Unpack[CaptionSettings]
 ) -> list[RobustnessResult]:
     """Mean score of generated captions on clean and on attacked images, one result per eps.
 

@@ -148,19 +148,15 @@ class Corruptions(ZeroShot):
 
 
 class CorruptionSettings(RunSettings, total=False):
-    """As `RunSettings`, and what is done to the images.
+    """As `RunSettings`, and what is done to the images."""
 
-    Keys:
-        families: Out of `FAMILIES` and `EXTRA_FAMILIES`; by default those of `FAMILIES` that the library has.
-        severities: Out of 1 to 5; by default all.
-        device: Where to run; by default where the encoder is.
-    """
-
-    families: Sequence[str] | None
-    severities: Sequence[int]
+    families: (
+        Sequence[str] | None
+    )  # of `FAMILIES` and `EXTRA_FAMILIES`; by default those of the first that can be made
+    severities: Sequence[int]  # of 1 to 5; by default all
     seed: int
     batch_size: int
-    device: torch.device | str | None
+    device: torch.device | str | None  # by default where the encoder is
 
 
 def evaluate_corruptions(

@@ -41,19 +41,13 @@ DIRECTIONS = {
 
 @dataclass(frozen=True)
 class RetrievalProtocol:
-    """How the robustness of retrieval is measured.
-
-    Args:
-        eps, norm, batch_size, seed: As of `RobustnessProtocol`.
-        steps, restarts: Of each APGD attack.
-        ks: A sample is a hit at k if what it searches is among the first k.
-    """
+    """How the robustness of retrieval is measured; see `RobustnessProtocol` for what is not explained here."""
 
     eps: tuple[float, ...]
     norm: str = "linf"
-    steps: int = 100
+    steps: int = 100  # of each APGD attack
     restarts: int = 1
-    ks: tuple[int, ...] = (1, 5)
+    ks: tuple[int, ...] = (1, 5)  # a sample is a hit at k if what it searches is among the first k
     batch_size: int = 64
     seed: int = 0
 
@@ -184,8 +178,10 @@ class Retrieval(Task):
 
     @classmethod
     def hits(cls, record: SampleRecord, metric: str) -> tuple[bool, bool]:
-        k = int(metric.partition("_recall@")[2])
-        return _rank(record) < k, _rank(record, True) < k
+        k = metric.partition("_recall@")[2]
+        if not k.isdigit():
+            return super().hits(record, metric)
+        return _rank(record) < int(k), _rank(record, True) < int(k)
 
     @classmethod
     def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
@@ -279,9 +275,9 @@ class CaptionsLost(PerSample):
 
     loss: CaptionLoss
 
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.loss(images) > 0
+        return self.loss(images) > 0
 
 
 @dataclass(frozen=True)
@@ -292,9 +288,9 @@ class ImageLost(PerSample):
     captions: Tensor
     bar: Tensor
 
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return F.cosine_similarity(self.embed(images), self.captions, dim=1) < self.bar
+        return F.cosine_similarity(self.embed(images), self.captions, dim=1) < self.bar
 
 
 def _rank(record: SampleRecord, attacked: bool = False) -> int:

@@ -74,15 +74,10 @@ class ChosenText(VLMTask):
 
 
 class TargetedSettings(VLMSettings, total=False):
-    """As `VLMSettings`, and what the model is asked to do.
+    """As `VLMSettings`, and what the model is asked to do."""
 
-    Keys:
-        task: "vqa" (the default) or "caption".
-        max_new_tokens: Of the generated text, 64 unless told otherwise.
-    """
-
-    task: str
-    max_new_tokens: int
+    task: str  # "vqa" (the default) or "caption"
+    max_new_tokens: int  # 64 unless told otherwise
 
 
 def evaluate_targeted(

@@ -26,15 +26,7 @@ OBJECTIVES = ("nll", "margin")
 
 @dataclass(frozen=True)
 class VLMProtocol:
-    """How the robustness of what a model says is measured.
-
-    Args:
-        eps, norm, batch_size, seed: As of `RobustnessProtocol`.
-        steps: Gradient steps per restart.
-        restarts: Random starts for each objective.
-        objectives: "nll" (loss of a text) and "margin" (best other token minus the text's, at its weakest token), run
-            in order on the samples that still stand.
-        algorithm: "pgd" or "apgd".
+    """How the robustness of what a model says is measured; see `RobustnessProtocol` for what is not explained here.
 
     Raises:
         ValueError: If there is no such algorithm or objective.
@@ -42,12 +34,14 @@ class VLMProtocol:
 
     eps: tuple[float, ...]
     norm: str = "linf"
-    steps: int = 50
-    restarts: int = 2
+    steps: int = 50  # gradient steps per restart
+    restarts: int = 2  # random starts for each objective
+    # "nll" (loss of a text) and "margin" (best other token minus the text's, at its weakest token), run in order on the
+    # samples that still stand.
     objectives: tuple[str, ...] = OBJECTIVES
     batch_size: int = 32
     seed: int = 0
-    algorithm: str = "pgd"
+    algorithm: str = "pgd"  # or "apgd"
 
     def __post_init__(self) -> None:
         if self.algorithm not in ("pgd", "apgd"):
@@ -80,19 +74,13 @@ class Sample(Protocol):
 
 
 class VLMSettings(RunSettings, total=False):
-    """What every evaluation of a vision-language model takes beside model, processor, samples and protocol.
+    """What every evaluation of a vision-language model takes beside model, processor, samples and protocol."""
 
-    Keys:
-        prompt: With "{}" for a sample's text, if it is to have one, and the processor's image token.
-        dataset, split, group: What the results call the samples.
-        blank: Show a grey image instead (control: what is answerable without looking).
-    """
-
-    prompt: Required[str]
-    dataset: Required[str]
+    prompt: Required[str]  # with "{}" for a sample's text, if it is to have one, and the processor's image token
+    dataset: Required[str]  # what results call the samples, with `split` and `group`
     split: Required[str]
     group: str
-    blank: bool
+    blank: bool  # show a grey image instead (control: what is answerable without looking)
 
 
 @dataclass

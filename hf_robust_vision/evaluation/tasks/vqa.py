@@ -128,11 +128,7 @@ def plain(text: str) -> str:
 
 
 def evaluate_vqa(
-    vlm: nn.Module,
-    processor: Any,
-    questions: Sequence[Question],
-    how: VLMProtocol,
-    **settings: Unpack[VLMSettings],
+    vlm: nn.Module, processor: Any, questions: Sequence[Question], how: VLMProtocol, **settings: Unpack[VLMSettings]
 ) -> list[RobustnessResult]:
     """Share of questions answered rightly on clean and on attacked images, one result per eps; see `VQA`.
 

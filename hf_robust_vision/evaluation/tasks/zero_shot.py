@@ -171,12 +171,8 @@ def remeasure(
 ) -> Remeasured:
     """Classify the saved images of a zero-shot result again; see `measure_again`.
 
-    Args:
-        encoder: The model that was measured, in the dtype that it was measured in.
-        bank: Its classifier: `make_text_bank` on the class names and templates of the result.
-        result: With saved images.
-        folder: Where the `robustness.json` of the result lies.
-        batch_size: Images classified at once.
+    `encoder` is the model that was measured, in the dtype that it was measured in; `bank` is its classifier, made by
+    `make_text_bank` of the class names and templates of the result, whose `robustness.json` lies in `folder`.
 
     Raises:
         ValueError: As `measure_again`, or if the classifier is another.
