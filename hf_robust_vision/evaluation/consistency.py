@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .results import RobustnessResult, SampleRecord, load_samples
@@ -75,7 +75,7 @@ def check_samples(result: RobustnessResult, records: Sequence[SampleRecord]) -> 
     for name, column in zip(_ACCURACIES, outcomes(result, records)):
         if not _sums_up(result, name, column):
             raise ValueError(
-                f"{where} give a {name} of {_mean(column):.6g}, the result says {getattr(result, name):.6g}."
+                f"{where} give a {name} of {fmean(column):.6g}, the result says {getattr(result, name):.6g}."
             )
 
 
@@ -92,11 +92,7 @@ def outcomes(result: RobustnessResult, records: Sequence[SampleRecord]) -> tuple
 
 
 def _sums_up(result: RobustnessResult, name: str, column: Sequence[float]) -> bool:
-    return abs(_mean(column) - getattr(result, name)) <= 1e-6
-
-
-def _mean(column: Sequence[float]) -> float:
-    return math.fsum(column) / len(column)
+    return abs(fmean(column) - getattr(result, name)) <= 1e-6
 
 
 def _check_radii(

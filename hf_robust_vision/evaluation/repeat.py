@@ -121,16 +121,13 @@ def _measure(
         again = evaluate(task, how, model_name="again", samples_dir=place, progress=False)
         samples = check_results(again, place)
     for old, new in zip(run, again, strict=True):
-        if _settings(old) != _settings(new):
+        # The attacks without what they found.
+        was, now = ([dict(row, robust_accuracy=None) for row in result.attacks] for result in (old, new))
+        if was != now:
             raise ValueError(
                 f"the protocol {old.protocol!r} was recorded as {old.attacks}; this version and model run {new.attacks}."
             )
     return [{record.id: record for record in samples[str(result.samples)]} for result in again]
-
-
-def _settings(result: RobustnessResult) -> list[dict[str, Any]]:
-    """The attacks without what they found."""
-    return [{name: value for name, value in row.items() if name != "robust_accuracy"} for row in result.attacks]
 
 
 def _protocol(run: Sequence[RobustnessResult], batch_size: int) -> RobustnessProtocol:

@@ -143,13 +143,8 @@ class RobustnessResult:
         return from_plain(cls, values, where)
 
 
-def summarize(records: Sequence[SampleRecord]) -> dict[str, Any]:
-    """Sample count, both accuracies and their intervals of records whose answers are right or wrong."""
-    return summarize_hits([record.clean_hit for record in records], [record.robust_hit for record in records])
-
-
 def summarize_hits(clean: Sequence[bool], robust: Sequence[bool]) -> dict[str, Any]:
-    """The same over one flag a sample, with Wilson intervals."""
+    """Sample count, both accuracies and their Wilson intervals over one flag a sample."""
     return _summary(clean, robust, lambda hits: wilson_interval(sum(hits), len(hits)))
 
 
@@ -157,7 +152,7 @@ def summarize_scores(records: Sequence[SampleRecord]) -> dict[str, Any]:
     """Mean scores on clean and on attacked images with normal 95 % intervals."""
     scores = [(r.clean_score, r.score) for r in records if r.clean_score is not None and r.score is not None]
     if len(scores) < len(records):
-        raise ValueError("a record has no scores; summarize() counts records without them.")
+        raise ValueError("a record has no scores: there is nothing to average.")
     return _summary([clean for clean, _ in scores], [robust for _, robust in scores], _mean_interval)
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from hf_robust_vision.evaluation.consistency import check_attacked, check_results, check_samples
-from hf_robust_vision.evaluation.results import SampleRecord, summarize, summarize_hits, summarize_scores
-from tests.evaluation.test_results import result
+from hf_robust_vision.evaluation.results import SampleRecord, summarize_hits, summarize_scores
+from tests.evaluation.test_results import result, summarize
 
 
 RECORDS = [

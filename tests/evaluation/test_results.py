@@ -16,7 +16,7 @@ from hf_robust_vision.evaluation.results import (
     load_results,
     load_samples,
     save_results,
-    summarize,
+    summarize_hits,
     summarize_scores,
     tracked_metrics,
     wilson_interval,
@@ -41,6 +41,10 @@ def test_wilson(hits, count, low, high):
 
 def test_wilson_of_nothing():
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def summarize(records):
+    return summarize_hits([record.clean_hit for record in records], [record.robust_hit for record in records])
 
 
 def test_summary_counts_samples():

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from hf_robust_vision.evaluation.images import AdversarialImages
-from hf_robust_vision.evaluation.results import SampleRecord, save_results, summarize
+from hf_robust_vision.evaluation.results import SampleRecord, save_results
 from hf_robust_vision.report.curve import HEIGHT, LEFT, RIGHT, WIDTH, Curve, Point, draw_curves
 from hf_robust_vision.report.page import checks_of, read_measured, write_report
 from hf_robust_vision.report.tables import results_text
-from tests.evaluation.test_results import result
+from tests.evaluation.test_results import result, summarize
 from tests.report.test_escape import HOSTILE
 
 

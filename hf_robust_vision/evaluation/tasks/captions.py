@@ -90,8 +90,7 @@ class Captions(VLMTask):
     scored: CaptionMetric = field(default_factory=chrf)
     attacked_references: int = 1
     max_new_tokens: int = 64
-    kind = "caption"
-    task = "caption"
+    kind = task = "caption"
     compares_with_clean = True
     counts_survivors = False  # a caption is attacked to the last, whoever brought its worst score
 

@@ -150,9 +150,7 @@ class Corruptions(ZeroShot):
 class CorruptionSettings(RunSettings, total=False):
     """As `RunSettings`, and what is done to the images."""
 
-    families: (
-        Sequence[str] | None
-    )  # of `FAMILIES` and `EXTRA_FAMILIES`; by default those of the first that can be made
+    families: Sequence[str] | None  # by default those of `FAMILIES` that the library has
     severities: Sequence[int]  # of 1 to 5; by default all
     seed: int
     batch_size: int

@@ -38,8 +38,17 @@ class ChosenText(VLMTask):
         super().__post_init__()
         # What is generated is stripped: a target with spaces around it would not be found at its ends.
         self.task, self.target = self.asked, self.target.strip()
-        prompts = self.prompts(range(len(self.samples)))
-        check_target(self.inputs.tokenizer, prompts[0] if prompts else self.prompt, self.target, self.max_new_tokens)
+        if not self.target:
+            raise ValueError("the target is empty, and so is in every text: name what the attacker wants to hear.")
+        tokenizer, prompts = self.inputs.tokenizer, self.prompts(range(len(self.samples[:1])))
+        ids = continuation(tokenizer, prompts[0] if prompts else self.prompt, self.target)
+        written = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if self.target.casefold() not in written.casefold():
+            raise ValueError(
+                f"the tokenizer writes the target {self.target!r} as {written!r}: choose one of its words."
+            )
+        if (limit := self.max_new_tokens) < len(ids):
+            raise ValueError(f"the target {self.target!r} has {len(ids)} tokens, max_new_tokens is {limit}.")
 
     def label(self, place: int) -> str:
         return self.target
@@ -100,15 +109,3 @@ def evaluate_targeted(
     own: dict[str, Any] = {**settings, "target": target}
     own["asked"] = own.pop("task", "vqa")
     return evaluate_vlm(ChosenText, (vlm, processor, samples), how, own)
-
-
-def check_target(tokenizer: Any, prompt: str, target: str, max_new_tokens: int) -> None:
-    """Refuse a target that the model could never say: empty, not writable with its tokenizer, or too long."""
-    if not target:
-        raise ValueError("the target is empty, and so is in every text: name what the attacker wants to hear.")
-    ids = continuation(tokenizer, prompt, target)
-    written = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    if target.casefold() not in written.casefold():
-        raise ValueError(f"the tokenizer writes the target {target!r} as {written!r}: choose one of its words.")
-    if len(ids) > max_new_tokens:
-        raise ValueError(f"the target {target!r} has {len(ids)} tokens, max_new_tokens is {max_new_tokens}.")

@@ -44,8 +44,7 @@ class VQA(VLMTask):
     greedy decoding leaves it and `generate` confirms that the answer is another.
     """
 
-    kind = "vqa"
-    task = "vqa"
+    kind = task = "vqa"
     metric = "answer accuracy"
 
     def __post_init__(self) -> None:

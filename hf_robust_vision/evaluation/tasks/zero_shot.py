@@ -46,8 +46,7 @@ class ZeroShot(Task):
     bank: TextBank
     images: LabelledImages
     group: str = "all"
-    kind = "zero_shot"
-    task = "zero_shot"
+    kind = task = "zero_shot"
     loss = "cross-entropy"
     stronger = "take 'robustvlm' or 'autoattack'"
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.evaluation.results import SampleRecord, summarize
+from hf_robust_vision.evaluation.results import SampleRecord
 from hf_robust_vision.evaluation.samples import SampleStore
 from hf_robust_vision.evaluation.task import RobustnessProtocol, Verdict
 from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot, evaluate_zero_shot
 from hf_robust_vision.towers.base import weights_sha256
 from tests.conftest import NAMES
+from tests.evaluation.test_results import summarize
 
 
 EPS = (0.25 / 255, 0.5 / 255, 1 / 255)
