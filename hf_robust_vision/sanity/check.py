@@ -34,7 +34,13 @@ class SanitySettings(TypedDict, total=False):
 class SurrogateSettings(SanitySettings, total=False):
     """As `SanitySettings`, and another model for images of the same size to carry images over from."""
 
-    surrogate: CLIPEncoder | None
+    surrogate: Encoder | None
+
+
+class RetrievalSanitySettings(SurrogateSettings, total=False):
+    """As `SurrogateSettings`, and what is searched."""
+
+    k: int | None  # one of the protocol's, by default the smallest
 
 
 def check_task(
@@ -131,16 +137,17 @@ def check_sanity(
     dataset: LabelledImages,
     how: RobustnessProtocol,
     *,
-    surrogate: Encoder | None = None,
     surrogate_bank: TextBank | None = None,
-    **settings: Unpack[SanitySettings],
+    **settings: Unpack[SurrogateSettings],
 ) -> dict[str, Any]:
     """`check_task` of a zero-shot classification; a defence overrides the encoder's `encode_images`.
 
     The surrogate is another model for images of the same size, by default with the same classifier.
     """
+    rest: Any = dict(settings)
+    surrogate = rest.pop("surrogate", None)
     other = ZeroShot(surrogate, surrogate_bank or bank, dataset) if surrogate is not None else None
-    return check_task(ZeroShot(encoder, bank, dataset), how, surrogate=other, **settings)
+    return check_task(ZeroShot(encoder, bank, dataset), how, surrogate=other, **rest)
 
 
 def check_retrieval_sanity(
@@ -150,8 +157,7 @@ def check_retrieval_sanity(
     how: RetrievalProtocol,
     *,
     direction: str = "image_to_text",
-    k: int | None = None,
-    **settings: Unpack[SurrogateSettings],
+    **settings: Unpack[RetrievalSanitySettings],
 ) -> dict[str, Any]:
     """`check_task` of a retrieval, in one direction at one k; a defence overrides the encoder's `encode_images`.
 
@@ -159,7 +165,7 @@ def check_retrieval_sanity(
         ValueError: As `check_task`; or if there is no such direction or k.
     """
     rest: Any = dict(settings)
-    surrogate = rest.pop("surrogate", None)
+    k, surrogate = rest.pop("k", None), rest.pop("surrogate", None)
     if k is not None and k not in how.ks:
         raise ValueError(f"recall at {k} was not measured, only at {list(how.ks)}.")
     how = replace(how, ks=(min(how.ks) if k is None else k,))
