@@ -23,7 +23,7 @@ from hf_robust_vision.cli.evaluate import add_measuring, measuring
 from hf_robust_vision.configs import read_yaml
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.files import from_plain
-from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report
+from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report, protocol_of
 from hf_robust_vision.terminal import Parser, user_errors
 
 
