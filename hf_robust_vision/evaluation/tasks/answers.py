@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_robust_vision.attacks import Logits
-from hf_robust_vision.towers.vlm_inputs import VLMInputs
+from hf_robust_vision.towers.vlm_inputs import Row, VLMInputs
 
 
 class AnswerTask:
@@ -21,21 +20,19 @@ class AnswerTask:
 
     Args:
         inputs: How the model takes images and text.
-        input_ids: Prompt and answer, padded on the left, shape (batch, length).
-        attention_mask: Same shape.
+        text: Tokens of prompt and answer, padded on the left, shape (batch, length) each.
         answers: Token ids of the answers, padded on the left with -100, shape (batch, longest answer).
     """
 
-    def __init__(self, inputs: VLMInputs, input_ids: Tensor, attention_mask: Tensor, answers: Tensor):
-        self.inputs = inputs
-        self.input_ids, self.attention_mask, self.answers = input_ids, attention_mask, answers
+    def __init__(self, inputs: VLMInputs, text: Mapping[str, Tensor], answers: Tensor):
+        self.inputs, self.text, self.answers = inputs, text, answers
         self.logits = Logits(self._forward)
         self._taken: tuple[Tensor, AnswerTask] | None = None
 
     def _forward(self, images: Tensor) -> Tensor:
         """Logits that predict each place of `answers`, shape (*answers.shape, vocabulary)."""
         keep = self.answers.shape[1] + 1
-        logits = self.inputs.logits(images, self.input_ids, self.attention_mask, keep)[:, :-1].float()
+        logits = self.inputs.logits(images, self.text, keep)[:, :-1].float()
         if images.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
             raise RuntimeError(
                 f"no gradient reaches the images: {type(self.inputs.vlm).__name__} encodes them under torch.no_grad(). "
@@ -46,8 +43,8 @@ class AnswerTask:
     def take(self, rows: Tensor) -> AnswerTask:
         """The task of some of the prompts; the same object for the same `rows`."""
         if self._taken is None or self._taken[0] is not rows:
-            parts = (self.input_ids[rows], self.attention_mask[rows], self.answers[rows])
-            self._taken = rows, AnswerTask(self.inputs, *parts)
+            text = {name: values[rows] for name, values in self.text.items()}
+            self._taken = rows, AnswerTask(self.inputs, text, self.answers[rows])
         return self._taken[1]
 
 
@@ -124,7 +121,7 @@ def answer_task(
 
     Args:
         inputs: How the model takes images and text.
-        prompts: With the image token.
+        prompts: As `VLMInputs.written`.
         answers: One a prompt.
         size: Height and width of the images that will come.
 
@@ -132,19 +129,20 @@ def answer_task(
         ValueError: If the tokenizer makes nothing of an answer.
     """
     before = inputs.encode(prompts, size)
-    after = [continuation(inputs.tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers)]
-    input_ids, attention_mask = pad_left([one + two for one, two in zip(before, after)], inputs)
+    after = [continuation(inputs, prompt, answer) for prompt, answer in zip(prompts, answers)]
+    text = inputs.padded([inputs.answered(row, ids) for row, ids in zip(before, after)])
     width = max(map(len, after))
     wanted = [[-100] * (width - len(ids)) + ids for ids in after]
-    return AnswerTask(inputs, input_ids, attention_mask, torch.tensor(wanted, device=inputs.device))
+    return AnswerTask(inputs, text, torch.tensor(wanted, device=inputs.device))
 
 
-def continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
+def continuation(inputs: VLMInputs, prompt: str, text: str) -> list[int]:
     """Token ids of a text that follows a prompt, a space between them where the prompt ends without one.
 
     Raises:
         ValueError: If there are none.
     """
+    tokenizer, prompt = inputs.tokenizer, prompt + inputs.closing
     gap = "" if prompt[-1:].isspace() else " "
     before, joint = (
         tokenizer(words, add_special_tokens=False)["input_ids"] for words in (prompt, prompt + gap + text)
@@ -157,18 +155,8 @@ def continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
     return ids
 
 
-def pad_left(rows: Sequence[Sequence[int]], inputs: VLMInputs) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, each of shape (rows, longest)."""
-    tokenizer, length = inputs.tokenizer, max(map(len, rows))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = [[pad] * (length - len(row)) + list(row) for row in rows]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=inputs.device), torch.tensor(mask, device=inputs.device)
-
-
 @torch.no_grad()
-def say(inputs: VLMInputs, prompts: Sequence[Sequence[int]], images: Tensor, max_new_tokens: int) -> list[str]:
+def say(inputs: VLMInputs, prompts: Sequence[Row], images: Tensor, max_new_tokens: int) -> list[str]:
     """What the model generates, greedily, after tokenized prompts."""
-    input_ids, attention_mask = pad_left(prompts, inputs)
-    new = inputs.generate(images, input_ids, attention_mask, max_new_tokens)
+    new = inputs.generate(images, inputs.padded(prompts), max_new_tokens)
     return [text.strip() for text in inputs.tokenizer.batch_decode(new, skip_special_tokens=True)]

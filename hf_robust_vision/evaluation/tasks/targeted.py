@@ -14,6 +14,7 @@ from hf_robust_vision.attacks import Attack, Objective, Success
 from hf_robust_vision.evaluation.engine import evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize
 from hf_robust_vision.evaluation.task import Batch, Stage, Verdict
+from hf_robust_vision.towers.vlm_inputs import VLMInputs
 
 from .answers import AnswerLoss, RightAnswer, continuation
 from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, split_settings
@@ -44,7 +45,7 @@ class ChosenText(VLMTask):
         super().__post_init__()
         self.task, self.target = self.asked, self.target.strip()
         prompts = self.prompts(range(len(self.samples)))
-        check_target(self.inputs.tokenizer, prompts[0] if prompts else self.prompt, self.target, self.max_new_tokens)
+        check_target(self.inputs, prompts[0] if prompts else self.written, self.target, self.max_new_tokens)
 
     def label(self, place: int) -> str:
         """The target."""
@@ -119,7 +120,7 @@ def evaluate_targeted(
     return evaluate(ChosenText(vlm, processor, samples, **about, **chosen), how.robustness(), **run)
 
 
-def check_target(tokenizer: Any, prompt: str, target: str, max_new_tokens: int) -> None:
+def check_target(inputs: VLMInputs, prompt: str, target: str, max_new_tokens: int) -> None:
     """Refuse a target that the model could never say.
 
     Raises:
@@ -127,8 +128,8 @@ def check_target(tokenizer: Any, prompt: str, target: str, max_new_tokens: int) 
     """
     if not target:
         raise ValueError("the target is empty, and so is in every text: name what the attacker wants to hear.")
-    ids = continuation(tokenizer, prompt, target)
-    written = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    ids = continuation(inputs, prompt, target)
+    written = inputs.tokenizer.decode(ids, skip_special_tokens=True).strip()
     if target.casefold() not in written.casefold():
         raise ValueError(f"the tokenizer writes the target {target!r} as {written!r}: choose one of its words.")
     if len(ids) > max_new_tokens:
