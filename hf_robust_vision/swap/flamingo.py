@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.towers.vlm_inputs import VLMInputs, compare, ramps
+from hf_robust_vision.towers.stock import compare, ramps
+from hf_robust_vision.towers.vlm_inputs import Row, VLMInputs
 
 from .towers import find_towers
 
@@ -34,6 +35,7 @@ class FlamingoInputs(VLMInputs):
     """
 
     image_token = "<image>"
+    transform: PixelTransform
 
     def __init__(
         self,
@@ -53,9 +55,8 @@ class FlamingoInputs(VLMInputs):
         super().__init__(model, tokenizer, transform or PixelTransform(resize=side, crop=(side, side)))
         if image_processor is not None:
             picture, images = ramps(side * 3 // 2 + 1, side * 2)
-            compare(
-                self.transform.normalize(self.fit(images))[0], image_processor(picture), self.transform, "transform"
-            )
+            ours, theirs = self.transform.normalize(self.fit(images))[0], image_processor(picture)
+            compare({"pixel_values": ours}, {"pixel_values": theirs}, max(self.transform.std), "transform")
 
     def identity(self) -> dict[str, Any]:
         """See `VLMInputs.identity`; what the model has no config for is read from its modules."""
@@ -69,33 +70,36 @@ class FlamingoInputs(VLMInputs):
         stop = {"eoc_token_id": getattr(model, "eoc_token_id", None)}
         return super().identity() | {"tower": asdict(tower.geometry), "switches": switches, "language": plain} | stop
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> list[Row]:
         """See `VLMInputs.encode`; an image takes one place."""
         for prompt in prompts:
             if prompt.count(self.image_token) != 1:
                 raise ValueError(f"the prompt {prompt!r} must hold the image token {self.image_token!r} once.")
-        return [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        return [dict(self.tokenizer(prompt)) for prompt in prompts]
 
-    def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    def logits(self, images: Tensor, text: Mapping[str, Tensor], keep: int) -> Tensor:
         """See `VLMInputs.logits`."""
         with gradient_through_encoder(self.vlm), _media_forgotten(self.vlm.lang_encoder):
-            output = self.vlm(vision_x=self._vision(images), lang_x=input_ids, attention_mask=attention_mask)
+            output = self.vlm(vision_x=self._vision(images), **_language(text))
         logits: Tensor = output.logits[:, -keep:]
         return logits
 
-    def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> Tensor:
+    def generate(self, images: Tensor, text: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
         """See `VLMInputs.generate`."""
         model: Any = self.vlm
         greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
         with _optional_mask(model.lang_encoder), _media_forgotten(model.lang_encoder):
-            output: Tensor = model.generate(
-                vision_x=self._vision(images), lang_x=input_ids, attention_mask=attention_mask, **greedy
-            )
-        return output[:, input_ids.shape[1] :]
+            output: Tensor = model.generate(vision_x=self._vision(images), **_language(text), **greedy)
+        return output[:, text["input_ids"].shape[1] :]
 
     def _vision(self, images: Tensor) -> Tensor:
         """Shape (batch, images, frames, 3, height, width)."""
         return self.transform.normalize(images).to(self.dtype)[:, None, None]
+
+
+def _language(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model takes beside images, under its own names."""
+    return {"lang_x": text["input_ids"], "attention_mask": text["attention_mask"]}
 
 
 @contextmanager

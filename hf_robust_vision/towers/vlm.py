@@ -21,11 +21,11 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_robust_vision.pixels import PixelTransform
 
 from .adapters import has_adapter, save_adapter
-from .base import EncoderOutput, attack_mode
+from .base import EncoderOutput
 from .graft import Origin
 from .processors import load_image_processor
-from .vlm_inputs import TOLERANCE, ramps
-from .weights import FLOATS, check_weights, local_or_hub, weights_files
+from .stock import compare, need_gradient, need_hook, processed, ramps, refuse_unlike
+from .weights import check_weights, local_or_hub, weights_files
 
 
 MOST_PIXELS = 448  # side of the square that a tower of any size is given by default
@@ -74,16 +74,8 @@ class VLMEncoder:
 
     def image_inputs(self: Any, images: Tensor) -> dict[str, Tensor]:
         """What the hook takes: pixel values, differentiable in the images, and the grids and masks of their size."""
-        # An image a sample: some processors would take a plain list for one sample of many images. In float32, as a
-        # stock processor runs before any autocast.
-        with torch.autocast(images.device.type, enabled=False):
-            made = self.image_processor(
-                images=[[image] for image in images],
-                do_rescale=False,
-                input_data_format="channels_first",
-                return_tensors="pt",
-            )
-        inputs = {name: value.to(images.device) for name, value in made.items() if name in self.hook_arguments}
+        made = processed(self.image_processor, images)
+        inputs = {name: value for name, value in made.items() if name in self.hook_arguments}
         return inputs | {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
     @property
@@ -142,11 +134,7 @@ def seeing(kind: type[PreTrainedModel]) -> Any:
     Raises:
         ValueError: If the class has no hook for image features, or does not tell where its language model is.
     """
-    for needed in ("get_image_features", "get_decoder", "get_output_embeddings"):
-        if not hasattr(kind, needed):
-            raise ValueError(
-                f"{kind.__name__} has no {needed}(), which tells what its language model reads of an image."
-            )
+    need_hook(kind, "get_decoder", "get_output_embeddings")
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)
@@ -184,7 +172,7 @@ def view_vlm(vlm: Any, processor: Any, resolution: int | None = None) -> Any:
     Raises:
         ValueError: If the VLM is quantised, offloaded or spread over devices, or its processor is another model's.
     """
-    _refuse_unlike(vlm)
+    refuse_unlike(vlm)
     with torch.device("meta"):
         encoder = seeing(cast(Any, type(vlm)))(vlm.config)
     for path, module in encoder.named_modules():
@@ -284,7 +272,6 @@ def _finished(encoder: Any, processor: Any, resolution: int | None) -> Any:
         raise TypeError(f"wanted the processor of a VLM or its image processor, got {type(processor).__name__}.")
     encoder.transform = square(encoder.image_processor, encoder.config, resolution)
     _compare_with_stock(encoder)
-    _need_gradient(encoder)
     return encoder
 
 
@@ -313,86 +300,32 @@ def _by_image(tokens: Any, images: int) -> Tensor:
     return whole.reshape(images, -1, whole.shape[-1])
 
 
-def _refuse_unlike(vlm: Any) -> None:
-    name = type(vlm).__name__
-    tensors = list(vlm.parameters())
-    if any(tensor.is_meta for tensor in tensors):
-        raise ValueError(f"parts of the {name} are offloaded: load it without device_map, or name its folder instead.")
-    if odd := next((t.dtype for t in tensors if t.dtype not in FLOATS), None):
-        raise ValueError(f"the {name} is quantised ({odd}): harden the original in bfloat16 or float32.")
-    if len(devices := {str(tensor.device) for tensor in tensors}) > 1:
-        raise ValueError(f"the {name} is spread over {', '.join(sorted(devices))}: load it on one device.")
-
-
-@torch.no_grad()
 def _compare_with_stock(encoder: Any) -> None:
     """Refuse a processor that makes something else of a picture than it makes of our tensor, or of another model.
 
     Raises:
-        ValueError: If names, shapes, grids or pixels differ, or the model can not read what it makes.
+        ValueError: If names, shapes, grids or pixels differ, the model can not read what it makes, or no gradient
+            comes back from there.
     """
-    processor = type(encoder.image_processor).__name__
+    processor, name = type(encoder.image_processor).__name__, encoder.stock_class.__name__
     side = encoder.probe().shape[-1]
     picture, images = ramps(side * 3 // 2 + 1, side * 2)
     stock = encoder.image_processor(images=[[picture]], return_tensors="pt")
-    ours = encoder.image_inputs(images.to(encoder.device))
-    for name, value in ours.items():
-        theirs = stock[name]
-        same = value.shape == theirs.shape
-        if same and name == "pixel_values":
-            std = max(encoder.transform.std)
-            same = bool((value.float().cpu() - theirs.float()).abs().max() * std <= TOLERANCE)
-        elif same:
-            same = torch.equal(value.cpu(), theirs)
-        if not same:
-            raise ValueError(f"{processor} gives other {name} for a tensor than for the same picture.")
-    try:
-        output = encoder(encoder.probe())
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-        raise ValueError(
-            f"{encoder.stock_class.__name__} can not read what {processor} makes, which is another model's: {error}"
-        ) from error
+    with torch.no_grad():
+        ours = encoder.image_inputs(images.to(encoder.device))
+    compare(ours, stock, max(encoder.transform.std), processor)
+    images = encoder.probe()
+    tokens = need_gradient(encoder, lambda pixels: encoder(pixels).language_tokens, images, (name, processor))
     width = encoder.config.get_text_config().hidden_size
-    if output.language_tokens.shape[-1] != width:
+    if tokens.shape[-1] != width:
         raise ValueError(
-            f"get_image_features() of {encoder.stock_class.__name__} gives vectors of {output.language_tokens.shape[-1]}, "
-            f"and its language model reads {width}: what it reads is not known."
+            f"get_image_features() of {name} gives vectors of {tokens.shape[-1]}, and its language model reads {width}: "
+            "what it reads is not known."
         )
-
-
-def _need_gradient(encoder: Any) -> None:
-    """Refuse a tower whose tokens do not depend on the pixels by a gradient.
-
-    Raises:
-        ValueError: With the name of the module that cuts it.
-    """
-    images = encoder.probe().requires_grad_()
-    cut: list[str] = []
-
-    def look(path: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
-            reaches = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-            if reaches and isinstance(tensor, Tensor) and not tensor.requires_grad:
-                cut.append(path)
-
-        return hook
-
-    with torch.enable_grad(), attack_mode(encoder):
-        hooks = [module.register_forward_hook(look(path)) for path, module in encoder.named_modules() if path]
-        try:
-            tokens = encoder(images).language_tokens
-        finally:
-            for handle in hooks:
-                handle.remove()
-        gradient = None
-        if tokens.requires_grad:
-            (gradient,) = torch.autograd.grad(tokens.float().square().sum(), images, allow_unused=True)
-    if gradient is None:
-        where = f"{cut[0]} cuts it" if cut else f"{type(encoder.image_processor).__name__} cuts it"
-        raise ValueError(f"no gradient reaches the pixels of {encoder.stock_class.__name__}: {where}.")
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(tokens.float().square().sum(), images)
     if not bool(gradient.any()):
         raise ValueError(
-            f"the gradient of what {encoder.stock_class.__name__} reads is zero at every pixel: its projector or its "
-            "tower holds weights that are all zero."
+            f"the gradient of what {name} reads is zero at every pixel: its projector or its tower holds weights that "
+            "are all zero."
         )

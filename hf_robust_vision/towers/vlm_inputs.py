@@ -1,27 +1,85 @@
-"""How vision-language models take images in [0, 1] and prompts: the processor's work, in differentiable torch.
+"""How vision-language models take images in [0, 1] and prompts: the processor's work, with a gradient to the images.
 
 What is done here is compared with the stock processor once, on a picture, before anything is measured with it.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers.image_processing_utils import select_best_resolution
 
 from hf_robust_vision.pixels import PixelTransform
 
+from .stock import compare, need_gradient, processed, ramps, refuse_unlike
 
-KNOWN_OUTPUTS = {"input_ids", "attention_mask", "pixel_values", "pixel_values_images", "image_sizes"}
-TOLERANCE = 3 / 255  # processors round resized pixels to 8 bits
+
+Row = dict[str, list[int]]  # what the tokenizer's side makes of one prompt: token ids, mask, kinds of tokens
+
+
+@dataclass(frozen=True)
+class OwnSize:
+    """How images are fitted where a processor takes any size: they stay as they are, up to what it would reduce them to.
+
+    Args:
+        longest: Most pixels of a side.
+        most: Most pixels of an image.
+        grid: Heights and widths of which it takes the best one, the image's shape kept, reducing or enlarging.
+        settings: Of the processor, for the identity of a measurement.
+    """
+
+    longest: float = math.inf
+    most: float = math.inf
+    grid: tuple[tuple[int, int], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_image_processor(cls, processor: Any, told: Mapping[str, Any]) -> OwnSize:
+        """Read the settings of a Hugging Face image processor.
+
+        Args:
+            processor: Of images.
+            told: What the processor around it tells it.
+        """
+        settings = {**processor.to_dict(), **{name: value for name, value in told.items() if value is not None}}
+        grid = tuple((height, width) for height, width in settings.get("image_grid_pinpoints") or ())
+        size = dict(settings["size"])
+        if "height" in size:  # tiles of one size
+            return cls(
+                most=size["height"] * size["width"] * settings.get("max_patches", 1), grid=grid, settings=settings
+            )
+        bound = size.get("longest_edge") or math.inf
+        # Qwen's edges are numbers of pixels of the whole image.
+        whole = hasattr(processor, "merge_size")
+        return cls(math.inf if whole else bound, bound if whole else math.inf, grid, settings)
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] of any size to the size at which they are attacked, the same tensor if they already fit."""
+        height, width = images.shape[-2:]
+        if self.grid:
+            best = select_best_resolution((height, width), [list(size) for size in self.grid])
+            scale = min(best[0] / height, best[1] / width)
+            size = min(math.ceil(height * scale), best[0]), min(math.ceil(width * scale), best[1])
+        else:
+            scale = min(1, self.longest / max(height, width), math.sqrt(self.most / (height * width)))
+            size = max(int(height * scale), 1), max(int(width * scale), 1)
+        return PixelTransform(size, None).fit(images)
+
+    def __str__(self) -> str:
+        return (
+            "best of image_grid_pinpoints, shape kept"
+            if self.grid
+            else "the image's own, as far as the model reads it"
+        )
 
 
 class VLMInputs:
@@ -32,10 +90,13 @@ class VLMInputs:
     Args:
         vlm: The model.
         tokenizer: Its tokenizer.
-        transform: Resize, crop and normalisation.
+        transform: How images are fitted; resize, crop and normalisation.
     """
 
-    def __init__(self, vlm: nn.Module, tokenizer: Any, transform: PixelTransform):
+    closing = ""  # what the processor itself puts behind every prompt
+    kind_of_answer = 0  # of the answer's tokens, where the model tells kinds of tokens apart
+
+    def __init__(self, vlm: nn.Module, tokenizer: Any, transform: PixelTransform | OwnSize):
         self.vlm, self.tokenizer, self.transform = vlm, tokenizer, transform
         weight = next(parameter for parameter in vlm.parameters() if parameter.is_floating_point())
         self.device, self.dtype = weight.device, weight.dtype
@@ -43,6 +104,8 @@ class VLMInputs:
     @property
     def resolution(self) -> int | str:
         """The size of the images under attack, for a result."""
+        if isinstance(self.transform, OwnSize):
+            return str(self.transform)
         fitted = self.transform.crop or self.transform.resize
         return fitted if isinstance(fitted, int) else max(fitted)
 
@@ -59,21 +122,52 @@ class VLMInputs:
         """Images in [0, 1] of any size to the size at which they are attacked."""
         return self.transform.fit(images)
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> list[list[int]]:
-        """Token ids of prompts, with the places that images of this height and width take."""
+    def written(self, prompt: str) -> str:
+        """A prompt as the processor is given it, "{}" left in its place."""
+        return prompt
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> list[Row]:
+        """Tokens of prompts as `written`, with the places that images of this height and width take."""
         raise NotImplementedError
 
-    def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-        """Logits of the last `keep` places, shape (batch, keep, vocabulary), differentiable in the images."""
+    def answered(self, row: Row, answer: Sequence[int]) -> Row:
+        """A prompt's tokens with those of an answer behind them."""
+        own = {"input_ids": list(answer), "attention_mask": [1] * len(answer)}
+        return {name: values + own.get(name, [self.kind_of_answer] * len(answer)) for name, values in row.items()}
+
+    def padded(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What `encode` gives, padded on the left, shape (rows, longest) each."""
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        length = max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": pad}
+        columns = {
+            name: [[fill.get(name, 0)] * (length - len(row[name])) + row[name] for row in rows] for name in rows[0]
+        }
+        return {name: torch.tensor(values, device=self.device) for name, values in columns.items()}
+
+    def logits(self, images: Tensor, text: Mapping[str, Tensor], keep: int) -> Tensor:
+        """Logits of the last `keep` places, shape (batch, keep, vocabulary), differentiable in the images.
+
+        Args:
+            images: Shape (batch, 3, height, width).
+            text: As `padded`.
+            keep: Places at the end.
+        """
         raise NotImplementedError
 
-    def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> Tensor:
+    def generate(self, images: Tensor, text: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
         """Token ids that the model adds by greedy decoding, shape (batch, new)."""
         raise NotImplementedError
 
 
-class SingleImageInputs(VLMInputs):
-    """Stock models whose processor gives one image of fixed size: Llava, VipLlava, VideoLlava (images).
+class StockInputs(VLMInputs):
+    """A stock model and its stock processor.
+
+    Where the processor makes one image of fixed size of any picture, the image under attack has that size. Where it cuts
+    tiles or takes any size, the attack is in the image's own pixels, and resize, tiles and padding are inside the attack.
+
+    A prompt that holds the image token is used as it is. Any other becomes the user's message in the processor's chat
+    template, behind the image, and the template opens the model's answer.
 
     Args:
         vlm: A stock model.
@@ -81,7 +175,9 @@ class SingleImageInputs(VLMInputs):
 
     Raises:
         TypeError: If the processor is none of images and text.
-        ValueError: If the processor treats images in another way; its name and what differs are in the message.
+        ValueError: If the model has no `get_image_features`, is quantised, offloaded or spread over devices, or gives no
+            gradient to the pixels; or if the processor is another model's, or does with tensors what it does not with
+            pictures. The message has its name and what differs.
     """
 
     def __init__(self, vlm: nn.Module, processor: Any):
@@ -91,186 +187,180 @@ class SingleImageInputs(VLMInputs):
                     f"wanted the processor of a vision-language model or a VLMInputs, got {type(processor).__name__} "
                     f"without {part}: load it with AutoProcessor.from_pretrained."
                 )
-        super().__init__(vlm, processor.tokenizer, PixelTransform.from_image_processor(processor.image_processor))
-        self.processor = processor
-        unknown, token = getattr(self.tokenizer, "unk_token_id", None), processor.image_token
-        if unknown is not None and self.tokenizer.convert_tokens_to_ids(token) == unknown:
-            raise ValueError(f"the tokenizer does not know the image token {token!r}: it belongs to another model.")
-        self.keeps = "logits_to_keep" in inspect.signature(vlm.forward).parameters
-        self.check()
+        refuse_unlike(vlm)
+        self.processor, self.image_token, self.name = processor, processor.image_token, type(processor).__name__
+        super().__init__(vlm, processor.tokenizer, OwnSize())
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown is not None and self.tokenizer.convert_tokens_to_ids(self.image_token) == unknown:
+            raise ValueError(
+                f"the tokenizer does not know the image token {self.image_token!r}: it belongs to another model."
+            )
+        self.template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        self.takes = frozenset(inspect.signature(vlm.forward).parameters)
+        self.encoded = lru_cache(4096)(self._encoded)  # attacks ask again at every step
+        self._check()
 
-    def pixels(self, images: Tensor) -> dict[str, Tensor]:
-        """What the model reads of images in [0, 1]."""
-        return {"pixel_values": self.transform.normalize(images).to(self.dtype)}
+    def written(self, prompt: str) -> str:
+        """See `VLMInputs.written`.
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> list[list[int]]:
+        Raises:
+            ValueError: If the image token is not in it once, and no template puts it there.
+        """
+        if self.image_token not in prompt and self.template is not None:
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            prompt = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=self.template, add_generation_prompt=True
+            )
+        self._need_token(prompt)
+        return prompt
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> list[Row]:
         """See `VLMInputs.encode`.
 
         Raises:
             ValueError: If a prompt has not exactly one image token.
         """
-        blank, token = Image.new("RGB", size[::-1]), self.processor.image_token
         for prompt in prompts:
-            if prompt.count(token) != 1:
-                raise ValueError(f"the prompt {prompt!r} must hold the image token {token!r} once.")
-        return [self.stock(blank, prompt)["input_ids"][0].tolist() for prompt in prompts]
+            self._need_token(prompt)
+        return [self.encoded(prompt, tuple(size)) for prompt in prompts]
 
-    def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-        """See `VLMInputs.logits`."""
-        # A long prompt times a large vocabulary is gigabytes.
-        few = {"logits_to_keep": keep} if self.keeps else {}
-        output = self.vlm(input_ids=input_ids, attention_mask=attention_mask, **self.pixels(images), **few)
-        logits: Tensor = output.logits[:, -keep:]
-        return logits
+    def _need_token(self, prompt: str) -> None:
+        if prompt.count(self.image_token) != 1:
+            raise ValueError(f"the prompt {prompt!r} must hold the image token {self.image_token!r} once.")
 
-    def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> Tensor:
-        """See `VLMInputs.generate`."""
-        vlm: Any = self.vlm
-        text = {"input_ids": input_ids, "attention_mask": attention_mask}
-        greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
-        output: Tensor = vlm.generate(**text, **self.pixels(images), **greedy)
-        return output[:, input_ids.shape[1] :]
-
-    def stock(self, image: Image.Image, prompt: str) -> dict[str, Tensor]:
-        """What the stock processor makes of an image and a prompt."""
-        return dict(self.processor(images=image, text=prompt, return_tensors="pt"))
-
-    def check(self) -> None:
-        """Compare with the stock processor on a picture."""
-        picture, images = ramps(*self._checked_size())
-        encoded = self.stock(picture, self.processor.image_token)
-        name = type(self.processor).__name__
-        stock = encoded.get("pixel_values", encoded.get("pixel_values_images"))
-        strange = sorted(set(encoded) - KNOWN_OUTPUTS)
-        if stock is None or strange:
-            raise ValueError(
-                f"{name} gives {strange or 'no pixel_values'}, which this evaluator does not follow; it knows "
-                "processors of the LLaVA family. For another model write a VLMInputs and pass it in place of the "
-                "processor."
-            )
-        compare(self.pixels(self._checked_fit(images))["pixel_values"], stock, self.transform, name)
-
-    def _checked_size(self) -> tuple[int, int]:
-        fitted = self.transform.crop or self.transform.resize
-        side = fitted if isinstance(fitted, int) else max(fitted)
-        return side * 3 // 2 + 1, side * 2
-
-    def _checked_fit(self, images: Tensor) -> Tensor:
-        return self.fit(images).to(self.device)
-
-
-class TiledInputs(SingleImageInputs):
-    """Stock models that see an image as a whole and in tiles: LlavaNext, LlavaNextVideo (images).
-
-    The attacked image is the one that is cut into tiles: resized, its shape kept, to the best of
-    `image_grid_pinpoints`. Padding, tiles and the small view of the whole image are inside the attack. Given such an
-    image, the stock processor makes the same tiles.
-    """
-
-    def __init__(self, vlm: nn.Module, processor: Any):
-        grid = getattr(processor.image_processor, "image_grid_pinpoints", None)
-        own = getattr(getattr(vlm, "config", None), "image_grid_pinpoints", None)
-        if own is not None and [list(pair) for pair in own] != [list(pair) for pair in grid or ()]:
-            raise ValueError(f"image_grid_pinpoints of the model are {own}, of its processor {grid}: make them equal.")
-        self.grid = [list(pair) for pair in grid or ()]
-        super().__init__(vlm, processor)
-
-    @property
-    def resolution(self) -> str:
-        """The size of the images under attack, for a result."""
-        return "best of image_grid_pinpoints, shape kept"
-
-    @property
-    def side(self) -> int:
-        """Height and width of a tile."""
-        fitted = self.transform.crop or self.transform.resize
-        return fitted if isinstance(fitted, int) else fitted[0]
-
-    def fit(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] of any size to the size at which they are attacked."""
-        _, size = self._grid_size(images)
-        return self._resized(images, size)
+    def _encoded(self, prompt: str, size: tuple[int, int]) -> Row:
+        made, of_images, _ = self.stock(Image.new("RGB", size[::-1]), prompt)
+        # PaliGemma's labels are for training.
+        names = [name for name in made if name not in of_images and name in self.takes and name != "labels"]
+        return {name: made[name][0].tolist() for name in names}
 
     def pixels(self, images: Tensor) -> dict[str, Tensor]:
-        """What the model reads of images in [0, 1] that have one size."""
-        (height, width), size = self._grid_size(images)
-        above, left = (height - size[0]) // 2, (width - size[1]) // 2
-        padding = (left, width - size[1] - left, above, height - size[0] - above)
-        padded = F.pad(self._resized(images, size), padding)
-        tiles = [self._resized(images, (self.side, self.side))]
-        tiles += [
-            padded[..., top : top + self.side, start : start + self.side]
-            for top in range(0, height, self.side)
-            for start in range(0, width, self.side)
-        ]
-        values = torch.stack([self.transform.normalize(self.transform.fit(tile)) for tile in tiles], dim=1)
-        sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
-        return {"pixel_values": values.to(self.dtype), "image_sizes": sizes}
+        """What the model reads of images in [0, 1] that have one size: pixel values, grids and masks."""
+        if isinstance(self.transform, PixelTransform):
+            made = {"pixel_values": self.transform.normalize(images)}
+        else:
+            made = processed(self.processor.image_processor, images, **self.settings)
+        kept = {name: value for name, value in made.items() if name in self.takes}
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in kept.items()}
 
-    def _grid_size(self, images: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The resolution that fits best, and the size of the image in it."""
-        height, width = images.shape[-2:]
-        best = tuple(select_best_resolution((height, width), self.grid))
-        if best[1] / width < best[0] / height:
-            return best, (min(math.ceil(height * (best[1] / width)), best[0]), best[1])
-        return best, (best[0], min(math.ceil(width * (best[0] / height)), best[1]))
+    def logits(self, images: Tensor, text: Mapping[str, Tensor], keep: int) -> Tensor:
+        """See `VLMInputs.logits`."""
+        # A long prompt times a large vocabulary is gigabytes.
+        few = {"logits_to_keep": keep} if "logits_to_keep" in self.takes else {}
+        logits: Tensor = self.vlm(**text, **self.pixels(images), **few).logits[:, -keep:]
+        return logits
 
-    def _resized(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        return replace(self.transform, resize=size, crop=None).fit(images)
+    def generate(self, images: Tensor, text: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
+        """See `VLMInputs.generate`."""
+        vlm: Any = self.vlm
+        greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+        output: Tensor = vlm.generate(**text, **self.pixels(images), **greedy)
+        return output[:, text["input_ids"].shape[1] :]
 
-    def _checked_size(self) -> tuple[int, int]:
-        return self.side * 3 // 2 + 1, self.side * 3 // 4
+    def stock(self, image: Image.Image, prompt: str) -> tuple[dict[str, Tensor], set[str], dict[str, Any]]:
+        """What the stock processor makes of an image and a prompt, which of it is of the image, and by what settings.
 
-    def _checked_fit(self, images: Tensor) -> Tensor:
-        return images.to(self.device)
+        A processor may tell its image processor other ones than the latter's own: tiles, patches.
+        """
+        listening = copy.copy(self.processor)
+        listening.image_processor = heard = Listening(self.processor.image_processor)
+        # As transformers does, lest a prompt begin twice.
+        begun = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
+        special = {"add_special_tokens": False} if begun else {}
+        made = dict(listening(images=image, text=prompt, return_tensors="pt", **special))
+        length = made["input_ids"].shape
+        return made, {name for name in made if name in heard.names or made[name].shape != length}, heard.settings
+
+    def _check(self) -> None:
+        """Find out how the processor treats images, and refuse it where that can not be followed."""
+        transform = self._fixed_size()
+        if transform is not None:
+            self.transform = transform
+            images = self.fit(ramps(*_oblong(transform))[1])
+        else:
+            images = self._own_size()
+        (row,) = self.encode([f"{self.image_token} a"], (images.shape[-2], images.shape[-1]))
+        last = self.tokenizer.decode(row["input_ids"][-1:])
+        self.closing = last if last.isspace() else ""
+        if "suffix" in inspect.signature(type(self.processor).__call__).parameters:
+            self.kind_of_answer = 1  # PaliGemma reads a prompt both ways, and what follows it one way
+        text, names = self.padded([row]), (type(self.vlm).__name__, self.name)
+        need_gradient(self.vlm, lambda pixels: self.logits(pixels, text, 1), images.to(self.device), names)
+
+    def _fixed_size(self) -> PixelTransform | None:
+        """Resize, crop and normalisation, if nothing else is done to any picture."""
+        try:
+            transform = PixelTransform.from_image_processor(self.processor.image_processor)
+            picture, images = ramps(*_oblong(transform))
+            made, of_images, _ = self.stock(picture, self.image_token)
+            (only,) = of_images
+            ours = transform.normalize(transform.fit(images))
+            compare({only: ours}, made, max(transform.std), self.name)
+        except ValueError:
+            return None
+        return transform
+
+    def _own_size(self) -> Tensor:
+        """Let the image processor work on tensors, once compared; an image for it, shape (1, 3, height, width)."""
+        images_of = self.processor.image_processor
+        picture, images = ramps(57, 43)
+        made, of_images, self.settings = self.stock(picture, self.image_token)
+        model = type(self.vlm).__name__
+        if not of_images or (strange := sorted(of_images - self.takes)):
+            raise ValueError(
+                f"{self.name} gives {strange if of_images else 'nothing of an image'}, which {model} does not take: it "
+                "belongs to another model."
+            )
+        self.transform = OwnSize.from_image_processor(images_of, self.settings)
+        own = getattr(getattr(self.vlm, "config", None), "image_grid_pinpoints", None)
+        if own is not None and [tuple(pair) for pair in own] != list(self.transform.grid):
+            raise ValueError(
+                f"image_grid_pinpoints of the model are {own}, of its processor {list(self.transform.grid)}: make them "
+                "equal."
+            )
+        try:
+            ours = self.pixels(images)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"{type(images_of).__name__} does not work on tensors ({error}): install torchvision, and load it again, "
+                "or write a VLMInputs and pass it in place of the processor."
+            ) from error
+        compare(ours, made, max(getattr(images_of, "image_std", None) or (1,)), self.name)
+        return images
+
+
+class Listening:
+    """An image processor that remembers what it was told and what it gave."""
+
+    def __init__(self, image_processor: Any):
+        self.image_processor = image_processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.image_processor, name)
+
+    def __call__(self, images: Any, **settings: Any) -> Any:
+        """Process, and remember."""
+        made = self.image_processor(images, **settings)
+        self.settings, self.names = settings, set(made.keys())
+        return made
 
 
 def vlm_inputs(vlm: nn.Module, processor: Any) -> VLMInputs:
     """The adapter of a stock model and its processor; a `VLMInputs` of that model is returned as it is.
 
     Raises:
-        TypeError: If the processor is none of images and text.
-        ValueError: If the processor treats images in a way that is not followed here, or belongs to another model.
+        TypeError: See `StockInputs`.
+        ValueError: See `StockInputs`; or if the `VLMInputs` belongs to another model.
     """
-    if isinstance(processor, VLMInputs):
-        if processor.vlm is not vlm:
-            raise ValueError(f"the {type(processor).__name__} was made for another model: make one for this model.")
-        return processor
-    tiled = getattr(getattr(processor, "image_processor", None), "image_grid_pinpoints", None) is not None
-    return TiledInputs(vlm, processor) if tiled else SingleImageInputs(vlm, processor)
+    if not isinstance(processor, VLMInputs):
+        return StockInputs(vlm, processor)
+    if processor.vlm is not vlm:
+        raise ValueError(f"the {type(processor).__name__} was made for another model: make one for this model.")
+    return processor
 
 
-def ramps(height: int, width: int) -> tuple[Image.Image, Tensor]:
-    """A picture that is different everywhere and smooth, so that any right resize gives nearly the same.
-
-    Returns:
-        The picture, and the same in [0, 1], shape (1, 3, height, width).
-    """
-    rows, columns = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)[None]
-    shape = height, width
-    channels = [rows.expand(shape), columns.expand(shape), (rows + 1 - columns) / 2]
-    pixels = (torch.stack(channels, 2) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.numpy()), pixels.permute(2, 0, 1)[None] / 255
-
-
-def compare(ours: Tensor, stock: Tensor, transform: PixelTransform, name: str) -> None:
-    """Refuse to go on if pixel values differ from the stock processor's.
-
-    Raises:
-        ValueError: If the shapes differ, or the pixels by more than its rounding explains.
-    """
-    ours, stock = ours.detach().float().cpu(), stock.float().cpu()
-    if ours.shape != stock.shape:
-        raise ValueError(
-            f"{name} gives pixel values of shape {tuple(stock.shape)}, this evaluator {tuple(ours.shape)}: its resize, "
-            "crop or padding is not followed here. Write a VLMInputs and pass it in place of the processor."
-        )
-    side = (-1, *ours.shape[-3:])
-    gap = transform.denormalize(ours.reshape(side)) - transform.denormalize(stock.reshape(side))
-    worst = gap.abs().max().item()
-    if not worst <= TOLERANCE:
-        raise ValueError(
-            f"{name} and this evaluator turn the same picture into pixels that differ by up to {worst:.3f} of the "
-            "pixel range: its resize, crop, padding or normalisation is not followed here. Write a VLMInputs and pass "
-            "it in place of the processor."
-        )
+def _oblong(transform: PixelTransform) -> tuple[int, int]:
+    """Height and width of a picture that has to be resized and cropped."""
+    fitted = transform.crop or transform.resize
+    side = fitted if isinstance(fitted, int) else max(fitted)
+    return side * 3 // 2 + 1, side * 2

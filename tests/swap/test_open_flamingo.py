@@ -163,8 +163,9 @@ def test_the_evaluation_reads_the_same_logits_and_says_the_same(flamingo, built,
     images = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     vision = wrapped.transform.normalize(images)[:, None, None]
     said = flamingo.generate(vision, ids, mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert torch.equal(wrapped.generate(images, ids, mask, 3), said[:, ids.shape[1] :])
-    assert torch.equal(wrapped.logits(images, ids, mask, 2), flamingo(vision, ids, mask).logits[:, -2:])
+    text = {"input_ids": ids, "attention_mask": mask}
+    assert torch.equal(wrapped.generate(images, text, 3), said[:, ids.shape[1] :])
+    assert torch.equal(wrapped.logits(images, text, 2), flamingo(vision, ids, mask).logits[:, -2:])
 
 
 @torch.no_grad()
@@ -174,8 +175,8 @@ def test_generation_through_the_forward_that_demands_a_mask(flamingo, built, inp
 
     wrapped = FlamingoInputs(flamingo, built[1], built[2])
     images = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    ids, mask = inputs["lang_x"], inputs["attention_mask"]
-    expected = wrapped.generate(images, ids, mask, 3)
+    text = {"input_ids": inputs["lang_x"], "attention_mask": inputs["attention_mask"]}
+    expected = wrapped.generate(images, text, 3)
     monkeypatch.setattr(FlamingoLMMixin.forward, "__defaults__", AS_RELEASED[0])
-    assert torch.equal(wrapped.generate(images, ids, mask, 3), expected)
+    assert torch.equal(wrapped.generate(images, text, 3), expected)
     assert not any("forward" in vars(part) for part in flamingo.modules())

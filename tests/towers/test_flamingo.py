@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_robust_vision.evaluation.tasks import AnswerLoss, VLMProtocol, answer_task, evaluate_targeted, evaluate_vqa
-from hf_robust_vision.evaluation.tasks.answers import pad_left, say
+from hf_robust_vision.evaluation.tasks.answers import say
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.swap.flamingo import FlamingoInputs
 from hf_robust_vision.towers.base import attack_mode, weights_sha256
@@ -53,19 +53,23 @@ def prompts(inputs):
 
 def test_the_original_gives_no_gradient_and_the_adapter_the_right_one(model, inputs, images):
     """Against finite differences of the model's own forward pass, in double precision."""
-    ids, mask = pad_left(prompts(inputs), inputs)
+    text = inputs.padded(prompts(inputs))
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
 
     def value(images):
         vision = inputs.transform.normalize(images)[:, None, None]
-        return model(vision_x=vision, lang_x=ids, attention_mask=mask).logits[:, -1, 7].sum()
+        return (
+            model(vision_x=vision, lang_x=text["input_ids"], attention_mask=text["attention_mask"])
+            .logits[:, -1, 7]
+            .sum()
+        )
 
     with attack_mode(model):
         assert not value(images.requires_grad_(True)).requires_grad
-        (gradient,) = torch.autograd.grad(inputs.logits(images, ids, mask, 1)[:, -1, 7].sum(), images)
+        (gradient,) = torch.autograd.grad(inputs.logits(images, text, 1)[:, -1, 7].sum(), images)
         with torch.no_grad():
             slope = (value(images + 3e-4 * direction) - value(images - 3e-4 * direction)) / 6e-4
-            assert not inputs.logits(images, ids, mask, 1).requires_grad
+            assert not inputs.logits(images, text, 1).requires_grad
     assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=2e-2)
 
 
@@ -73,13 +77,14 @@ def test_generation_is_greedy_whatever_the_padding(inputs, images):
     """Against the likeliest token, one at a time, without a batch."""
     batched = say(inputs, prompts(inputs), images, 4)
     assert len(set(batched)) > 1
-    for row, ids in enumerate(prompts(inputs)):
-        sequence = torch.tensor([ids])
+    for place, row in enumerate(prompts(inputs)):
+        sequence = torch.tensor([row["input_ids"]])
         for _ in range(4):
             with torch.no_grad():
-                logits = inputs.logits(images[row : row + 1], sequence, torch.ones_like(sequence), 1)
+                text = {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
+                logits = inputs.logits(images[place : place + 1], text, 1)
             sequence = torch.cat([sequence, logits[:, -1].argmax(-1, keepdim=True)], 1)
-        assert inputs.tokenizer.decode(sequence[0, len(ids) :]) == batched[row]
+        assert inputs.tokenizer.decode(sequence[0, len(row["input_ids"]) :]) == batched[place]
 
 
 def test_questions_and_targets(model, inputs, monkeypatch):
@@ -102,13 +107,13 @@ def test_questions_and_targets(model, inputs, monkeypatch):
 
 def test_an_error_on_the_way_leaves_nothing_behind(model, inputs, images):
     with pytest.raises(RuntimeError):
-        inputs.logits(images[..., :20], *pad_left(prompts(inputs), inputs), 1)
+        inputs.logits(images[..., :20], inputs.padded(prompts(inputs)), 1)
     with pytest.raises(RuntimeError):
-        inputs.generate(images[..., :20], *pad_left(prompts(inputs), inputs), 2)
+        inputs.generate(images[..., :20], inputs.padded(prompts(inputs)), 2)
     forward = model.vision_encoder.forward
     model.vision_encoder.forward = own = lambda *args: forward(*args)  # as accelerate's hooks do
     try:
-        inputs.logits(images, *pad_left(prompts(inputs), inputs), 1)
+        inputs.logits(images, inputs.padded(prompts(inputs)), 1)
         assert model.vision_encoder.forward is own
     finally:
         del model.vision_encoder.forward

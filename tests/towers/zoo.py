@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers.models.smolvlm import processing_smolvlm as smolvlm
 
 
 IMAGE = 100  # the image token
@@ -164,3 +167,79 @@ def saved(family: str, folder: Any) -> tuple[Any, Any]:
     vlm.save_pretrained(folder)
     processor.save_pretrained(folder)
     return vlm, processor
+
+
+# Family to class of its processor, special tokens (the image's first), and what the processor is told beside its parts.
+_CUT = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+_LLAVA = ("Llava", {"image_token": "<image>"}, _CUT)
+_PADS = {
+    "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}  # fmt: skip
+_FAKE = {
+    "image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>",
+    "end_of_utterance_token": "<end_of_utterance>",
+}  # fmt: skip
+_PROCESSORS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "llava": _LLAVA,
+    "vipllava": _LLAVA,
+    "llava_next": ("LlavaNext", _LLAVA[1], _CUT),
+    "llava_onevision": (
+        "LlavaOnevision",
+        {"image_token": "<image>", "video_token": "<video>"},
+        {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+    ),
+    "paligemma": ("PaliGemma", _LLAVA[1], {}),
+    "gemma3": (
+        "Gemma3",
+        {"image_token": "<soft>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
+        {"image_seq_length": 4},
+    ),
+    "qwen2_vl": ("Qwen2VL", _PADS, {}),
+    "qwen2_5_vl": ("Qwen2_5_VL", _PADS, {}),
+    "qwen3_vl": ("Qwen3VL", _PADS, {}),
+    "smolvlm": ("SmolVLM", _FAKE, {"image_seq_len": 4}),
+    "idefics3": ("Idefics3", _FAKE, {"image_seq_len": 4}),
+    "internvl": (
+        "InternVL",
+        {"context_image_token": "<c>", "start_image_token": "<s>", "end_image_token": "</s>", "video_token": "<v>"},
+        {"image_seq_length": 4},
+    ),
+    "mistral3": (
+        "Pixtral",
+        {"image_token": "[IMG]", "image_break_token": "[BREAK]", "image_end_token": "[END]"},
+        {"patch_size": 8, "spatial_merge_size": 2, "image_break_token": "[BREAK]", "image_end_token": "[END]"},
+    ),
+}
+VIDEOS = {"qwen2_5_vl": "Qwen2VL"}
+TEMPLATE = "[BOS] w9 {% for part in messages[0].content %}{{ part.text if part.text else 'IMAGE' }} {% endfor %}w8"
+
+
+def tiny_tokenizer(marks: dict[str, str]) -> Any:
+    """One token a word: w10 to w99 and w110 to w199, the special ones, and the newline."""
+    words = {f"w{index}": index for index in range(200)}
+    named = {"[PAD]": 0, "[BOS]": 1, "[EOS]": 2, "[UNK]": 3, "\n": 4}
+    named |= {mark: IMAGE + place for place, mark in enumerate(marks.values())}
+    vocabulary = {word: index for word, index in words.items() if index not in named.values()} | named
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    fast = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=dict(marks), **special)
+    fast.add_tokens(["\n"])
+    return fast
+
+
+def tiny_processor(family: str, images: Any, *, template: bool = False) -> Any:
+    """The stock processor of a family around its image processor, with a chat template if asked."""
+    name, marks, more = _PROCESSORS[family]
+    kind = getattr(tf, f"{name}Processor")
+    smolvlm.num2words = smolvlm.num2words or str  # for videos only, and an error at once without it
+    parts = {"image_processor": images, "tokenizer": tiny_tokenizer(marks)}
+    if "video_processor" in inspect.signature(kind.__init__).parameters:
+        parts["video_processor"] = getattr(tf, f"{VIDEOS.get(family, name)}VideoProcessor")()
+    if family == "paligemma":
+        images.image_seq_length = 16
+    processor = kind(**parts, **more)
+    if template:
+        processor.chat_template = TEMPLATE.replace("IMAGE", processor.image_token)
+    return processor

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from hf_robust_vision.attacks import Logits
 from hf_robust_vision.attacks.objectives import PerSample
-from hf_robust_vision.towers.vlm_inputs import VLMInputs
+from hf_robust_vision.towers.vlm_inputs import Row, VLMInputs
 
 
 @dataclass(eq=False)
@@ -23,8 +22,7 @@ class AnswerTask:
     """
 
     inputs: VLMInputs
-    input_ids: Tensor  # prompt and answer, padded on the left, shape (batch, length)
-    attention_mask: Tensor  # same shape
+    text: Mapping[str, Tensor]  # tokens of prompt and answer, padded on the left, shape (batch, length) each
     answers: Tensor  # token ids of the answers, padded on the left with -100, shape (batch, longest answer)
 
     def __post_init__(self) -> None:
@@ -35,7 +33,7 @@ class AnswerTask:
         """Logits that predict each place of `answers`, shape (*answers.shape, vocabulary)."""
         # The logits of the prompt decide nothing, and its vocabulary-wide rows are most of the memory.
         keep = self.answers.shape[1] + 1
-        logits = self.inputs.logits(images, self.input_ids, self.attention_mask, keep)[:, :-1].float()
+        logits = self.inputs.logits(images, self.text, keep)[:, :-1].float()
         if images.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
             raise RuntimeError(
                 f"no gradient reaches the images: {type(self.inputs.vlm).__name__} encodes them under torch.no_grad(). "
@@ -46,8 +44,8 @@ class AnswerTask:
     def take(self, rows: Tensor) -> AnswerTask:
         """The task of some of the prompts; the same object for the same `rows`."""
         if self._taken is None or self._taken[0] is not rows:
-            parts = (self.input_ids[rows], self.attention_mask[rows], self.answers[rows])
-            self._taken = rows, AnswerTask(self.inputs, *parts)
+            text = {name: values[rows] for name, values in self.text.items()}
+            self._taken = rows, AnswerTask(self.inputs, text, self.answers[rows])
         return self._taken[1]
 
 
@@ -101,17 +99,18 @@ class RightAnswer(WrongAnswer):
 def answer_task(
     inputs: VLMInputs, prompts: Sequence[str], answers: Sequence[str], size: tuple[int, int]
 ) -> AnswerTask:
-    """Tokenize prompts with their answers, as the model's own processor would at an image size of (height, width)."""
+    """Tokenize prompts, as of `VLMInputs.written`, with their answers, for images of a size (height, width)."""
     before = inputs.encode(prompts, size)
-    after = [continuation(inputs.tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers)]
-    input_ids, attention_mask = pad_left([one + two for one, two in zip(before, after)], inputs)
+    after = [continuation(inputs, prompt, answer) for prompt, answer in zip(prompts, answers)]
+    text = inputs.padded([inputs.answered(row, ids) for row, ids in zip(before, after)])
     width = max(map(len, after))
     wanted = [[-100] * (width - len(ids)) + ids for ids in after]
-    return AnswerTask(inputs, input_ids, attention_mask, torch.tensor(wanted, device=inputs.device))
+    return AnswerTask(inputs, text, torch.tensor(wanted, device=inputs.device))
 
 
-def continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
+def continuation(inputs: VLMInputs, prompt: str, text: str) -> list[int]:
     """Token ids of a text that follows a prompt, a space between them where the prompt ends without one."""
+    tokenizer, prompt = inputs.tokenizer, prompt + inputs.closing
     gap = "" if prompt[-1:].isspace() else " "
     before, joint = (
         tokenizer(words, add_special_tokens=False)["input_ids"] for words in (prompt, prompt + gap + text)
@@ -124,18 +123,8 @@ def continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
     return ids
 
 
-def pad_left(rows: Sequence[Sequence[int]], inputs: VLMInputs) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, each of shape (rows, longest)."""
-    tokenizer, length = inputs.tokenizer, max(map(len, rows))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = [[pad] * (length - len(row)) + list(row) for row in rows]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=inputs.device), torch.tensor(mask, device=inputs.device)
-
-
 @torch.no_grad()
-def say(inputs: VLMInputs, prompts: Sequence[Sequence[int]], images: Tensor, max_new_tokens: int) -> list[str]:
+def say(inputs: VLMInputs, prompts: Sequence[Row], images: Tensor, max_new_tokens: int) -> list[str]:
     """What the model generates, greedily, after tokenized prompts."""
-    input_ids, attention_mask = pad_left(prompts, inputs)
-    new = inputs.generate(images, input_ids, attention_mask, max_new_tokens)
+    new = inputs.generate(images, inputs.padded(prompts), max_new_tokens)
     return [text.strip() for text in inputs.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -40,9 +40,9 @@ class ChosenText(VLMTask):
         self.task, self.target = self.asked, self.target.strip()
         if not self.target:
             raise ValueError("the target is empty, and so is in every text: name what the attacker wants to hear.")
-        tokenizer, prompts = self.inputs.tokenizer, self.prompts(range(len(self.samples[:1])))
-        ids = continuation(tokenizer, prompts[0] if prompts else self.prompt, self.target)
-        written = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        prompts = self.prompts(range(len(self.samples[:1])))
+        ids = continuation(self.inputs, prompts[0] if prompts else self.written, self.target)
+        written = self.inputs.tokenizer.decode(ids, skip_special_tokens=True).strip()
         if self.target.casefold() not in written.casefold():
             raise ValueError(
                 f"the tokenizer writes the target {self.target!r} as {written!r}: choose one of its words."

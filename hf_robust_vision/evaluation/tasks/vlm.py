@@ -109,6 +109,7 @@ class VLMTask(Task):
 
     def __post_init__(self) -> None:
         self.inputs = vlm_inputs(self.model, self.processor)
+        self.written = self.inputs.written(self.prompt)
         self.ids = [sample.id for sample in self.samples]
 
     @property
@@ -120,8 +121,8 @@ class VLMTask(Task):
         return torch.full_like(image, 0.5) if self.blank else image
 
     def prompts(self, places: Sequence[int]) -> list[str]:
-        """With each sample's text."""
-        return [self.prompt.replace("{}", self.samples[place].text) for place in places]
+        """With each sample's text, as the processor is given them."""
+        return [self.written.replace("{}", self.samples[place].text) for place in places]
 
     def say(self, batch: Batch, images: Tensor, max_new_tokens: int) -> list[str]:
         """What `generate` says about some images, greedily."""
@@ -146,7 +147,7 @@ class VLMTask(Task):
         # Two tokenizers of one class may spell a text differently: other tokens are another attack.
         words = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
         samples = [(sample.id, sample.text, getattr(sample, "fingerprint", "")) for sample in self.samples]
-        about = {"prompt": self.prompt, "samples": samples, "blank": self.blank, "starts": "by objective"}
+        about = {"prompt": self.written, "samples": samples, "blank": self.blank, "starts": "by objective"}
         about |= {"tokenizer": words, "template": getattr(tokenizer, "chat_template", "")}
         return self.inputs.identity() | about
 
@@ -156,7 +157,8 @@ class VLMTask(Task):
 
     def decoding(self) -> dict[str, Any]:
         """How texts are generated, for a result."""
-        return {"prompt": self.prompt, "decoding": "greedy"}
+        chat = {"chat_template": self.written} if self.written != self.prompt else {}
+        return {"prompt": self.prompt, "decoding": "greedy"} | chat
 
     def fields(self, level: Level) -> dict[str, Any]:
         return {"generation": self.decoding()}

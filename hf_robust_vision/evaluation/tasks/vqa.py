@@ -53,7 +53,7 @@ class VQA(VLMTask):
             raise ValueError(f"questions {bare[:5]} have no answer to be right or wrong about.")
         prompts = self.prompts(range(len(self.samples)))
         pairs = {(prompt, sample.answer) for prompt, sample in zip(prompts, self.samples)}
-        lengths = [len(continuation(self.inputs.tokenizer, *pair)) for pair in sorted(pairs)]
+        lengths = [len(continuation(self.inputs, *pair)) for pair in sorted(pairs)]
         self.max_new_tokens = max(lengths, default=0) + EXTRA_TOKENS
 
     def label(self, place: int) -> str:
