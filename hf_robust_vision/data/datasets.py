@@ -43,7 +43,7 @@ class _Labelled:
         self._prepare()
 
     def _prepare(self) -> None:
-        pass
+        """What can be told before a row is read: of a stream nothing."""
 
     def _item(self, row: Mapping[str, Any], sample: int) -> dict[str, Any]:
         image, label = self._decode(row, sample), self._number(row[self.label_column])

@@ -66,7 +66,7 @@ def _file_sha256(path: str) -> str:
 def _all(split: str) -> tuple[Question, ...]:
     source = demo_source(split)
     folder = demo_folder() / source
-    # The images of the classification demo's split, so that no tower is asked about an image that it was trained on.
+    # As the classification demo's: no tower may be asked about an image that it was hardened on.
     held: set[int] = set()
     if source == "train":
         rows, validation = demo_rows(source), load_demo("validation", PixelTransform(64, (64, 64)))

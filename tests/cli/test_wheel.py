@@ -16,6 +16,7 @@ from hf_robust_vision.evaluation.results import load_results
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {file.name for file in (ROOT / "hf_robust_vision" / "configs").glob("*.yaml")}
+PAGES = {file.name for file in (ROOT / "hf_robust_vision" / "report" / "pages").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def wheel(tmp_path_factory):
 def test_what_is_in_it(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {Path(name).name for name in names if "/configs/" in name and name.endswith(".yaml")} == CONFIGS
+    assert {Path(name).name for name in names if "/report/pages/" in name} == PAGES
     for model in ("demo-clip", "demo-llava"):
         assert any(f"/{model}/" in name and name.endswith(".safetensors") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"hf_robust_vision"}
