@@ -19,7 +19,7 @@ from hf_robust_vision.evaluation.results import eps_text
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.terminal import Defaults, Parser
 from hf_robust_vision.training.base import AdversarialTrainer
-from hf_robust_vision.training.config import AdversarialTrainingArguments, Radius
+from hf_robust_vision.training.config import Radius
 
 from .run_data import DataArguments
 
@@ -72,9 +72,11 @@ class PipelineArguments(DataArguments):
 class RecipeParser(Parser, HfArgumentParser):
     """Reads the arguments of a run from dataclasses; help is short, `--help_all` is not."""
 
-    def __init__(self, trainer_class: type[AdversarialTrainer], prog: str | None = None) -> None:
+    def __init__(
+        self, trainer_class: type[AdversarialTrainer], prog: str | None = None, options: type = PipelineArguments
+    ) -> None:
         super().__init__(
-            (PipelineArguments, trainer_class.args_class),
+            (options, trainer_class.args_class),
             prog=prog,
             formatter_class=Defaults,
             usage="%(prog)s [--config FILE] [--NAME VALUE ...]",
@@ -107,7 +109,10 @@ def parse(
     trainer_class: type[AdversarialTrainer],
     argv: Sequence[str] | None = None,
     prog: str | None = None,
-) -> tuple[PipelineArguments, AdversarialTrainingArguments]:
+    *,
+    options: type = PipelineArguments,
+    name: str | None = None,
+) -> tuple[Any, Any]:
     """Read the command line and, with `--config FILE`, a YAML file of the same names; the command line wins.
 
     Where neither a config, a model nor a dataset is named, the shipped demo config of the method is read, such as
@@ -117,17 +122,23 @@ def parse(
         trainer_class: Its arguments are read.
         argv: Words of the command line; by default those of the process.
         prog: What help calls the command.
+        options: What is read beside them.
+        name: Of the demo config and the output folder, in place of the method's.
+
+    Returns:
+        Options and arguments.
 
     Raises:
         ValueError: If the file can not be read, or holds a name that is no argument or a value of another type.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = RecipeParser(trainer_class, prog)
+    name = name or trainer_class.method.lower()
+    parser = RecipeParser(trainer_class, prog, options)
     known = parser.parse_args(words)
     config = known.config
     if config is None and known.model_name_or_path is None and known.dataset_name is None:
         with suppress(ValueError):  # a method of one's own has no demo
-            config = find_config(f"{trainer_class.method.lower().replace('-', '_')}_demo")
+            config = find_config(f"{name.replace('-', '_')}_demo")
     values = read_yaml(find_config(config)) if config is not None else {}
     # Backwards: the `--no_x` of a flag that is true by default comes after it, for the same value.
     ours = ("help", "help_all", "config")
@@ -138,9 +149,9 @@ def parse(
     namespace = parser.parse_args(words)  # again, over the defaults of the file: so the command line wins
     if namespace.output_dir is None:
         source = namespace.dataset_name or namespace.model_name_or_path or "demo"
-        namespace.output_dir = f"outputs/{trainer_class.method.lower()}-{Path(source).name}"
+        namespace.output_dir = f"outputs/{name}-{Path(source).name}"
     pipeline, training = parser.parse_dict(vars(namespace), allow_extra_keys=True)
-    return cast(PipelineArguments, pipeline), cast(AdversarialTrainingArguments, training)
+    return pipeline, training
 
 
 def _typed(action: argparse.Action, value: Any, where: str) -> Any:
