@@ -34,9 +34,10 @@ class _Labelled:
         *,
         name: str,
         split: str,
-        columns: tuple[str, str] = ("image", "label"),
+        columns: tuple[str, str | None] = ("image", "label"),
     ):
-        check_class_names(class_names)
+        if columns[1] is not None:
+            check_class_names(class_names)
         self.image_column, self.label_column = columns
         self.rows, self.class_names, self.transform = undecoded(rows, columns[0]), tuple(class_names), transform
         self.name, self.split = name, split
@@ -46,8 +47,10 @@ class _Labelled:
         """What can be told before a row is read: of a stream nothing."""
 
     def _item(self, row: Mapping[str, Any], sample: int) -> dict[str, Any]:
-        image, label = self._decode(row, sample), self._number(row[self.label_column])
-        self._need_names({label})
+        image, label = self._decode(row, sample), 0
+        if self.label_column is not None:
+            label = self._number(row[self.label_column])
+            self._need_names({label})
         return {"images": self.transform.fit(image[None])[0], "labels": label, "ids": sample}
 
     def _decode(self, row: Mapping[str, Any], sample: int) -> Tensor:
@@ -110,7 +113,9 @@ class LabelledImages(_Labelled, Dataset):
         return (self[index] for index in range(len(self)))
 
     def labels(self) -> list[int]:
-        """All labels, without decoding an image."""
+        """All labels, without decoding an image; 0 where there are none."""
+        if self.label_column is None:
+            return [0] * len(self)
         if hasattr(self.rows, "column_names"):  # a `datasets.Dataset`: its rows hold the images, too
             column = self.rows[self.label_column][:]  # at once: one by one, each would be a look into the table
             return [self._number(column[sample]) for sample in self.ids]
@@ -130,7 +135,8 @@ class LabelledImages(_Labelled, Dataset):
 
     def check_labels(self) -> None:
         """Refuse labels that are not the index of a class name."""
-        self._need_names(set(self.labels()))
+        if self.label_column is not None:
+            self._need_names(set(self.labels()))
 
     def corrupt(self) -> list[int]:
         """Decode every image once, shared out over threads and processes; indices of those that can not be read."""
@@ -208,9 +214,9 @@ class StreamedImages(_Labelled, IterableDataset):
             self.rows.set_epoch(epoch)
 
 
-def need_columns(columns: Any, *wanted: str) -> None:
-    """Refuse rows without one of these columns."""
-    if missing := [column for column in wanted if column not in columns]:
+def need_columns(columns: Any, *wanted: str | None) -> None:
+    """Refuse rows without one of these columns; None asks for none."""
+    if missing := [column for column in wanted if column is not None and column not in columns]:
         raise ValueError(
             f"the dataset has no column {missing[0]!r}, only {sorted(columns)}; set image_column and label_column."
         )

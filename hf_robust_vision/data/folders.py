@@ -61,6 +61,26 @@ def read_folder(path: Path, split: str) -> tuple[Any, list[int] | None] | None:
     )
 
 
+def read_images(path: Path, split: str) -> Any:
+    """Paths of all images of `path/<split>`, or of `path` where there is no such folder, in any folders below.
+
+    Returns:
+        A `datasets.Dataset` of "image"; None where files of `DATA_SUFFIXES` lie there instead.
+
+    Raises:
+        ValueError: If there are no images.
+    """
+    import datasets
+
+    folder = path / split if split in _folders(path) else path
+    if _holds(folder, DATA_SUFFIXES):
+        return None
+    found = sorted((file for file in _files(folder) if _suffix(file) in IMAGE_SUFFIXES), key=lambda file: file.path)
+    if not found:
+        raise ValueError(f"{folder} holds no images.")
+    return _rows(folder, datasets.Features({"image": datasets.Value("string")}), found)
+
+
 def is_unsplit(path: Path) -> bool:
     """Whether it is a folder `<class>/<image>`, whose splits are drawn."""
     return path.is_dir() and _is_unsplit(path) and not _holds(path, DATA_SUFFIXES)
@@ -112,12 +132,18 @@ def _read(folder: Path) -> Any:
         )
     # Not by `imagefolder`, which guesses splits from names of files and classes, and drops what fits none.
     features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=list(images))})
+    return _rows(folder, features, [image for image, _ in found], label=[label for _, label in found])
+
+
+def _rows(folder: Path, features: Any, images: list[os.DirEntry[str]], **columns: list[int]) -> Any:
+    import datasets
+
     try:
-        rows = datasets.Dataset.from_dict({"image": paths, "label": [label for _, label in found]}, features=features)
+        rows = datasets.Dataset.from_dict({"image": [image.path for image in images], **columns}, features=features)
     except UnicodeEncodeError as error:
         raise ValueError(f"the name of a file in {folder} is not UTF-8: {error.object!r}; rename it.") from error
     # Records on disk are used again for the same files only, wherever the folder lies.
-    states = (f"{os.path.relpath(image.path, folder)} {_state(image)}\n" for image, _ in found)
+    states = (f"{os.path.relpath(image.path, folder)} {_state(image)}\n" for image in images)
     rows._fingerprint = hashlib.sha256("".join(states).encode()).hexdigest()[:32]
     return rows
 

@@ -12,7 +12,7 @@ from typing import Any
 from hf_robust_vision.pixels import PixelTransform
 
 from .datasets import LabelledImages, StreamedImages, need_columns
-from .folders import DATA_SUFFIXES, read_folder
+from .folders import DATA_SUFFIXES, read_folder, read_images
 from .templates import without_wordnet_ids
 
 
@@ -30,7 +30,7 @@ class ImageSource:
         config: Configuration of a Hub dataset.
         revision: Branch, tag or commit on the Hub.
         image_column: By default the one of images, or one of `IMAGE_COLUMNS`.
-        label_column: Column of whole numbers.
+        label_column: Column of whole numbers; None for images without labels, which may lie in any folders.
         class_names: Names in the order of the labels; by default those of the label column, OpenAI's for WordNet ids.
     """
 
@@ -38,7 +38,7 @@ class ImageSource:
     config: str | None = None
     revision: str | None = None
     image_column: str | None = None
-    label_column: str = "label"
+    label_column: str | None = "label"
     class_names: Sequence[str] | None = None
 
 
@@ -89,7 +89,9 @@ def _open(source: ImageSource, split: str, **how: bool) -> tuple[Any, list[int] 
         # A folder of one split holds no other: it would be train, validation and test at once.
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
         return _pick_split(parts, split, str(path)), None
-    if path.is_dir() and (found := read_folder(path, split)) is not None:
+    if path.is_dir() and source.label_column is None and (images := read_images(path, split)) is not None:
+        return images, None
+    if path.is_dir() and source.label_column is not None and (found := read_folder(path, split)) is not None:
         return found
     if path.is_file() or (not path.is_dir() and (path.is_absolute() or ".." in path.parts or len(path.parts) > 2)):
         raise ValueError(f"{source.path} is no folder; wanted one, or the name of a dataset on the Hub.")
@@ -141,6 +143,11 @@ def _described(source: ImageSource, split: str, rows: Any) -> dict[str, Any]:
     columns = (source.image_column or _image_column(known, features), source.label_column)
     if known:  # a stream may not know its own
         need_columns(known, *columns)
+    path = Path(source.path)
+    name = os.path.basename(os.path.abspath(path)) if path.is_dir() else str(path)
+    about = {"class_names": (), "name": name, "split": split, "columns": columns}
+    if source.label_column is None:
+        return about
     own = getattr(features.get(source.label_column), "names", None)
     names = source.class_names or without_wordnet_ids(own or ())
     if not names:
@@ -151,9 +158,7 @@ def _described(source: ImageSource, split: str, rows: Any) -> dict[str, Any]:
             f"got {len(names)} class names, but {source.path} ({split}) has {len(own)} classes: {list(own)[:5]}...; for "
             "its own names type --class_names ''."
         )
-    path = Path(source.path)
-    name = os.path.basename(os.path.abspath(path)) if path.is_dir() else str(path)
-    return {"class_names": names, "name": name, "split": split, "columns": columns}
+    return about | {"class_names": names}
 
 
 def _image_column(columns: Sequence[str], features: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ class PipelineArguments(DataArguments):
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    vlm: str | None = field(default=None, metadata={"help": "VLM that is to read it, for feature language_tokens."})
     test_protocol: str = field(default="robustvlm", metadata={"help": "Attacks of the reported numbers."})
     test_steps: int | None = field(default=None, metadata={"help": "Steps of those attacks; default: the protocol's."})
     test_queries: int | None = field(default=None, metadata={"help": "Queries of its black-box attack."})

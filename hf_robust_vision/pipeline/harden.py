@@ -23,9 +23,11 @@ from hf_robust_vision.report.page import write_report
 from hf_robust_vision.report.pictures import plot_curve
 from hf_robust_vision.report.tables import comparison_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
+from hf_robust_vision.towers.base import FEATURES
 from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
+from hf_robust_vision.towers.vlm import LanguageReader
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.config import AdversarialTrainingArguments
 from hf_robust_vision.training.publishing import check_push
@@ -115,6 +117,7 @@ def _trainer(
         raise ValueError(
             f"{model} has no text tower to measure with; name the whole CLIPModel, or type --measure false."
         )
+    _let_read(encoder, options, args)
     processor = CLIPProcessor(
         image_processor=load_image_processor(name, revision=revision),
         tokenizer=load_tokenizer(name, revision=revision),
@@ -124,6 +127,17 @@ def _trainer(
         model=encoder, args=args, train_dataset=train, eval_dataset=validation, processing_class=processor
     )
     return trainer, test
+
+
+def _let_read(encoder: Encoder, options: PipelineArguments, args: AdversarialTrainingArguments) -> None:
+    """Give an encoder the VLM that is to read it, where the loss looks at what that reads."""
+    looks = "language_tokens" in FEATURES[getattr(args, "feature", "pooled")]
+    if options.vlm is not None and looks:
+        encoder.read_by(LanguageReader(options.vlm))
+    elif looks:
+        raise ValueError("feature language_tokens is what the language model of a VLM reads: name it, --vlm NAME.")
+    elif options.vlm is not None:
+        raise ValueError(f"--vlm {options.vlm} would not be looked at; type --feature language_tokens as well.")
 
 
 def _check_push(options: PipelineArguments, args: AdversarialTrainingArguments) -> None:

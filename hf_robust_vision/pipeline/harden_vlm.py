@@ -13,15 +13,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from hf_robust_vision.attacks import StartNoise, make_ball, pgd
-from hf_robust_vision.data.datasets import (
-    ImageSource,
-    LabelledImages,
-    StreamedImages,
-    load_labelled_images,
-    stream_images,
-)
+from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
+from hf_robust_vision.data.sources import ImageSource, load_labelled_images, stream_images
 from hf_robust_vision.data.splits import without_corrupt
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results, versions, write_atomically
 from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
