@@ -13,17 +13,7 @@ The language model is neither run nor loaded; `--output_dir` is the whole VLM in
 
 from __future__ import annotations
 
-from hf_robust_vision.pipeline import parse
-from hf_robust_vision.pipeline.harden_vlm import VLMArguments, VLMTrainer, harden_vlm
-from hf_robust_vision.processes import part
-from hf_robust_vision.terminal import user_errors
-
-
-def main() -> None:
-    """Parse and run; bad input ends in one line."""
-    with user_errors():
-        harden_vlm(*parse(VLMTrainer, options=VLMArguments, name="harden-vlm"))
-        part()
+from hf_robust_vision.pipeline.harden_vlm import main
 
 
 if __name__ == "__main__":

@@ -22,13 +22,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """What `recipes/harden_vlm.py` does."""
-    from hf_robust_vision.pipeline import parse
-    from hf_robust_vision.pipeline.harden_vlm import VLMArguments, VLMTrainer, harden_vlm
-    from hf_robust_vision.processes import part
+    from hf_robust_vision.pipeline.harden_vlm import main
 
     words = list(args.words)
     if words and not words[0].startswith("-"):
         words.insert(0, "--model_name_or_path")
-    harden_vlm(*parse(VLMTrainer, words, "hf-robust-vision harden-vlm", options=VLMArguments, name="harden-vlm"))
-    part()
+    main(words, "hf-robust-vision harden-vlm")
     return 0

@@ -23,13 +23,15 @@ from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
 from hf_robust_vision.methods.features import FeatureDistance, token_variances
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.processes import announce, usable_cores
+from hf_robust_vision.processes import announce, part, usable_cores
 from hf_robust_vision.report.tables import comparison_text
+from hf_robust_vision.terminal import user_errors
 from hf_robust_vision.towers.base import attack_mode, weights_sha256
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.vlm import VLMEncoder, path_of
 from hf_robust_vision.training.config import Radius
 
+from .arguments import parse
 from .run_data import SCAN_LIMIT
 from .run_folder import check_folder, run_folder
 
@@ -146,6 +148,13 @@ class HardenReport:
         )
 
 
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Read the words of a command line, and `harden_vlm`; bad input ends in one line."""
+    with user_errors():
+        harden_vlm(*parse(VLMTrainer, words, prog, options=VLMArguments, name="harden-vlm"))
+        part()
+
+
 def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[RobustnessResult]:
     """Fine-tune the vision tower of a VLM at what its language model reads, without running or loading that.
 
@@ -222,8 +231,7 @@ def make_trainer(options: VLMArguments, args: VLMTrainingArguments, name: str) -
         )
     encoder.train_projector = options.train_projector
     images = load_images(options, encoder.transform, args.seed)
-    processor = AutoProcessor.from_pretrained(name, revision=options.model_revision)
-    return VLMTrainer(model=encoder, args=args, train_dataset=images, processing_class=processor)
+    return VLMTrainer(model=encoder, args=args, train_dataset=images)  # the processor lies beside the weights
 
 
 def load_images(options: VLMArguments, transform: PixelTransform, seed: int) -> LabelledImages | StreamedImages:

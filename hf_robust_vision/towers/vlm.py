@@ -122,8 +122,14 @@ class VLMEncoder:
     def save_pretrained(
         self: Any, save_directory: str | Path, *, state_dict: Any = None, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Write the whole VLM as the stock folder of its own class: this tower, and the rest of where it came from."""
-        if is_main_process:
+        """Write the whole VLM as the stock folder of its own class: this tower, and the rest of where it came from.
+
+        Of one with an adapter the adapter alone.
+        """
+        if has_adapter(self):
+            if is_main_process:
+                save_adapter(self, save_directory)
+        elif is_main_process:
             self.origin.save_with(self, state_dict or self.state_dict(), Path(save_directory), **kwargs)
 
 
@@ -212,10 +218,11 @@ def load_vlm(
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantised: harden the original in bfloat16 or float32, and quantise the result.")
-    origin = Origin(files=tuple(weights_files(name, revision)), name=name, revision=revision)
+    place = _downloaded(name, revision)
+    origin = Origin(files=tuple(weights_files(place)), name=name, revision=revision)
     origin.check_files()
     encoder, info = seeing(kind).from_pretrained(
-        name, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if lacking:
@@ -263,6 +270,16 @@ class LanguageReader:
         if any(part.device != images.device for part in self.vlm.parameters()):
             self.vlm.to(images.device)
         return self.vlm(images)
+
+
+def _downloaded(name: str, revision: str | None) -> str:
+    """A folder with all that belongs to a model: its tokenizer and its card's files are saved again, too."""
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+
+    other = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "original/*"]
+    return snapshot_download(name, revision=revision, ignore_patterns=other)
 
 
 def _finished(encoder: Any, processor: Any, resolution: int | None) -> Any:
