@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo
 from hf_robust_vision.data.demo_questions import PROMPT, load_questions
 from hf_robust_vision.data.sources import ImageSource, load_labelled_images, stream_images
 from hf_robust_vision.data.splits import without_corrupt
-from hf_robust_vision.evaluation.results import RobustnessResult, save_results, versions, write_atomically
+from hf_robust_vision.evaluation.results import RobustnessResult, save_results, versions
 from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
+from hf_robust_vision.files import write_atomically
 from hf_robust_vision.methods.features import FeatureDistance, token_variances
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
 from hf_robust_vision.pixels import PixelTransform

@@ -119,7 +119,9 @@ class Origin:
                 shutil.copyfile(file, folder / file.name)
 
     def _rest(self, encoder: Any) -> Iterator[Tensor]:
-        own = encoder.state_dict()
+        own = {
+            name.replace(".base_layer.", "."): value for name, value in encoder.state_dict().items()
+        }  # with LoRA in it
         if self.whole is not None:
             yield from (value for name, value in self.whole.state_dict().items() if name not in own)
             return

@@ -149,7 +149,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"hf-robust-vision {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [[], *([verb.__name__.rpartition(".")[2]] for verb in VERBS)])
+@pytest.mark.parametrize("words", [[], *([verb.__name__.rpartition(".")[2].replace("_", "-")] for verb in VERBS)])
 def test_help(words, capsys):
     """findings-journey 5."""
     assert main([*words, "--help"]) == 0
