@@ -145,7 +145,7 @@ def need_gradient(
             output = read(images.requires_grad_())
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{names[0]} can not read what {names[1]} makes, which is another model's: {error}"
         ) from error

@@ -181,13 +181,13 @@ class StockInputs(VLMInputs):
     """
 
     def __init__(self, vlm: nn.Module, processor: Any):
+        refuse_unlike(vlm)
         for part in ("image_processor", "tokenizer", "image_token"):
             if not hasattr(processor, part):
                 raise TypeError(
                     f"wanted the processor of a vision-language model or a VLMInputs, got {type(processor).__name__} "
                     f"without {part}: load it with AutoProcessor.from_pretrained."
                 )
-        refuse_unlike(vlm)
         self.processor, self.image_token, self.name = processor, processor.image_token, type(processor).__name__
         super().__init__(vlm, processor.tokenizer, OwnSize())
         unknown = getattr(self.tokenizer, "unk_token_id", None)

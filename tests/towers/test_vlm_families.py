@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from PIL import Image
 from torch.nn import functional as F
 
@@ -22,8 +25,10 @@ from hf_robust_vision.evaluation.tasks import (
 from hf_robust_vision.evaluation.tasks.answers import say
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.base import weights_sha256
+from hf_robust_vision.towers.stock import need_hook
 from hf_robust_vision.towers.vlm_inputs import OwnSize, vlm_inputs
 
+from .tiny_processors import make_processor, make_speaker
 from .zoo import FAMILIES, IMAGE, tiny_processor, tiny_vlm
 
 
@@ -205,3 +210,112 @@ def test_no_gradient_at_padding(family):
     (gradient,) = torch.autograd.grad(AnswerLoss(task)(images).sum(), images)
     assert gradient.isfinite().all()
     assert (gradient != 0).float().mean() > 0.9
+
+
+def other_processor(family, of):
+    return speaker(family)[0], tiny_processor(of, tiny_vlm(of)[1])
+
+
+def test_the_how_to_lists_what_is_tested():
+    """Its table holds every family of the zoo and no other, each under what its processor was found to do."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to-evaluate-a-vlm.md").read_text()
+    listed = {}
+    for line in page.split("| under attack is |")[1].split("\n\n")[0].splitlines()[2:]:
+        how, models = line.strip("| ").split(" | ")
+        listed |= dict.fromkeys(re.findall(r"`(\w+)`", models), how)
+    found = {name: speaker(name) for name in FAMILIES}
+    found |= {name: (make_speaker(name), make_processor(name)) for name in ("video_llava", "llava_next_video")}
+    expected = {}
+    for vlm, processor in found.values():
+        fitting = vlm_inputs(vlm, processor).transform
+        fixed, tiled = isinstance(fitting, PixelTransform), bool(getattr(fitting, "grid", ()))
+        how = (
+            "the fitted image"
+            if fixed
+            else "the image that is cut into tiles"
+            if tiled
+            else "the image in its own pixels"
+        )
+        expected[type(vlm).__name__.removesuffix("ForConditionalGeneration")] = how
+    assert listed.keys() == expected.keys()
+    assert all(listed[name].startswith(how) for name, how in expected.items())
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("family", "of", "message"),
+        [
+            ("llava", "qwen2_vl", r"Qwen2VLProcessor gives \['image_grid_thw'\], which LlavaFor.* does not take"),
+            ("llava", "smolvlm", r"SmolVLMProcessor gives \['pixel_attention_mask'\], which LlavaFor"),
+            ("qwen2_5_vl", "llava", "Qwen2_5_VLForConditionalGeneration can not read what LlavaProcessor makes"),
+            ("llava_next", "llava", "LlavaNextForConditionalGeneration can not read what LlavaProcessor makes"),
+            ("mistral3", "internvl", "Mistral3ForConditionalGeneration can not read what InternVLProcessor makes"),
+            ("gemma3", "paligemma", "Gemma3ForConditionalGeneration can not read what PaliGemmaProcessor makes"),
+        ],
+    )
+    def test_processor_of_another_model(self, family, of, message):
+        vlm, processor = other_processor(family, of)
+        before = weights_sha256(vlm.train())
+        with pytest.raises(ValueError, match=message):
+            vlm_inputs(vlm, processor)
+        assert weights_sha256(vlm) == before
+        assert vlm.training
+        assert all(value.requires_grad for value in vlm.parameters())
+
+    def test_tokenizer_with_another_image_token(self):
+        vlm, processor = speaker("llava")
+        vlm.config.image_token_id = vlm.config.image_token_index = vlm.model.config.image_token_id = 150
+        with pytest.raises(ValueError, match="can not read what LlavaProcessor makes"):
+            vlm_inputs(vlm, processor)
+
+    @pytest.mark.parametrize("name", ["MllamaForConditionalGeneration", "GitForCausalLM", "Phi4MultimodalForCausalLM"])
+    def test_families_without_the_hook(self, name):
+        """Of the real classes; of a model before its processor is looked at."""
+        message = rf"{name} has no get_image_features\(\), which"
+        with pytest.raises(ValueError, match=message):
+            need_hook(getattr(tf, name))
+        if name == "GitForCausalLM":
+            with torch.device("meta"):
+                vlm = tf.GitForCausalLM(tf.GitConfig(num_hidden_layers=1))
+            with pytest.raises(ValueError, match=message):
+                vlm_inputs(vlm, object())
+
+    def test_offloaded_quantised_and_spread(self):
+        vlm, processor = speaker("qwen3_vl")
+        layers = vlm.model.language_model.layers
+        kept, layers[0] = layers[0], layers[0].to("meta")
+        with pytest.raises(ValueError, match="parts of the Qwen3VLForConditionalGeneration are offloaded"):
+            vlm_inputs(vlm, processor)
+        layers[0] = kept.to_empty(device="cpu")
+        vlm.lm_head.weight = torch.nn.Parameter(vlm.lm_head.weight.to(torch.int8), requires_grad=False)
+        with pytest.raises(ValueError, match=r"quantised \(torch.int8\)"):
+            vlm_inputs(vlm, processor)
+
+    @pytest.mark.parametrize(
+        ("family", "path"),
+        [("llava", "model.vision_tower.pre_layrnorm"), ("smolvlm", "model.vision_model.post_layernorm")],
+    )
+    def test_no_gradient(self, family, path):
+        vlm, processor = speaker(family)
+        part = vlm.get_submodule(path)
+        part.register_forward_hook(lambda module, inputs, output: output.detach())
+        with pytest.raises(ValueError, match=f"no gradient reaches the pixels of .*: {path} cuts it"):
+            vlm_inputs(vlm, processor)
+
+    def test_image_processors_without_torch(self):
+        vlm, processor = speaker("qwen2_vl")
+        processor.image_processor = tf.Qwen2VLImageProcessorPil.from_dict(processor.image_processor.to_dict())
+        with pytest.raises(
+            ValueError, match="Qwen2VLImageProcessorPil does not work on tensors .* install torchvision"
+        ):
+            vlm_inputs(vlm, processor)
+
+    def test_prompts(self):
+        vlm, processor = speaker("smolvlm", template=False)
+        inputs = vlm_inputs(vlm, processor)
+        for prompt in ("w20", "<image> <image> w20"):
+            with pytest.raises(ValueError, match="must hold the image token '<image>' once"):
+                evaluate_vqa(vlm, inputs, [Asked(0)], VLMProtocol((0.0,)), prompt=prompt, **ABOUT)
+        forged = [Asked(0, text="w20 <image>")]
+        with pytest.raises(ValueError, match="must hold the image token '<image>' once"):
+            evaluate_vqa(vlm, inputs, forged, VLMProtocol((0.0,)), prompt="<image> {}", **ABOUT)
