@@ -15,6 +15,7 @@ def add(commands: Any) -> None:
         description="Fine-tune the vision tower inside a VLM against adversarial images. The language model is neither run "
         "nor loaded, and stays as it is. Without a model and images it runs the offline demo.",
         add_help=False,
+        prefix_chars="\0",  # so that all words, those with dashes among them, reach the recipe's parser
     )
     parser.set_defaults(run=run)
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
