@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from hf_robust_vision.towers.base import Reads, freeze_unread, weights_sha256
 from hf_robust_vision.towers.vlm import Absent, load_vlm, view_vlm
 
-from .zoo import FAMILIES, saved, tiny_vlm
+from .zoo import FAMILIES, NAMES, saved, tiny_vlm
 
 
 READS = Reads("language_tokens")
@@ -193,6 +195,12 @@ class TestSaving:
         with pytest.raises(ValueError, match="is in none of the weights"):
             encoder.save_pretrained(tmp_path / "again", state_dict={"model.vision_tower.new": torch.zeros(1)})
         assert not list((tmp_path / "again").iterdir())
+
+
+def test_the_table_of_the_guide_is_the_families_tested_here():
+    page = (Path(__file__).parents[2] / "docs" / "how-to-harden-a-vlm.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", page.split("## What is supported")[1], re.MULTILINE)
+    assert rows == [NAMES[family] for family in FAMILIES]
 
 
 class TestRefusals:

@@ -148,6 +148,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
+NAMES = {family: settings[0] for family, settings in _FAMILIES.items()}
 
 
 def tiny_vlm(family: str, seed: int = 0) -> tuple[Any, Any]:
