@@ -84,6 +84,10 @@ class VLMEncoder:
         inner = getattr(self.base_model, "get_image_features", self.get_image_features)
         return frozenset(inspect.signature(inner).parameters)
 
+    def get_input_embeddings(self: Any) -> nn.Module:
+        """The module that takes the pixels; accelerate's FSDP2 asks for it, and the words' one is absent."""
+        return next(module for module in self.tower.modules() if list(module.parameters(recurse=False)))
+
     @property
     def tower(self: Any) -> nn.Module:
         """The vision tower, as transformers finds it."""
@@ -284,6 +288,9 @@ def _downloaded(name: str, revision: str | None) -> str:
 
 def _finished(encoder: Any, processor: Any, resolution: int | None) -> Any:
     """Give an encoder its image processor, and refuse both where they do not belong together."""
+    # What FSDP2 is to wrap; it refuses a name of the language model, which is absent.
+    present = {type(module).__name__ for module in encoder.modules()}
+    encoder._no_split_modules = sorted(present & set(encoder._no_split_modules or ()))
     encoder.image_processor = getattr(processor, "image_processor", processor)
     if not callable(encoder.image_processor) or not hasattr(encoder.image_processor, "image_mean"):
         raise TypeError(f"wanted the processor of a VLM or its image processor, got {type(processor).__name__}.")

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+from hf_robust_vision.towers.load import load_encoder
+from tests.towers.zoo import saved
 from tests.training.helpers import SGD, largest_gap
 from tests.training.ranks import final, said, start
 
@@ -85,6 +87,19 @@ def test_two_processes_equal_one(settings, fsdp2, alone, clip_folder, tmp_path):
     saved = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).state_dict()
     merged = CLIPModel.from_pretrained(one, dtype=torch.float64).state_dict()
     assert largest_gap(saved, merged) < 1e-10
+
+
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
+def test_a_vlm_in_two_processes_equals_one(fsdp2, tmp_path):
+    """At what its language model reads, which no process loads."""
+    saved("llava", tmp_path / "vlm")
+    settings = SGD | {"double": True, "max_steps": 3, "feature": "language_tokens"}
+    assert start(tmp_path / "vlm", tmp_path / "one", per_device_train_batch_size=4, **settings) == [0]
+    settings |= {"world": 2, "per_device_train_batch_size": 2, "fsdp": 2 * fsdp2}
+    assert start(tmp_path / "vlm", tmp_path / "two", **settings) == [0, 0], said(tmp_path / "two")
+    assert ended(tmp_path / "two")["sharded"] == fsdp2
+    assert largest_gap(final(tmp_path / "two"), final(tmp_path / "one")) < 1e-10
+    assert largest_gap(final(tmp_path / "two"), load_encoder(tmp_path / "vlm").state_dict()) > 1e-4
 
 
 @pytest.mark.slow
