@@ -92,7 +92,7 @@ def refuse_unlike(vlm: nn.Module) -> None:
         ValueError: If it is offloaded, quantised, or spread over devices, or has no hook for image features.
     """
     name, tensors = type(vlm).__name__, list(vlm.parameters())
-    need_hook(type(vlm))
+    need_hook(vlm, name)
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError(f"parts of the {name} are offloaded: load it without device_map, or name its folder instead.")
     if odd := next((t.dtype for t in tensors if t.dtype not in FLOATS), None):
@@ -101,17 +101,15 @@ def refuse_unlike(vlm: nn.Module) -> None:
         raise ValueError(f"the {name} is spread over {', '.join(sorted(devices))}: load it on one device.")
 
 
-def need_hook(kind: type[nn.Module], *more: str) -> None:
-    """Refuse a class without transformers' hook for image features.
+def need_hook(vlm: Any, name: str, *more: str) -> None:
+    """Refuse a model, or a class of that name, without transformers' hook for image features.
 
     Raises:
         ValueError: With its name and what is missing.
     """
     for needed in ("get_image_features", *more):
-        if not hasattr(kind, needed):
-            raise ValueError(
-                f"{kind.__name__} has no {needed}(), which tells what its language model reads of an image."
-            )
+        if not hasattr(vlm, needed):
+            raise ValueError(f"{name} has no {needed}(), which tells what its language model reads of an image.")
 
 
 def need_gradient(

@@ -144,7 +144,7 @@ def seeing(kind: type[PreTrainedModel]) -> Any:
     Raises:
         ValueError: If the class has no hook for image features, or does not tell where its language model is.
     """
-    need_hook(kind, "get_decoder", "get_output_embeddings")
+    need_hook(kind, kind.__name__, "get_decoder", "get_output_embeddings")
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)

@@ -195,8 +195,10 @@ class StockInputs(VLMInputs):
             raise ValueError(
                 f"the tokenizer does not know the image token {self.image_token!r}: it belongs to another model."
             )
-        self.template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
-        self.takes = frozenset(inspect.signature(vlm.forward).parameters)
+        template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        self.template = template.get("default") if isinstance(template, dict) else template
+        stock: Any = getattr(vlm, "get_base_model", lambda: vlm)()  # PEFT wraps a model in a forward(**kwargs)
+        self.takes = frozenset(inspect.signature(stock.forward).parameters)
         self.encoded = lru_cache(4096)(self._encoded)  # attacks ask again at every step
         self._check()
 

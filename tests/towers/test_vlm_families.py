@@ -168,6 +168,8 @@ def test_it_is_evaluated_and_left_as_it_was(family, tmp_path):
         asked[place] = replace(one, answer=say(inputs, rows, image, 1)[0])
     how = VLMProtocol((0.001, 0.9), steps=4, restarts=1, batch_size=3)
     small, large = evaluate_vqa(vlm, processor, asked, how, prompt="{}", samples_dir=tmp_path, **ABOUT)
+    again = tiny_processor(name, tiny_vlm(name)[1], template=True)  # records are found again
+    assert evaluate_vqa(vlm, again, asked, how, prompt="{}", samples_dir=tmp_path, **ABOUT)[1].samples == large.samples
     assert small.clean_accuracy == 1
     assert large.robust_accuracy < 1
     assert large.generation["chat_template"] == f"[BOS] w9 {processor.image_token} {{}} w8"
@@ -241,6 +243,19 @@ def test_the_how_to_lists_what_is_tested():
     assert all(listed[name].startswith(how) for name, how in expected.items())
 
 
+def test_a_wrapped_model_reads_what_the_stock_model_reads():
+    """PEFT's own forward names no argument of an image."""
+    peft = pytest.importorskip("peft")
+    vlm, processor = speaker("qwen2_5_vl")
+    plain = vlm_inputs(vlm, processor)
+    images = plain.fit(cells(1))
+    text = plain.padded(plain.encode([plain.written("w20")], tuple(images.shape[-2:])))
+    with torch.no_grad():
+        expected = plain.logits(images, text, 2)
+        wrapped = vlm_inputs(peft.get_peft_model(vlm, peft.LoraConfig(target_modules=["qkv"])).eval(), processor)
+        assert torch.equal(wrapped.logits(images, text, 2), expected)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("family", "of", "message"),
@@ -273,7 +288,7 @@ class TestRefusals:
         """Of the real classes; of a model before its processor is looked at."""
         message = rf"{name} has no get_image_features\(\), which"
         with pytest.raises(ValueError, match=message):
-            need_hook(getattr(tf, name))
+            need_hook(getattr(tf, name), name)
         if name == "GitForCausalLM":
             with torch.device("meta"):
                 vlm = tf.GitForCausalLM(tf.GitConfig(num_hidden_layers=1))
