@@ -24,6 +24,7 @@ from hf_robust_vision.evaluation.tasks import (
 )
 from hf_robust_vision.evaluation.tasks.answers import say
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.towers import vlm_inputs as inputs_module
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.stock import need_hook
 from hf_robust_vision.towers.vlm_inputs import OwnSize, vlm_inputs
@@ -142,6 +143,32 @@ def test_a_batch_is_its_samples(family):
     for place, answer in enumerate(("w30 w31", "w32")):
         alone = answer_task(inputs, [prompts[place]], [answer], size).logits(images[place : place + 1])
         torch.testing.assert_close(both[place : place + 1, -alone.shape[1] :], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_what_stands_before_the_image_is_read_once(family, order, monkeypatch):
+    """With prompts of two lengths; where kinds of tokens place or mask them, all is read for each."""
+    _, _, processor, inputs = family
+    images = inputs.fit(torch.cat([cells(1), cells(2)])).requires_grad_()
+    head = " ".join(f"w{20 + place}" for place in range(60))
+    parts = [f"{head} {processor.image_token}", "w80"] if order == "last" else [f"w80 {processor.image_token}", head]
+    prompts = [" ".join(parts), " ".join([*parts, "w81 w82"])]
+    size = tuple(images.shape[-2:])
+    task = answer_task(inputs, prompts, ["w90", "w91"], size)
+    length, kinds = task.text["input_ids"].shape[1], len(task.text) > 2
+    saved = length - inputs.begun(task.text)["input_ids"].shape[1]
+    assert (
+        saved == 0 if kinds or order == "first" else 60 <= saved <= 62
+    )  # SmolVLM begins an image with tokens of text
+    values = []
+    for share in (inputs_module.HEAD_SHARE, 2):  # at two, never
+        monkeypatch.setattr(inputs_module, "HEAD_SHARE", share)
+        logits = answer_task(inputs, prompts, ["w90", "w91"], size).logits(images)
+        values.append((logits.detach(), *torch.autograd.grad(logits.square().mean(), images)))
+    for ours, expected in zip(*values):
+        assert far(ours, expected) < 1e-5
+    other = answer_task(inputs, [prompts[0], "w99 " + prompts[1]], ["w90", "w91"], size).text
+    assert inputs.begun(other)["input_ids"].shape == other["input_ids"].shape, "they do not begin alike"
 
 
 def test_an_attack_raises_the_loss_inside_its_ball(family):
