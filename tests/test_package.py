@@ -123,7 +123,7 @@ def test_the_attack_core_needs_torch_only(name):
 
 def test_public_names():
     assert hf_robust_vision.__all__ == sorted(hf_robust_vision.__all__)
-    assert set(hf_robust_vision.__all__) == set(hf_robust_vision._HOME)
+    assert set(hf_robust_vision.__all__) == set(hf_robust_vision._homes())
     for name in hf_robust_vision.__all__:
         assert getattr(hf_robust_vision, name).__name__ == name
         assert name in dir(hf_robust_vision)

@@ -33,7 +33,7 @@ from .checkpoints import Setting, complete_checkpoint
 from .collapse import check_collapse, mean_pairwise_cosine
 from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
-from .layers import decay_learning_rates, freeze_first_blocks
+from .layers import decay_learning_rates, freeze_first_blocks, learning_rate_scales
 from .publishing import PublishWhenMeasured
 from .resume import ResumableTrainer
 from .speed import compile_in_place, matmul_precision
@@ -106,6 +106,8 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         freeze_first_blocks(encoder, args.freeze_blocks)
         if parts.get("optimizers", (None,))[0] is None:
             _need_optimizer(args, encoder)
+        elif args.layer_decay != 1:
+            raise ValueError(f"layer_decay={args.layer_decay:g} would not reach an optimizer of your own.")
         # Before the adapter is added, or the original would learn with the model that is compared with it.
         self.reference = reference or Reference(encoder, reads, share_weights=args.use_peft)
         if args.use_peft:
@@ -159,7 +161,8 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
-            decay_learning_rates(optimizer, self.model if model is None else model, self.args.layer_decay)
+            wrapped = self.model if model is None else model
+            decay_learning_rates(optimizer, self.accelerator.unwrap_model(wrapped), self.args.layer_decay)
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -337,6 +340,8 @@ def _need_updates(dataset: Any, args: AdversarialTrainingArguments) -> None:
 
 def _need_optimizer(args: AdversarialTrainingArguments, encoder: Encoder) -> None:
     """Refuse an optimizer or a schedule that can not be made, which `Trainer` would notice at the first step only."""
+    if args.layer_decay != 1:
+        learning_rate_scales(encoder, args.layer_decay)
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, encoder)
         probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)

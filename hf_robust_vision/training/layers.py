@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -11,25 +10,36 @@ from torch import nn
 from hf_robust_vision.towers.load import Encoder
 
 
-_BLOCK = re.compile(r"(vision_model|text_model)\.encoder\.layers\.(\d+)\.")
-_INPUT = re.compile(r"(vision_model|text_model)\.(embeddings|pre_layrnorm)\.")
+def layers_of(tower: nn.Module) -> tuple[list[nn.Parameter], nn.ModuleList]:
+    """Weights of a tower's input, registered before its blocks, and the blocks: its longest list of modules.
+
+    Raises:
+        ValueError: If it has no list of modules.
+    """
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(
+            f"no blocks can be told apart in a {type(tower).__name__}: leave --freeze_blocks and --layer_decay out."
+        )
+    blocks = max(lists, key=len)
+    inside = set(map(id, blocks.parameters()))
+    return list(takewhile(lambda parameter: id(parameter) not in inside, tower.parameters())), blocks
 
 
 def freeze_first_blocks(encoder: Encoder, count: int) -> None:
-    """Freeze the vision tower's embeddings and its first blocks, in place; 0 freezes nothing."""
+    """Freeze the vision tower's input and its first blocks, in place; 0 freezes nothing."""
     if count == 0:
         return
-    tower: Any = encoder.vision_model
-    blocks = tower.encoder.layers
+    before, blocks = layers_of(encoder.tower)
     if count > len(blocks):
         raise ValueError(f"freeze_blocks={count}, but the vision tower has {len(blocks)} blocks.")
-    for part in (tower.embeddings, tower.pre_layrnorm, *blocks[:count]):
-        part.requires_grad_(False)
+    for parameter in [*before, *blocks[:count].parameters()]:
+        parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in encoder.parameters()):
         raise ValueError(f"freeze_blocks={count} leaves nothing to train: the loss reads no later block.")
 
 
-def learning_rate_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
+def learning_rate_scales(encoder: Encoder, decay: float) -> dict[str, float]:
     """Name of every parameter to its share of the learning rate, `decay ** (blocks between it and the output)`.
 
     In a tower of L blocks, block i (from 0) has `decay ** (L - i)`, what lies before the blocks `decay ** (L + 1)`,
@@ -38,22 +48,17 @@ def learning_rate_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
     Reference:
         BEiT, https://huggingface.co/papers/2106.08254.
     """
-    # Searched for and not matched from the start, as DDP puts `module.` before the names.
-    names = [name for name, _ in encoder.named_parameters()]
-    found = [(match[1], int(match[2])) for name in names if (match := _BLOCK.search(name))]
-    depth = {tower: 1 + max(block for of, block in found if of == tower) for tower in {tower for tower, _ in found}}
-
-    def scale(name: str) -> float:
-        if match := _BLOCK.search(name):
-            return decay ** (depth[match[1]] - int(match[2]))
-        if match := _INPUT.search(name):
-            return decay ** (depth[match[1]] + 1)
-        return 1.0
-
-    return {name: scale(name) for name in names}
+    steps: dict[int, int] = {}
+    for tower in (encoder.tower, getattr(encoder, "text_model", None)):
+        if tower is None:
+            continue
+        before, blocks = layers_of(tower)
+        for place, parameters in enumerate([before, *(block.parameters() for block in blocks)]):
+            steps |= dict.fromkeys(map(id, parameters), len(blocks) + 1 - place)
+    return {name: decay ** steps.get(id(parameter), 0) for name, parameter in encoder.named_parameters()}
 
 
-def decay_learning_rates(optimizer: torch.optim.Optimizer, encoder: nn.Module, decay: float) -> None:
+def decay_learning_rates(optimizer: torch.optim.Optimizer, encoder: Encoder, decay: float) -> None:
     """Split the groups of a fresh optimizer, so that each parameter gets its share of the learning rate.
 
     Everything else about a group, such as its weight decay, stays; so does a schedule, which multiplies each group's rate.

@@ -41,6 +41,7 @@ def make_trainer(
     train: LabelledImages | StreamedImages | None = None,
     callbacks=None,
     reference=None,
+    optimizers=(None, None),
     **changes,
 ) -> AdversarialTrainer:
     encoder = load_encoder(clip_folder, dtype=torch.float64 if double else torch.float32)
@@ -52,6 +53,7 @@ def make_trainer(
         processing_class=build_processor(),
         callbacks=callbacks,
         reference=reference,
+        optimizers=optimizers,
     )
 
 

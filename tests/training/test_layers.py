@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from hf_robust_vision import TIMATrainer
-from hf_robust_vision.training.layers import learning_rate_scales
+from hf_robust_vision import TIMATrainer, as_encoder
+from hf_robust_vision.training import layers
+from hf_robust_vision.training.layers import freeze_first_blocks, layers_of, learning_rate_scales
+from tests.towers.zoo import tiny_vlm
 from tests.training.helpers import SGD, make_trainer, weights
 
 
@@ -106,3 +109,46 @@ def test_too_many_frozen_blocks(clip_folder, tmp_path):
         make_trainer(clip_folder, tmp_path, freeze_blocks=3)
     with pytest.raises(ValueError, match="freeze_blocks=1 leaves nothing to train"):
         make_trainer(clip_folder, tmp_path, freeze_blocks=1, feature="patch_tokens")
+
+
+@pytest.mark.parametrize(
+    ("family", "inputs", "blocks", "after"),
+    [
+        ("llava", ("embeddings.", "pre_layrnorm."), "encoder.layers.", "post_layernorm."),
+        ("qwen2_5_vl", ("patch_embed.",), "blocks.", "merger."),
+    ],
+)
+def test_layers_of_a_vlm(family, inputs, blocks, after):
+    """A VLM's tower is found by its list of blocks, whatever their names are."""
+    encoder = as_encoder(*tiny_vlm(family))
+    start = next(name for name, module in encoder.named_modules() if module is encoder.tower) + "."
+    scales = learning_rate_scales(encoder, 0.5)
+    assert set(scales) == {name for name, _ in encoder.named_parameters()}
+    for name, scale in scales.items():
+        place, at = name.removeprefix(start), f"{start}{blocks}"
+        steps = 4 if place.startswith(inputs) else 3 - int(name.removeprefix(at).split(".")[0]) if at in name else 0
+        assert (name, scale) == (name, 0.5**steps)
+    assert any(name.startswith(start + after) for name in scales)
+    freeze_first_blocks(encoder, 1)
+    frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, scale in scales.items() if scale <= 0.5**3}
+    with pytest.raises(ValueError, match="freeze_blocks=4, but the vision tower has 3 blocks"):
+        freeze_first_blocks(encoder, 4)
+
+
+def test_a_tower_without_blocks_is_refused(encoder, clip_folder, tmp_path, monkeypatch):
+    """Before the first step, and never ignored."""
+    encoder.vision_model.encoder.layers = nn.Sequential(*encoder.vision_model.encoder.layers)
+    for refused in (lambda: freeze_first_blocks(encoder, 1), lambda: learning_rate_scales(encoder, 0.5)):
+        with pytest.raises(ValueError, match="no blocks can be told apart in a CLIPVision"):
+            refused()
+    monkeypatch.setattr(layers, "layers_of", lambda tower: layers_of(nn.Linear(1, 1)))
+    for name, value in {"freeze_blocks": 1, "layer_decay": 0.5}.items():
+        with pytest.raises(ValueError, match="no blocks can be told apart in a Linear"):
+            make_trainer(clip_folder, tmp_path, **{name: value})
+
+
+def test_an_optimizer_of_ones_own_has_its_own_rates(clip_folder, tmp_path):
+    own = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), None)
+    with pytest.raises(ValueError, match="layer_decay=0.5 would not reach an optimizer of your own"):
+        make_trainer(clip_folder, tmp_path, layer_decay=0.5, optimizers=own)
