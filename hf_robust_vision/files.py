@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -19,9 +20,7 @@ T = TypeVar("T")
 def from_plain(cls: type[T], values: Any, where: str) -> T:
     """A dataclass from the fields that a file holds; unknown ones, of a newer version, are left out.
 
-    Raises:
-        ValueError: If a field is missing or of another type, a number is not finite, or the class refuses it; it begins
-            with `where`.
+    A field that is missing, of another type, not finite or refused by the class is a ValueError that begins with `where`.
     """
     try:
         return cls(**_checked(cls, values))
@@ -59,13 +58,21 @@ def read_text(path: Path) -> str:
 
 def write_atomically(path: str | Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one."""
-    # Half a name that a file system could not read is nothing that UTF-8 can say: it is written as JSON escapes it.
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One draft a process: two that write at once must not share it.
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")  # one a process: two that write at once must not share it
+    # Half a name that a file system could not read is nothing that UTF-8 can say: it is written as JSON escapes it.
     draft.write_text(text, encoding="utf-8", errors="backslashreplace")
     draft.replace(path)
+
+
+def file_sha256(file: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:  # by blocks: an optimizer's state may be larger than the memory left
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @cache

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "configs": set(),
     "terminal": set(),
     "towers": {"pixels"},
-    "data": {"processes", "pixels", "towers"},  # towers for class names only
+    "data": {"files", "processes", "pixels", "towers"},  # towers for class names only
     "swap": {"towers", "pixels"},
     "evaluation": {"files", "processes", "attacks", "pixels", "towers", "data"},
     "sanity": {"attacks", "pixels", "towers", "data", "evaluation"},
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "training": {"files", "processes", "attacks", "pixels", "towers", "data", "evaluation", "hub"},
     "methods": {"attacks", "towers", "data", "training"},
     "pipeline": {
+        "files",
         "processes",
         "attacks",
         "pixels",

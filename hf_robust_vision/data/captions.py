@@ -9,20 +9,18 @@ from torch import Tensor
 
 from hf_robust_vision.pixels import PixelTransform
 
+from .datasets import need_columns
 from .decode import decode_image, undecoded
 
 
 class CaptionedImages:
-    """A gallery of captioned images.
+    """A gallery of captioned images; fewer than two, or one without a caption, are a ValueError.
 
     Args:
         rows: Any sequence of mappings with an image and its caption or captions, such as a `datasets.Dataset`.
         transform: Fits each image to the tower.
         name: Of the dataset, for results, as is `split`.
         caption_column: Key of a text or a list of texts.
-
-    Raises:
-        ValueError: If there are fewer than two images, a column is missing, or an image has no caption.
     """
 
     def __init__(
@@ -37,10 +35,7 @@ class CaptionedImages:
     ):
         if len(rows) < 2:
             raise ValueError(f"retrieval needs at least 2 images, {name} ({split}) holds {len(rows)}.")
-        columns = list(getattr(rows, "column_names", None) or rows[0])
-        for column in (image_column, caption_column):
-            if column not in columns:
-                raise ValueError(f"{name} has no column {column!r}, only {sorted(columns)}.")
+        need_columns(getattr(rows, "column_names", None) or rows[0], image_column, caption_column)
         self.rows, self.transform, self.name, self.split = undecoded(rows, image_column), transform, name, split
         self.image_column = image_column
         self.captions: list[str] = []  # of all images, in their order

@@ -10,11 +10,7 @@ from torch import Tensor
 
 
 def collate_images(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack items of `LabelledImages`: images to (batch, 3, height, width), labels and ids to (batch,).
-
-    Raises:
-        ValueError: If the images differ in size.
-    """
+    """Stack items of `LabelledImages`: images to (batch, 3, height, width), labels and ids to (batch,)."""
     shapes = {tuple(item["images"].shape) for item in items}
     if len(shapes) > 1:
         raise ValueError(f"images of one batch differ in size: {sorted(shapes)}; the transform must crop them.")

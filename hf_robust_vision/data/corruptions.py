@@ -29,17 +29,8 @@ LIBRARY = "imagecorruptions-imaug"
 def corrupt(image: Tensor, family: str, severity: int, *, seed: int = 0, sample: int | str = 0) -> Tensor:
     """One corrupted image, always the same one for the same seed and sample id.
 
-    Args:
-        image: In [0, 1], shape (3, height, width), at least 32 pixels a side. The library takes it rounded to 8 bits;
-            the result has its dtype and device.
-        family: One of `FAMILIES` or `EXTRA_FAMILIES`.
-        severity: 1 to 5.
-        seed: Of the run.
-        sample: Id of the image.
-
-    Raises:
-        ModuleNotFoundError: As `library`.
-        ValueError: As `check_choice`, or if the image is too small.
+    The image is in [0, 1], shape (3, height, width), at least 32 pixels a side (else a ValueError). The library takes it
+    rounded to 8 bits; the result has its dtype and device.
 
     Reference:
         Hendrycks and Dietterich 2019, https://huggingface.co/papers/1903.12261.
@@ -61,11 +52,7 @@ def corrupt(image: Tensor, family: str, severity: int, *, seed: int = 0, sample:
 
 
 def library() -> Any:
-    """The package of the corruptions.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed; the message is the line to type.
-    """
+    """The package of the corruptions, or a `ModuleNotFoundError` with the line to type."""
     try:
         version(LIBRARY)  # the unkept package of the same import name does not run beside a current numpy
         import imagecorruptions
@@ -77,11 +64,7 @@ def library() -> Any:
 
 
 def check_choice(families: Sequence[str], severities: Sequence[int]) -> None:
-    """Refuse families and severities that there are none of.
-
-    Raises:
-        ValueError: If one is unknown, or there is none.
-    """
+    """Refuse families and severities that are unknown, and none at all."""
     known = [name for name in (*FAMILIES, *EXTRA_FAMILIES) if name in library().corruption_dict]
     if not families or any(name not in known for name in families):
         raise ValueError(f"unknown corruption in {list(families)}; choose out of {', '.join(known)}.")
@@ -91,7 +74,7 @@ def check_choice(families: Sequence[str], severities: Sequence[int]) -> None:
 
 @contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Numpy's global generator, seeded and then put back: the run's own draws must not hang on what is measured."""
+    # Put back, because the run's own draws must not hang on what is measured.
     state = np.random.get_state()
     np.random.seed(seed)
     try:

@@ -88,9 +88,8 @@ class LabelledImages(_Labelled, Dataset):
         rows: Any sequence of mappings with an image and a label, such as a `datasets.Dataset`.
         class_names: Names in the order of the labels.
         transform: Fits each image to the tower.
-        name: Of the dataset, for results.
-        split: Of the dataset, for results.
-        columns: Keys of the image and of the label.
+        name: Of the dataset, for results, as is `split`.
+        columns: Keys of the image and of the label; None for images without labels, which all get 0.
 
     Raises:
         ValueError: If the dataset is empty, a column is missing, or there are fewer than two classes.
@@ -122,11 +121,7 @@ class LabelledImages(_Labelled, Dataset):
         return [self._number(self.rows[sample][self.label_column]) for sample in self.ids]
 
     def select(self, indices: Sequence[int], split: str | None = None) -> LabelledImages:
-        """Some of the items, which keep their ids.
-
-        Raises:
-            ValueError: If there are none.
-        """
+        """Some of the items, which keep their ids; none is a ValueError."""
         part = copy.copy(self)
         part.split, part.ids = split or self.split, [self.ids[index] for index in indices]
         if not part.ids:
@@ -184,15 +179,11 @@ class StreamedImages(_Labelled, IterableDataset):
 
     def without_corrupt(self) -> StreamedImages:
         """This stream without images that can not be decoded; `skipped` counts them."""
-        fine = copy.copy(self)
-        fine.skip_corrupt = True
-        return fine
+        return self._but(skip_corrupt=True)
 
     def shuffled(self, seed: int) -> StreamedImages:
         """This stream through a buffer of 10,000 rows, shuffled anew at each epoch."""
-        mixed = copy.copy(self)
-        mixed.rows = self.rows.shuffle(seed=seed, buffer_size=10_000)
-        return mixed
+        return self._but(rows=self.rows.shuffle(seed=seed, buffer_size=10_000))
 
     def share(self, rank: int, world: int) -> StreamedImages:
         """What one of several processes reads; no image goes to two of them.
@@ -200,13 +191,15 @@ class StreamedImages(_Labelled, IterableDataset):
         Where the number of shards is a multiple of `world`, a process opens its own shards only; else all read all
         rows and each decodes its own.
         """
-        import datasets.distributed
+        from datasets.distributed import split_dataset_by_node
 
-        mine = copy.copy(self)
-        mine.rank, mine.world = rank, world
-        if world > 1:
-            mine.rows = datasets.distributed.split_dataset_by_node(self.rows, rank, world)
-        return mine
+        rows = split_dataset_by_node(self.rows, rank, world) if world > 1 else self.rows
+        return self._but(rank=rank, world=world, rows=rows)
+
+    def _but(self, **changes: Any) -> StreamedImages:
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
 
     def set_epoch(self, epoch: int) -> None:
         """Reshuffle a stream that shuffles, as `Trainer` asks at each epoch."""

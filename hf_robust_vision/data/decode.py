@@ -20,16 +20,12 @@ MAX_PIXELS_VARIABLE = "HF_ROBUST_VISION_MAX_PIXELS"
 MAX_ASPECT = 100  # the shorter edge is resized to the tower's; the longer one would grow by as much
 # Others run programs (EPS), or hold no picture of a set size.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
-_Turn = Image.Transpose
+# By EXIF orientation. Not `ImageOps.exif_transpose`, which writes the other tags anew and fails at odd ones.
+_T = Image.Transpose
 _UPRIGHT = {
-    2: _Turn.FLIP_LEFT_RIGHT,
-    3: _Turn.ROTATE_180,
-    4: _Turn.FLIP_TOP_BOTTOM,
-    5: _Turn.TRANSPOSE,
-    6: _Turn.ROTATE_270,
-    7: _Turn.TRANSVERSE,
-    8: _Turn.ROTATE_90,
-}
+    2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270, 7: _T.TRANSVERSE,
+    8: _T.ROTATE_90,
+}  # fmt: skip
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 
 
@@ -45,10 +41,9 @@ def decode_image(value: Any, name: str = "image") -> Tensor:
     value of their type; floats must lie in [0, 1] already.
 
     Raises:
-        CorruptImageError: If the image, which the message calls `name`, can not be read to its end, has values outside its range or nearly all of it
-            unused, more pixels than `HF_ROBUST_VISION_MAX_PIXELS` (50 million, and never more than PIL allows), or one
-            edge over 100 times the other.
-        ValueError: If that environment variable is no whole number.
+        CorruptImageError: If the image, which the message calls `name`, can not be read to its end, has values outside
+            its range or nearly all of it unused, more pixels than `HF_ROBUST_VISION_MAX_PIXELS` (50 million, and never
+            more than PIL allows), or one edge over 100 times the other.
     """
     limit = _max_pixels()
     try:

@@ -46,10 +46,6 @@ def load_demo(split: str, transform: PixelTransform) -> LabelledImages:
     """The train, validation or test part of the demo, its images fitted to a tower.
 
     Train and validation are drawn from the package's training images, test from its test images.
-
-    Raises:
-        ModuleNotFoundError: As `demo_folder`.
-        ValueError: If there is no such split.
     """
     source = demo_source(split)
     dataset = LabelledImages(demo_rows(source), CLASS_NAMES, transform, name=DEMO_NAME, split=source)
@@ -77,13 +73,10 @@ def load_demo_captions(split: str, transform: PixelTransform) -> CaptionedImages
     """A gallery for retrieval: the first image of each of the 24 classes, the demo's six templates as its captions."""
     images = load_demo(split, transform)
     labels = images.labels()
-    rows = [
-        {
-            "image": images.rows[images.ids[labels.index(label)]][images.image_column],
-            "captions": [template.format(name) for template in TEMPLATES["demo"]],
-        }
-        for label, name in enumerate(CLASS_NAMES)
-    ]
+    rows = []
+    for label, name in enumerate(CLASS_NAMES):
+        image = images.rows[images.ids[labels.index(label)]][images.image_column]
+        rows.append({"image": image, "captions": [template.format(name) for template in TEMPLATES["demo"]]})
     return CaptionedImages(rows, transform, name=f"{DEMO_NAME}-captions", split=split)
 
 
@@ -109,9 +102,7 @@ def demo_folder() -> Path:
     try:
         import easy_vqa
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'the demo needs the package easy-vqa: pip install "hf-robust-vision[demo]"'
-        ) from error
+        raise ModuleNotFoundError('the demo needs easy-vqa: pip install "hf-robust-vision[demo]"') from error
     return Path(easy_vqa.__file__).parent / "data"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import cached_property, lru_cache
 
 import torch
 
+from hf_robust_vision.files import file_sha256
 from hf_robust_vision.pixels import Fitting, PixelTransform
 
 from .decode import decode_image
@@ -30,10 +29,10 @@ class Question:
     answer: str  # one word
     yes_no: bool  # answered by yes or no; such questions are answerable without looking: a blank image scores 79 %
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the image's file."""
-        return _file_sha256(self.image)
+        return file_sha256(self.image)[:16]
 
     def pixels(self, transform: Fitting) -> torch.Tensor:
         """The image in [0, 1], shape (3, height, width)."""
@@ -43,23 +42,12 @@ class Question:
 def load_questions(split: str, *, yes_no: bool | None = None, limit: int | None = None) -> list[Question]:
     """Questions of the demo's train, validation or test images; no image is in two splits.
 
-    Args:
-        split: "train", "validation" or "test".
-        yes_no: Only such questions, or only those of colour and shape; None gives both.
-        limit: A seeded subset of at most so many.
-
-    Raises:
-        ValueError: If there is no such split, or `limit` is under 1.
+    `yes_no` gives only such questions, or only those of colour and shape; `limit` a seeded subset of at most so many.
     """
     questions = [q for q in _all(split) if yes_no is None or q.yes_no == yes_no]
     if limit is None or limit >= len(questions):
         return questions
     return [questions[place] for place in seeded_places(len(questions), limit, seed=0)]
-
-
-@lru_cache(maxsize=4096)
-def _file_sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=3)

@@ -28,10 +28,9 @@ def fingerprint(rows: Any) -> str:
 def _content(value: Any) -> bytes:
     if isinstance(value, Image.Image):
         return f"{value.mode}{value.size}".encode() + value.tobytes()
-    if isinstance(value, Tensor):
-        return f"{value.dtype}{tuple(value.shape)}".encode() + np.ascontiguousarray(value.detach().cpu()).tobytes()
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
+    if isinstance(value, Tensor | np.ndarray):
+        array = np.ascontiguousarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        return f"{value.dtype}{tuple(value.shape)}".encode() + array.tobytes()
     if isinstance(value, bytes):
         return value
     if isinstance(value, Mapping):

@@ -29,16 +29,13 @@ def read_folder(path: Path, split: str) -> tuple[Any, list[int] | None] | None:
     A folder is a split if it has the name asked for and holds folders of images; "validation", "val" and "valid" stand
     for one another. Where there are no splits, of each class 80 % serve as "train", 10 % as "validation" and 10 % as
     "test"; the draw hangs on the names of the files alone. "all" gives all of them. Links are followed. Names that
-    begin with "." or "__" are passed over, other files that are no images (`IMAGE_SUFFIXES`) with a warning.
+    begin with "." or "__" are passed over, other files that are no images (`IMAGE_SUFFIXES`) with a warning. What can not
+    be told apart, divided or found is a ValueError.
 
     Returns:
         A `datasets.Dataset` of "image" (paths) and "label", in the order of class names and paths, and the places of
         what was drawn for the split, or None for all. None in place of both, where files of `DATA_SUFFIXES` lie
         instead of such a split.
-
-    Raises:
-        ValueError: If there is no such split, an image lies in no class folder, a class folder is empty or too small to
-            be divided, or splits and classes can not be told apart.
     """
     names = (split, *_VALIDATION) if split in _VALIDATION else (split,)
     folders = _folders(path)
@@ -64,11 +61,7 @@ def read_folder(path: Path, split: str) -> tuple[Any, list[int] | None] | None:
 def read_images(path: Path, split: str) -> Any:
     """Paths of all images of `path/<split>`, or of `path` where there is no such folder, in any folders below.
 
-    Returns:
-        A `datasets.Dataset` of "image"; None where files of `DATA_SUFFIXES` lie there instead.
-
-    Raises:
-        ValueError: If there are no images.
+    They are a `datasets.Dataset` of "image"; None where files of `DATA_SUFFIXES` lie there instead.
     """
     import datasets
 

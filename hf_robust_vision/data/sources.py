@@ -66,11 +66,7 @@ def load_labelled_images(
 
 
 def stream_images(source: ImageSource, split: str, transform: PixelTransform) -> StreamedImages:
-    """Read a dataset row by row, one of the Hub without downloading it.
-
-    Raises:
-        ValueError: As `load_labelled_images`, or if `datasets` does not stream what lies there.
-    """
+    """Read a dataset row by row, one of the Hub without downloading it."""
     import datasets
 
     rows, _ = _open(source, split, streaming=True)
@@ -124,7 +120,7 @@ def _load_dataset(source: ImageSource, split: str, streaming: bool = False, only
 
 @contextmanager
 def _without_bars(local: bool) -> Iterator[None]:
-    """Of a folder, "Downloading data" and "Generating split" would confuse; of the Hub they are told."""
+    # Of a folder, "Downloading data" and "Generating split" would confuse; of the Hub they are told.
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if not local or are_progress_bars_disabled():

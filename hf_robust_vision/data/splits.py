@@ -15,11 +15,7 @@ from .datasets import LabelledImages
 
 
 def split_off(dataset: LabelledImages, size: int, *, seed: int, name: str) -> tuple[LabelledImages, LabelledImages]:
-    """Draw `size` items for another split called `name`; returns what is left and what was drawn.
-
-    Raises:
-        ValueError: If nothing would be left.
-    """
+    """Draw `size` items for another split called `name`; returns what is left, which is never nothing, and the drawn."""
     if not 0 < size < len(dataset):
         raise ValueError(f"can not draw {size} of the {len(dataset)} items of {dataset.name} ({dataset.split}).")
     order = _shuffled(len(dataset), seed)
@@ -35,11 +31,7 @@ def seeded_subset(dataset: LabelledImages, size: int | None, *, seed: int) -> La
 
 
 def seeded_places(length: int, size: int, *, seed: int) -> list[int]:
-    """The same `size` of `length` places for the same seed, in rising order.
-
-    Raises:
-        ValueError: If `size` is under 1.
-    """
+    """The same `size` of `length` places for the same seed, in rising order."""
     if size < 1:
         raise ValueError(f"a subset needs at least 1 sample, got {size}; without a limit all {length} are taken.")
     return sorted(_shuffled(length, seed)[:size])
@@ -53,11 +45,7 @@ def _shuffled(length: int, seed: int) -> Sequence[int]:
 def without_corrupt(dataset: LabelledImages, *, skip: bool) -> LabelledImages:
     """Decode every image once and leave out those that can not be read; the first process says how many.
 
-    Every process of a run must call it. Without `skip` the first such image is an error.
-
-    Raises:
-        CorruptImageError: If an image can not be read; the message names it.
-        ValueError: If no image is left.
+    Every process of a run must call it. Without `skip` the first such image is a `CorruptImageError` that names it.
     """
     broken = set(dataset.corrupt())
     if broken and not skip:
@@ -68,11 +56,7 @@ def without_corrupt(dataset: LabelledImages, *, skip: bool) -> LabelledImages:
 
 
 def only_classes(dataset: LabelledImages, class_names: Sequence[str]) -> LabelledImages:
-    """The images of some classes; labels and class names stay, so a classifier still chooses among all of them.
-
-    Raises:
-        ValueError: If a name is none of the dataset's, or no image is left.
-    """
+    """The images of some classes; labels and class names stay, so a classifier still chooses among all of them."""
     if stray := [name for name in class_names if name not in dataset.class_names]:
         raise ValueError(f"{stray[:5]} are no classes of {dataset.name}; it has {list(dataset.class_names)[:5]}...")
     # By label and not by name: two classes may have one name.
@@ -83,10 +67,8 @@ def only_classes(dataset: LabelledImages, class_names: Sequence[str]) -> Labelle
 def relabel(dataset: LabelledImages, class_names: Sequence[str]) -> LabelledImages:
     """The images of some classes as a dataset of these classes alone, in this order, which knows no other name.
 
-    Fine-tuning on it leaves the other classes unseen: neither their images nor their names take part. Ids stay.
-
-    Raises:
-        ValueError: As `only_classes`, or if a name stands twice.
+    Fine-tuning on it leaves the other classes unseen: neither their images nor their names take part. Ids stay; a name
+    that stands twice is a ValueError.
     """
     part = only_classes(dataset, class_names)
     if twice := sorted({n for n in class_names if max(dataset.class_names.count(n), class_names.count(n)) > 1}):
@@ -105,9 +87,6 @@ def check_disjoint(*datasets: LabelledImages) -> None:
 
     Only splits over the same rows (of one folder, or one fingerprint of `datasets`) can be compared by id; splits of
     different sources are taken at their word.
-
-    Raises:
-        ValueError: If two splits hold the same row.
     """
     for first, second in combinations(datasets, 2):
         marks = [getattr(part.rows, "_fingerprint", id(part.rows)) for part in (first, second)]

@@ -30,9 +30,6 @@ def get_templates(name_or_file: str) -> tuple[str, ...]:
     """Templates by name, or one per line of a text file.
 
     "{c}" stands for the class name as well as "{}": CLIP_benchmark writes it so.
-
-    Raises:
-        ValueError: If it is neither, or `check_templates` refuses a line.
     """
     if name_or_file in TEMPLATES:
         return TEMPLATES[name_or_file]
@@ -48,11 +45,7 @@ def get_templates(name_or_file: str) -> tuple[str, ...]:
 
 
 def read_class_names(name_or_file: str | Path) -> Sequence[str]:
-    """Class names in the order of the labels: a built-in list, a JSON list, or one per line of a text file.
-
-    Raises:
-        ValueError: If it is neither, or the file holds no list of texts.
-    """
+    """Class names in the order of the labels: a built-in list, a JSON list, or one per line of a text file."""
     if name_or_file in CLASS_NAMES:
         return CLASS_NAMES[str(name_or_file)]
     path = Path(name_or_file)

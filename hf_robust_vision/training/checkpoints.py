@@ -5,7 +5,6 @@ What says that a checkpoint is complete is its manifest, written last: the SHA-2
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_robust_vision.files import write_atomically
+from hf_robust_vision.files import file_sha256, write_atomically
 
 
 MANIFEST = "checkpoint_complete"
@@ -37,7 +36,7 @@ def mark_complete(checkpoint: str | Path, settings: Mapping[str, Setting]) -> No
     unmark(folder)
     written = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     # By hash: a copy that was cut off, or a disk that filled up, leaves files which load and hold other numbers.
-    files = {file.relative_to(folder).as_posix(): _sha256(file) for file in written}
+    files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in written}
     write_atomically(folder / MANIFEST, json.dumps({"files": files, "settings": settings}, indent=1) + "\n")
 
 
@@ -84,7 +83,7 @@ def fault_of(checkpoint: str | Path) -> str | None:
     for name, sha256 in files.items():
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
-        if _sha256(folder / name) != sha256:
+        if file_sha256(folder / name) != sha256:
             return f"{folder / name} is damaged: it is not what was written"
     # DeepSpeed and FSDP2 have other names for it than `Trainer`.
     if not any("optim" in name for name in files):
@@ -134,11 +133,3 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
         f"{checkpoint / MANIFEST} is no manifest: it is damaged, or of an earlier version of this package, which alone "
         "can go on from it"
     )
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:  # by blocks: an optimizer's state may be larger than the memory left
-        while block := content.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
