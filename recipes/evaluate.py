@@ -23,7 +23,7 @@ from hf_robust_vision.cli.evaluate import add_measuring, measuring
 from hf_robust_vision.configs import read_yaml
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.files import from_plain
-from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report, protocol_of
+from hf_robust_vision.pipeline.measure import EvaluationSet, measure_model, protocol_of, report_and_part
 from hf_robust_vision.terminal import Parser, user_errors
 
 
@@ -73,7 +73,8 @@ def main() -> None:
     with user_errors():
         how, sets = read_list(args.datasets, args.only)
         output_dir = args.output_dir or f"outputs/evaluate-{Path(args.model).name}"
-        measure_and_report(args.model, sets, how, output_dir, **measuring(args))
+        results = measure_model(args.model, sets, how, output_dir, **measuring(args))
+        report_and_part(results, output_dir, args.save_examples)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
 
 
 def measuring(args: argparse.Namespace) -> Any:
-    """What `add_measuring` read, for `measure_and_report`."""
+    """What `add_measuring` read, for `measure_model`."""
     import torch
 
     from hf_robust_vision.pipeline.measure import Measuring
@@ -68,9 +68,10 @@ def measuring(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, report."""
-    from hf_robust_vision.pipeline.measure import EvaluationSet, measure_and_report, protocol_of
+    from hf_robust_vision.pipeline.measure import EvaluationSet, measure_model, protocol_of, report_and_part
 
     names = {field.name for field in fields(EvaluationSet)} - {"name", "revision"}
     data = EvaluationSet(**{name: value for name, value in vars(args).items() if name in names})
-    measure_and_report(args.model, [data], protocol_of(vars(args)), args.output_dir, **measuring(args))
+    results = measure_model(args.model, [data], protocol_of(vars(args)), args.output_dir, **measuring(args))
+    report_and_part(results, args.output_dir, args.save_examples)
     return 0

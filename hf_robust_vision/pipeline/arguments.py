@@ -35,7 +35,7 @@ OFTEN = {
 
 @dataclass
 class PipelineArguments(DataArguments):
-    """What to harden, on which data, and how to measure it; the data are those of `DataArguments`."""
+    """What to harden, on which data, and how to measure it."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
@@ -117,17 +117,10 @@ def parse(
     """Read the command line and, with `--config FILE`, a YAML file of the same names; the command line wins.
 
     Where neither a config, a model nor a dataset is named, the shipped demo config of the method is read, such as
-    `sim_clip_demo`. Without an `output_dir` the run goes to `outputs/<method>-<data>`.
-
-    Args:
-        trainer_class: Its arguments are read.
-        argv: Words of the command line; by default those of the process.
-        prog: What help calls the command.
-        options: What is read beside them.
-        name: Of the demo config and the output folder, in place of the method's.
+    `sim_clip_demo`. Without an `output_dir` the run goes to `outputs/<method>-<data>`; `name` stands for the method.
 
     Returns:
-        Options and arguments.
+        What is read into `options`, and the arguments of `trainer_class`.
 
     Raises:
         ValueError: If the file can not be read, or holds a name that is no argument or a value of another type.
@@ -158,8 +151,7 @@ def parse(
 def _typed(action: argparse.Action, value: Any, where: str) -> Any:
     """A YAML value as the command line would read its text: `1e-5` and `4/255` are texts in YAML.
 
-    Raises:
-        ValueError: If it is of another type: true is no number, 2.5 no whole one, and a bare `no` no text.
+    Of another type it is a ValueError: true is no number, 2.5 no whole one, and a bare `no` no text.
     """
     if value is None and action.default is None:
         return None

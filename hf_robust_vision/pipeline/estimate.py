@@ -47,9 +47,8 @@ def seconds_of_a_pass(task: Task, levels: Sequence[Level]) -> float:
     places = tuple(range(min(TIMED, len(task.ids))))
     size = task.load(0).shape
     loaded = [(place, image) for place in places for image in [task.load(place)] if image.shape == size]
-    batch = Batch(
-        tuple(place for place, _ in loaded), torch.stack([image for _, image in loaded]).to(task.weight.device)
-    )
+    images = torch.stack([image for _, image in loaded]).to(task.weight.device)
+    batch = Batch(tuple(place for place, _ in loaded), images)
     with attack_mode(task.model):
         with torch.no_grad():
             clean = tuple(task.judge(batch, batch.images))

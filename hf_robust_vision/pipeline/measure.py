@@ -42,11 +42,7 @@ MAX_RESOLUTION = 4096  # a batch of larger images fits nowhere
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A labelled dataset to measure on, as the command line or an entry of a YAML list says it.
-
-    Raises:
-        ValueError: If a value is of another type, or makes no sense.
-    """
+    """A labelled dataset to measure on, as the command line or an entry of a YAML list says it."""
 
     dataset: str | None = None  # folder or Hub name; None is the demo
     name: str | None = None  # what results call it; by default the dataset's own name
@@ -73,11 +69,7 @@ class EvaluationSet:
                 raise ValueError(f"{name} must be a whole number of at least 1{limit}, got {value!r}.")
 
     def load(self, transform: PixelTransform) -> tuple[LabelledImages, tuple[str, ...]]:
-        """The images, fitted to a tower (or to `resolution`), and the prompt templates.
-
-        Raises:
-            ValueError: If the dataset, a file or a column is not there.
-        """
+        """The images, fitted to a tower (or to `resolution`), and the prompt templates."""
         if self.resolution is not None:
             transform = replace(transform, resize=(self.resolution,) * 2, crop=(self.resolution,) * 2)
         if self.dataset is None:
@@ -111,11 +103,7 @@ class EvaluationSet:
 
 
 def protocol_of(values: Mapping[str, Any]) -> RobustnessProtocol:
-    """The attacks and radii of a command line or a YAML list, both of which name them alike.
-
-    Raises:
-        ValueError: If there is no such protocol, or a radius makes no sense.
-    """
+    """The attacks and radii of a command line or a YAML list, both of which name them alike."""
     return RobustnessProtocol(
         get_protocol(values["protocol"], **{name: values.get(name) for name in ("steps", "restarts", "queries")}),
         tuple(float(Radius(eps)) for eps in values["eps"]),
@@ -160,9 +148,6 @@ def measure_model(
         output_dir: For `robustness.json` and the samples files.
         settings: See `Measuring`.
 
-    Returns:
-        The results of this call.
-
     Raises:
         ValueError: If a model, a dataset or the results in `output_dir` can not be read or used, or something is asked
             for checks that are not made.
@@ -205,30 +190,19 @@ def measure_model(
     return results
 
 
-def measure_and_report(
-    model: str,
-    sets: Sequence[EvaluationSet],
-    how: RobustnessProtocol,
-    output_dir: str | Path,
-    **settings: Unpack[Measuring],
-) -> None:
-    """As `measure_model`; then the processes part, and the first one prints the numbers and writes the report."""
-    results = measure_model(model, sets, how, output_dir, **settings)
+def report_and_part(results: Sequence[RobustnessResult], output_dir: str | Path, examples: int) -> None:
+    """Print what `measure_model` found and write the report, in the first process; then part."""
     # The others already wait in `part`: nothing in this branch may talk to them.
     if rank_and_world()[0] == 0:
         print(results_text(results))
-        if settings.get("sanity"):
+        if any(result.sanity for result in results):
             print(sanity_text(results))
-        print(*write_report([output_dir], output_dir, examples=settings.get("examples", 4)), sep="\n")
+        print(*write_report([output_dir], output_dir, examples=examples), sep="\n")
     part()
 
 
 def check_output(folder: str | Path) -> None:
-    """Refuse a folder that results can not be added to: good to know before hours of measuring.
-
-    Raises:
-        ValueError: If it can not be made or written into, or holds results that can not be read.
-    """
+    """Refuse a folder that can not be written into or holds damaged results: good to know before hours of measuring."""
     place = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         reason = "may not be written into" if place.is_dir() else "is no folder"
@@ -239,11 +213,7 @@ def check_output(folder: str | Path) -> None:
 def load_model(
     model: str, *, revision: str | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[CLIPEncoder, Any]:
-    """An encoder on its device, and its tokenizer, from a folder or the Hub; "demo-clip" is the shipped one.
-
-    Raises:
-        ValueError: If it can not be read, or has no text tower to measure with.
-    """
+    """An encoder on its device, and its tokenizer, from a folder or the Hub; "demo-clip" is the shipped one."""
     encoder, folder = read_model(model, revision=revision, dtype=dtype)
     if not isinstance(encoder, CLIPEncoder):
         raise ValueError(f"{model} has no text tower to classify with; name the whole CLIPModel.")

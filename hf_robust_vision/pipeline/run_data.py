@@ -31,9 +31,6 @@ class DataArguments:
     """What to fine-tune and to measure on.
 
     A folder `<class>/<image>` without splits is divided into train, validation and test (`read_folder`).
-
-    Raises:
-        ValueError: If a number makes no sense.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset or folder; default: the demo."})
@@ -79,42 +76,36 @@ def load_splits(
     Raises:
         ValueError: If a split is missing, shares images with another, or holds a broken image.
     """
-    test: LabelledImages | None = None
-    if options.dataset_name is None:
-        refuse_ignored(options, *_OF_A_DATASET)
-        train: LabelledImages | StreamedImages = load_demo("train", transform)
-        validation, test = load_demo("validation", transform), load_demo("test", transform) if measure else None
-    else:
-        # Of a folder without splits the data room draws all three.
-        drawn = "validation" if is_unsplit(Path(options.dataset_name)) else None
-        validation_split = options.validation_split or drawn
-        named = [options.train_split, validation_split, *([options.test_split] if measure else [])]
-        if len(set(named)) < len(named):
-            raise ValueError(
-                f"train_split, validation_split and test_split must differ, got {named}; a number measured on a "
-                "training image says nothing."
-            )
-        if options.streaming and validation_split is None:
-            raise ValueError("a streamed training split can not give up images: name a --validation_split.")
-        source = ImageSource(
-            options.dataset_name,
-            options.dataset_config,
-            image_column=options.image_column,
-            label_column=options.label_column,
-            class_names=read_class_names(options.class_names) if options.class_names else None,
+    source = _source(options)
+    # Of the demo, and of a folder without splits, the data room draws all three.
+    drawn = source is None or is_unsplit(Path(source.path))
+    validation_split = options.validation_split or ("validation" if drawn else None)
+    named = [options.train_split, validation_split, *([options.test_split] if measure else [])]
+    if len(set(named)) < len(named):
+        raise ValueError(
+            f"train_split, validation_split and test_split must differ, got {named}; a number measured on a training "
+            "image says nothing."
         )
-        if measure:
-            test = load_labelled_images(source, options.test_split, transform, only_split=options.streaming)
-        if options.streaming:
-            train = stream_images(source, options.train_split, transform).shuffled(seed)
-            train = train.without_corrupt() if options.skip_corrupt else train
-        else:
-            train = load_labelled_images(source, options.train_split, transform)
-        if validation_split is not None:
-            validation = load_labelled_images(source, validation_split, transform, only_split=options.streaming)
-        else:
-            assert isinstance(train, LabelledImages)
-            train, validation = split_off(train, options.validation_size, seed=seed, name="validation")
+    if options.streaming and validation_split is None:
+        raise ValueError("a streamed training split can not give up images: name a --validation_split.")
+
+    def load(split: str) -> LabelledImages:
+        if source is None:
+            return load_demo(split, transform)
+        return load_labelled_images(source, split, transform, only_split=options.streaming)
+
+    test = load(options.test_split) if measure else None
+    train: LabelledImages | StreamedImages
+    if source is not None and options.streaming:
+        train = stream_images(source, options.train_split, transform).shuffled(seed)
+        train = train.without_corrupt() if options.skip_corrupt else train
+    else:
+        train = load(options.train_split)
+    if validation_split is not None:
+        validation = load(validation_split)
+    else:
+        assert isinstance(train, LabelledImages)
+        train, validation = split_off(train, options.validation_size, seed=seed, name="validation")
     # A fixed seed: runs of different seeds are compared on the same images.
     validation = seeded_subset(validation, options.max_validation_samples, seed=0)
     if test is not None:
@@ -128,6 +119,16 @@ def load_splits(
         train = _without_broken(train, options.skip_corrupt)
     validation = _without_broken(validation, options.skip_corrupt)
     return train, validation, _without_broken(test, options.skip_corrupt) if test is not None else None
+
+
+def _source(options: DataArguments) -> ImageSource | None:
+    """The dataset that was named; None for the demo."""
+    if options.dataset_name is None:
+        refuse_ignored(options, *_OF_A_DATASET)
+        return None
+    names = read_class_names(options.class_names) if options.class_names else None
+    columns = {"image_column": options.image_column, "label_column": options.label_column}
+    return ImageSource(options.dataset_name, options.dataset_config, class_names=names, **columns)
 
 
 def _without_broken(part: LabelledImages, skip: bool) -> LabelledImages:

@@ -130,7 +130,7 @@ def test_what_else_is_measured(two, tmp_path, monkeypatch):
         asked.update(settings)
         raise ValueError("seen")
 
-    monkeypatch.setattr(evaluate, "measure_and_report", seen)
+    monkeypatch.setattr(evaluate, "measure_model", seen)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "demo-clip", "--datasets", str(two), "--sanity", "--corruptions"])
     with pytest.raises(SystemExit, match="seen"):
         evaluate.main()
