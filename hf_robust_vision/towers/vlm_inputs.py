@@ -54,14 +54,12 @@ class OwnSize:
         settings = {**processor.to_dict(), **{name: value for name, value in told.items() if value is not None}}
         grid = tuple((height, width) for height, width in settings.get("image_grid_pinpoints") or ())
         size = dict(settings["size"])
-        if "height" in size:  # tiles of one size
-            return cls(
-                most=size["height"] * size["width"] * settings.get("max_patches", 1), grid=grid, settings=settings
-            )
-        bound = size.get("longest_edge") or math.inf
-        # Qwen's edges are numbers of pixels of the whole image.
-        whole = hasattr(processor, "merge_size")
-        return cls(math.inf if whole else bound, bound if whole else math.inf, grid, settings)
+        long = size.get("longest_edge") or math.inf
+        if "height" in size:  # of each tile
+            bounds = {"most": size["height"] * size["width"] * settings.get("max_patches", 1)}
+        else:  # Qwen's edges are numbers of pixels of the whole image
+            bounds = {"most" if hasattr(processor, "merge_size") else "longest": long}
+        return cls(**bounds, grid=grid, settings=settings)
 
     def fit(self, images: Tensor) -> Tensor:
         """Images in [0, 1] of any size to the size at which they are attacked, the same tensor if they already fit."""
@@ -198,8 +196,8 @@ class StockInputs(VLMInputs):
             )
         template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         self.template = template.get("default") if isinstance(template, dict) else template
-        stock: Any = getattr(vlm, "get_base_model", lambda: vlm)()  # PEFT wraps a model in a forward(**kwargs)
-        self.takes = frozenset(inspect.signature(stock.forward).parameters)
+        unwrapped: Any = getattr(vlm, "get_base_model", lambda: vlm)()  # PEFT's forward takes **kwargs
+        self.takes = frozenset(inspect.signature(unwrapped.forward).parameters)
         self.placeholder = getattr(vlm.config, "image_token_id", None)
         self.encoded = lru_cache(4096)(self._encoded)  # attacks ask again at every step
         self._check()
@@ -219,13 +217,7 @@ class StockInputs(VLMInputs):
         return prompt
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> list[Row]:
-        """See `VLMInputs.encode`.
-
-        Raises:
-            ValueError: If a prompt has not exactly one image token.
-        """
-        for prompt in prompts:
-            self._need_token(prompt)
+        """See `VLMInputs.encode`; a prompt has one image token, or is refused."""
         return [self.encoded(prompt, tuple(size)) for prompt in prompts]
 
     def _need_token(self, prompt: str) -> None:
@@ -233,6 +225,7 @@ class StockInputs(VLMInputs):
             raise ValueError(f"the prompt {prompt!r} must hold the image token {self.image_token!r} once.")
 
     def _encoded(self, prompt: str, size: tuple[int, int]) -> Row:
+        self._need_token(prompt)
         made, of_images, _ = self.stock(Image.new("RGB", size[::-1]), prompt)
         # PaliGemma's labels are for training.
         names = [name for name in made if name not in of_images and name in self.takes and name != "labels"]
@@ -260,8 +253,8 @@ class StockInputs(VLMInputs):
         Only where the order of tokens alone decides what a token reads: kinds of tokens place Qwen's, and mask Gemma 3's
         and PaliGemma's. And only where there is much before the image, as this is one more pass.
         """
-        ids, mask, places = text["input_ids"], text["attention_mask"], torch.arange(text["input_ids"].shape[1])
-        places, pads = places.to(ids.device), (text["attention_mask"] == 0).sum(1, keepdim=True)
+        ids, mask = text["input_ids"], text["attention_mask"]
+        places, pads = torch.arange(ids.shape[1], device=ids.device), (mask == 0).sum(1, keepdim=True)
         moved = ids.gather(1, (places + pads).clamp(max=len(places) - 1))
         same = (moved == moved[:1]).all(0) & (moved[0] != self.placeholder)
         head = int(same.long().cumprod(0).sum())
@@ -273,13 +266,8 @@ class StockInputs(VLMInputs):
         with torch.no_grad():
             state = getattr(self.vlm(input_ids=moved[:1, :head], use_cache=True), name)
         state.batch_repeat_interleave(len(ids))
-        whole = torch.cat([mask.new_ones(len(ids), head), mask], 1)
-        return {
-            "input_ids": ids,
-            "attention_mask": whole,
-            "position_ids": (mask.cumsum(1) - 1).clamp(0) + head,
-            name: state,
-        }
+        whole, order = torch.cat([mask.new_ones(len(ids), head), mask], 1), (mask.cumsum(1) - 1).clamp(0) + head
+        return {"input_ids": ids, "attention_mask": whole, "position_ids": order, name: state}
 
     def generate(self, images: Tensor, text: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
         """See `VLMInputs.generate`."""
@@ -296,8 +284,8 @@ class StockInputs(VLMInputs):
         listening = copy.copy(self.processor)
         listening.image_processor = heard = Listening(self.processor.image_processor)
         # As transformers does, lest a prompt begin twice.
-        begun = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
-        special = {"add_special_tokens": False} if begun else {}
+        opened = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
+        special = {"add_special_tokens": False} if opened else {}
         made = dict(listening(images=image, text=prompt, return_tensors="pt", **special))
         length = made["input_ids"].shape
         return made, {name for name in made if name in heard.names or made[name].shape != length}, heard.settings
@@ -324,7 +312,7 @@ class StockInputs(VLMInputs):
             transform = PixelTransform.from_image_processor(self.processor.image_processor)
             picture, images = ramps(*_oblong(transform))
             made, of_images, _ = self.stock(picture, self.image_token)
-            (only,) = of_images
+            (only,) = of_images  # tiles come with sizes, grids or masks
             ours = transform.normalize(transform.fit(images))
             compare({only: ours}, made, max(transform.std), self.name)
         except ValueError:

@@ -352,6 +352,13 @@ class TestRefusals:
         ):
             vlm_inputs(vlm, processor)
 
+    def test_padding_in_a_colour_of_eight_bits(self):
+        """As the first LLaVA's processor pads to a square: around floats in [0, 1] it would be far out of range."""
+        vlm, _ = speaker("llava")
+        images = tf.LlavaImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_pad=True)
+        with pytest.raises(ValueError, match=r"turn the same picture into pixels that .* its resize, crop, padding"):
+            vlm_inputs(vlm, tiny_processor("llava", images))
+
     def test_prompts(self):
         vlm, processor = speaker("smolvlm", template=False)
         inputs = vlm_inputs(vlm, processor)
