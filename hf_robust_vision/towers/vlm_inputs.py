@@ -24,6 +24,7 @@ from .stock import compare, need_gradient, processed, ramps, refuse_unlike
 
 
 HEAD_SHARE = 1 / 8  # of a prompt's tokens that stand before the image, from which on a pass of their own saves time
+TOKENS = "<image>", "[IMG]", "<|image_pad|>", "<start_of_image>", "<IMG_CONTEXT>"
 Row = dict[str, list[int]]  # what the tokenizer's side makes of one prompt: token ids, mask, kinds of tokens
 
 
@@ -206,8 +207,14 @@ class StockInputs(VLMInputs):
         """See `VLMInputs.written`.
 
         Raises:
-            ValueError: If the image token is not in it once, and no template puts it there.
+            ValueError: If the image token is not in it once, and no template puts it there; or if it holds another
+                model's.
         """
+        if self.image_token not in prompt and (other := next((token for token in TOKENS if token in prompt), None)):
+            raise ValueError(
+                f"the prompt {prompt!r} holds {other!r}, the image token of another model; this one's is "
+                f"{self.image_token!r}. Without any, the processor's chat template is used, if it has one."
+            )
         if self.image_token not in prompt and self.template is not None:
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
             prompt = self.processor.apply_chat_template(

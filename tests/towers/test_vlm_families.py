@@ -365,6 +365,10 @@ class TestRefusals:
         for prompt in ("w20", "<image> <image> w20"):
             with pytest.raises(ValueError, match="must hold the image token '<image>' once"):
                 evaluate_vqa(vlm, inputs, [Asked(0)], VLMProtocol((0.0,)), prompt=prompt, **ABOUT)
+        with pytest.raises(
+            ValueError, match=r"holds '\[IMG\]', the image token of another model; this one's is '<image>'"
+        ):
+            evaluate_vqa(vlm, inputs, [Asked(0)], VLMProtocol((0.0,)), prompt="w20 [IMG]", **ABOUT)
         forged = [Asked(0, text="w20 <image>")]
         with pytest.raises(ValueError, match="must hold the image token '<image>' once"):
             evaluate_vqa(vlm, inputs, forged, VLMProtocol((0.0,)), prompt="<image> {}", **ABOUT)
