@@ -17,6 +17,8 @@ from torch import Tensor
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+# Of a picture that tells nothing. Of 0.5, which no 8 bits give, SmolVLM's pixel values are all 0: it takes them for padding.
+GREY = 128 / 255
 _RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # the codes of PIL.Image.Resampling
 
 

@@ -35,7 +35,7 @@ _SPLIT_SEED = 0
 
 
 def demo_checkpoint(name: str = "demo-clip") -> Path:
-    """Folder of a checkpoint that the package ships: "demo-clip" or "demo-llava"; a `ValueError` if there is none."""
+    """Folder of a checkpoint that the package ships ("demo-clip", "demo-llava", "demo-smolvlm"); a `ValueError` if there is none."""
     folder = Path(__file__).parent / "checkpoints" / name
     if not folder.is_dir():
         raise ValueError(f"no demo checkpoint {name!r}; there are {sorted(p.name for p in folder.parent.iterdir())}.")

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from hf_robust_vision.attacks import StartNoise, make_ball, pgd
 from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
 from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo
-from hf_robust_vision.data.demo_questions import PROMPT, load_questions
+from hf_robust_vision.data.demo_questions import load_questions
 from hf_robust_vision.data.sources import ImageSource, load_labelled_images, stream_images
 from hf_robust_vision.data.splits import without_corrupt
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results, versions
@@ -58,7 +58,8 @@ class VLMArguments:
         resolution: Side in pixels of the square images that train a tower of free image size.
         train_projector: Train the projector, too, and not the vision tower alone.
         measure: Ask the demo's questions under attack before and after, where the demo is hardened.
-        prompt: Of those questions, with "{}" for the question and the image token.
+        prompt: Of those questions, with "{}" for the question; without the image token it goes through the model's chat
+            template.
         num_questions: How many of them.
         test_eps: Radii of that attack.
         test_steps: Its steps of PGD on loss and margin.
@@ -80,7 +81,7 @@ class VLMArguments:
     resolution: int | None = field(default=None, metadata={"help": "Side of square images for towers of free size."})
     train_projector: bool = field(default=False, metadata={"help": "Train the projector, too."})
     measure: bool = field(default=True, metadata={"help": "Ask the demo's questions before and after."})
-    prompt: str = field(default=PROMPT, metadata={"help": "Of those questions."})
+    prompt: str = field(default="{}", metadata={"help": "Of those questions; default: the chat template's."})
     num_questions: int = field(default=300, metadata={"help": "How many questions."})
     test_eps: list[Radius] = field(
         default_factory=lambda: [Radius("8/255"), Radius("16/255")],

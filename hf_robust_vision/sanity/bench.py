@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_robust_vision.attacks import Attack, Ball, LinfBall, Objective, Protocol, StartNoise, Success, make_ball
 from hf_robust_vision.attacks.objectives import PerSample
 from hf_robust_vision.evaluation.task import Batch, RobustnessProtocol, Stage, Task, Verdict, one_size
+from hf_robust_vision.pixels import GREY
 
 
 # Set, like the thresholds of `checks`, before any model was looked at.
@@ -161,7 +162,7 @@ class Bench:
 
 def right_on_grey(trials: Sequence[Trial]) -> float:
     """Share of the samples that are answered rightly without looking: their image is grey."""
-    return standing(torch.cat([trial.lost(torch.full_like(trial.images, 0.5)).cpu() for trial in trials]))
+    return standing(torch.cat([trial.lost(torch.full_like(trial.images, GREY)).cpu() for trial in trials]))
 
 
 def standing(fooled: Tensor) -> float:

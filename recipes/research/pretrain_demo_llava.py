@@ -35,6 +35,11 @@ from hf_robust_vision.towers.load import load_encoder
 
 
 IMAGE_TOKENS = 64
+CHAT_TEMPLATE = (  # `PROMPT`, of the question as the user's message
+    "{% for message in messages %}{{ message['role'] }} :"
+    "{% for part in message['content'] %} {{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %} "
+    "{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+)
 
 
 def build_tokenizer(questions: Sequence[Question]) -> PreTrainedTokenizerFast:
@@ -100,6 +105,7 @@ def build_processor(clip_folder: Path, tokenizer: PreTrainedTokenizerFast, patch
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

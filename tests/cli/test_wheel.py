@@ -34,7 +34,7 @@ def test_what_is_in_it(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {Path(name).name for name in names if "/configs/" in name and name.endswith(".yaml")} == CONFIGS
     assert {Path(name).name for name in names if "/report/pages/" in name} == PAGES
-    for model in ("demo-clip", "demo-llava"):
+    for model in ("demo-clip", "demo-llava", "demo-smolvlm"):
         assert any(f"/{model}/" in name and name.endswith(".safetensors") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"hf_robust_vision"}
 

@@ -15,7 +15,7 @@ from hf_robust_vision.attacks import Protocol as Attacks
 from hf_robust_vision.evaluation.engine import RunSettings, evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task
-from hf_robust_vision.pixels import Fitting
+from hf_robust_vision.pixels import GREY, Fitting
 from hf_robust_vision.towers.vlm_inputs import VLMInputs, vlm_inputs
 
 from .answers import AnswerTask, answer_task, say
@@ -118,7 +118,7 @@ class VLMTask(Task):
 
     def load(self, place: int) -> Tensor:
         image: Tensor = self.samples[place].pixels(self.inputs)
-        return torch.full_like(image, 0.5) if self.blank else image
+        return torch.full_like(image, GREY) if self.blank else image
 
     def prompts(self, places: Sequence[int]) -> list[str]:
         """With each sample's text, as the processor is given them."""
