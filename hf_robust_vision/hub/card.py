@@ -21,13 +21,14 @@ from .usage import usage_block
 
 
 # The last one lists everything that this package published: `HfApi().list_models(filter="hf-robust-vision")`.
-TAGS = ("adversarial-robustness", "clip", "robust-vision-encoder", "hf-robust-vision")
+TAGS = ("adversarial-robustness", "robust-vision-encoder", "hf-robust-vision")
 
 # Library, task and relation to the original: what makes the Hub list a repository, and offer the right lines for it.
 _KINDS = {
     "model": ("transformers", "zero-shot-image-classification", "finetune"),
     "tower": ("transformers", "image-feature-extraction", "finetune"),
     "adapter": ("peft", "zero-shot-image-classification", "adapter"),
+    "vlm": ("transformers", "image-text-to-text", "finetune"),
 }
 
 # Task of a result -> task of the Hub.
@@ -44,6 +45,7 @@ class CardSettings:
     """What a card tells beside its numbers."""
 
     model_name: str  # title
+    model_class: str = "CLIPModel"  # another one is that of a VLM
     # Hub id of the original. A mere folder name is told in the text only: as metadata it would link to somebody else's
     # model, or to none.
     base_model: str | None = None
@@ -69,14 +71,15 @@ def make_card(results: Sequence[RobustnessResult], **settings: Any) -> ModelCard
         check_attacked(result)
     if not after:
         raise ValueError("a card needs at least one measured result of the hardened model.")
+    kind = "model" if about.model_class == "CLIPModel" else "vlm"
     data = ModelCardData(
         model_name=about.model_name,
         license=about.license,
-        tags=[*TAGS, *about.tags],
+        tags=[*TAGS, *(["clip"] if kind == "model" else []), *about.tags],
         datasets=[about.dataset] if about.dataset else None,
         eval_results=eval_results(after),
     )
-    set_kind(data, "model", about.base_model)
+    set_kind(data, kind, about.base_model)
     trained = next((result for result in after if result.training), after[0])
     training = trained.training or {}
     one_tower = training.get("text_params", "none") == "none"
@@ -84,7 +87,7 @@ def make_card(results: Sequence[RobustnessResult], **settings: Any) -> ModelCard
         about=about,
         tuned="vision tower was" if one_tower else "vision and text towers were",
         method=training.get("method", "an unknown method"),
-        usage=usage_block("model", ".", after[0], about.base_model),
+        usage=usage_block(kind, ".", after[0], about.base_model),
         rows=[_row(result, results[0]) for result in results],
         tables=[protocol.Table(rows) for rows in protocol.grouped(((one.model, one), one) for one in after)],
         training=training_settings(trained),
@@ -93,7 +96,7 @@ def make_card(results: Sequence[RobustnessResult], **settings: Any) -> ModelCard
 
 
 def set_kind(data: CardData, kind: str, base_model: str | None) -> None:
-    """Say in a card's metadata what the repository holds ("model", "tower" or "adapter") and what it was made from."""
+    """Say in a card's metadata what the repository holds ("model", "tower", "adapter" or "vlm") and what it was made from."""
     data["library_name"], data["pipeline_tag"], relation = _KINDS[kind]
     on_hub = base_model is not None and is_hub_id(base_model)
     data["base_model"], data["base_model_relation"] = (base_model, relation) if on_hub else (None, None)

@@ -23,6 +23,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModelForImageTextToText
 
 from hf_robust_vision.evaluation.repeat import Repeat
 
@@ -156,7 +157,8 @@ def _upload(release: Release, repo_id: str, how: PushSettings) -> tuple[str, Com
     info = api.create_commit(
         repo,
         _operations(release.contents(repo), api.list_repo_files(repo, revision=how.revision)),
-        commit_message=how.commit_message or f"Robust CLIP {release.kind} with its measurements",
+        commit_message=how.commit_message
+        or f"Robust {'VLM' if release.kind == 'vlm' else f'CLIP {release.kind}'} with its measurements",
         revision=how.revision,
         create_pr=how.create_pr,
     )
@@ -183,6 +185,9 @@ def _verify(release: Release, repo: str, info: CommitInfo, how: PushSettings) ->
             changed = [name for name, content in contents.items() if not _same(Path(place) / name, content)]
             if changed:
                 raise ValueError(f"these files came back with other bytes: {changed}")
+            if release.kind == "vlm":
+                AutoModelForImageTextToText.from_pretrained(place)
+                return None
             loaded = load_robust_encoder(place)
             # The tower's bytes were cut from the measured model; without its text half it can not be measured.
             if release.kind == "tower":

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
@@ -26,6 +27,7 @@ from .usage import KINDS, replace_usage, usage_block
 
 
 CARD = "README.md"
+HARDEN_REPORT = "harden_report.json"  # beside a VLM whose tower was hardened in place
 PICTURE = "robustness.png"
 # In the config of a tower alone: its hash, and that of the model that was measured.
 TOWER_RECORD = "robust_vision_record"
@@ -35,9 +37,9 @@ _MODEL = ("config.json", "model.safetensors", "model.safetensors.index.json", "m
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_PAPERS = (RESULTS_FILE, PICTURE, "LICENSE*", "NOTICE*")
+_PAPERS = (RESULTS_FILE, PICTURE, HARDEN_REPORT, "LICENSE*", "NOTICE*")
 
 # Of an earlier push to the same repository; what it held beside them is not ours to delete.
 REPLACED = (*_MODEL, *ADAPTER_FILES, *_PROCESSOR, *_TOKENIZER, PICTURE, "samples-*.jsonl")
@@ -87,8 +89,8 @@ def prepare_release(
         config, base_model = _check_adapter(place, base_model)
         files |= {CONFIG_FILE: config, WEIGHTS_FILE: place / WEIGHTS_FILE}
     else:
-        encoder = _check_model(folder, results)
-        files |= _matching(folder, (*_MODEL, *_PROCESSOR, *_TOKENIZER)) if kind == "model" else _tower(folder, encoder)
+        encoder = _check_vlm(folder, results) if kind == "vlm" else _check_model(folder, results)
+        files |= _matching(folder, (*_MODEL, *_PROCESSOR, *_TOKENIZER)) if kind != "tower" else _tower(folder, encoder)
     files |= _matching(folder, _PAPERS)
     files |= {str(result.samples): folder / str(result.samples) for result in load_results(folder) if result.samples}
     for file in (folder / CARD, *(content for content in files.values() if isinstance(content, Path))):
@@ -108,7 +110,8 @@ def _kind(folder: Path, what: str | None) -> str:
     if what not in (None, *KINDS):
         raise ValueError(f"what={what!r} is not one of {', '.join(map(repr, KINDS))}.")
     adapter, model = holds_adapter(_adapter_folder(folder)), (folder / "config.json").is_file()
-    kind = what or ("adapter" if adapter and not model else "model")
+    own = "vlm" if (folder / HARDEN_REPORT).is_file() else "model"
+    kind = what or ("adapter" if adapter and not model else own)
     if not (adapter if kind == "adapter" else model):
         wanted = CONFIG_FILE if kind == "adapter" else "config.json"
         other = "; it holds an adapter: type --what adapter" if adapter else ""
@@ -163,6 +166,16 @@ def _row(row: Any) -> tuple[Any, ...]:
     return row.metric_type, row.metric_value, row.dataset_type, row.dataset_split, attack
 
 
+def _check_vlm(folder: Path, results: Sequence[RobustnessResult]) -> Any:
+    try:
+        vlm = AutoModelForImageTextToText.from_pretrained(folder)
+        AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no whole VLM with its processor: {error}") from error
+    _need_measured(folder, results, weights_sha256(vlm))
+    return vlm
+
+
 def _check_model(folder: Path, results: Sequence[RobustnessResult]) -> CLIPEncoder:
     if not (folder / "model.safetensors").is_file() and not list(folder.glob("model-*-of-*.safetensors")):
         raise ValueError(f"{folder} has no model.safetensors; write it with save_pretrained.")
@@ -172,14 +185,17 @@ def _check_model(folder: Path, results: Sequence[RobustnessResult]) -> CLIPEncod
     load_tokenizer(folder)
     if not isinstance(encoder, CLIPEncoder):
         raise ValueError(f"{folder} holds a vision tower alone; push its CLIPModel folder with what='tower'.")
-    sha256 = weights_sha256(encoder)
+    _need_measured(folder, results, weights_sha256(encoder))
+    return encoder
+
+
+def _need_measured(folder: Path, results: Sequence[RobustnessResult], sha256: str) -> None:
     for result in results:
         if result.model_sha256 != sha256:
             raise ValueError(
                 f"{folder / RESULTS_FILE} was measured on other weights ({result.model_sha256[:12]}) than those of the "
                 f"folder ({sha256[:12]}); measure these."
             )
-    return encoder
 
 
 def _check_adapter(folder: Path, base_model: str | None) -> tuple[bytes, str]:

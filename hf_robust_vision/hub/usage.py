@@ -21,13 +21,15 @@ def usage_block(kind: str, name: str, result: RobustnessResult, base_model: str 
     """The part of a card that shows how to load it, between the comments that `replace_usage` looks for.
 
     Args:
-        kind: "model", "tower" or "adapter".
+        kind: "model", "tower", "adapter" or "vlm".
         name: Id of the repository, or "." for the folder that the card lies in.
         result: Its first prompts become those of the example.
         base_model: What an adapter is put on.
     """
     prompt = result.templates[0] if result.templates else "a photo of a {}"
     prompts = [prompt.replace("{}", word) for word in (result.class_names or ["cat", "dog"])[:2]]
+    if kind == "vlm":
+        prompts = [str((result.generation or {}).get("prompt", "{}")).replace("{}", "what is it?")]
     lines = template("usage.md").render(kind=kind, name=name, base=base_model or "", prompts=prompts)
     return Verbatim(f"{_START}\n\n{lines}\n{_END}")
 

@@ -22,6 +22,7 @@ from hf_robust_vision.data.splits import without_corrupt
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results, versions
 from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
 from hf_robust_vision.files import write_atomically
+from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.methods.features import FeatureDistance, token_variances
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
 from hf_robust_vision.pixels import PixelTransform
@@ -32,6 +33,7 @@ from hf_robust_vision.towers.base import attack_mode, weights_sha256
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.vlm import VLMEncoder, path_of
 from hf_robust_vision.training.config import Radius
+from hf_robust_vision.training.publishing import check_push
 
 from .arguments import parse
 from .run_data import SCAN_LIMIT
@@ -174,9 +176,10 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
     Raises:
         ValueError: If an input is wrong, `output_dir` already holds a run, or the weights of the language model changed.
     """
-    start = time.time()
+    start, asked = time.time(), options.measure and options.dataset_name is None
     if options.cpu_threads is not None and args.device.type == "cpu":
         torch.set_num_threads(options.cpu_threads or max(usable_cores() // args.world_size, 1))
+    _check_push(args, asked)
     announce(args)
     output, name = Path(args.output_dir), options.model_name_or_path or str(demo_checkpoint("demo-llava"))
     reads = (options.model_name_or_path, options.dataset_name)
@@ -187,7 +190,6 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
         trainer.need_resumable(resume)  # and not after hours of measuring
     origin = trainer.model.origin
     rest = origin.rest_sha256(trainer.model)
-    asked = options.measure and options.dataset_name is None
     with run_folder(output, overwrite=options.overwrite and not args.resume_from_checkpoint) as replaced:
         results = ask(name, options, args, "before") if asked else []
         trainer.train(resume_from_checkpoint=resume)
@@ -201,14 +203,14 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
             result.training = trainer.training_record()
         results += after
         if args.should_save:
-            report.save(output)
-            if results:
-                save_results(results, output)
+            _write(output, report, results, trainer, options)
         trainer.accelerator.wait_for_everyone()
         replaced([REPORT_NAME, *(str(result.samples) for result in results)])
     if args.should_save:
         print(f"\n{report}\n", *([comparison_text(results)] if results else []), sep="\n")
         print(f"in {time.time() - start:.0f} s; the whole VLM lies in {output}")
+    if args.push_to_hub and args.should_save:
+        print(trainer.push_to_hub(verify=True))
     return results
 
 
@@ -235,6 +237,36 @@ def make_trainer(options: VLMArguments, args: VLMTrainingArguments, name: str) -
     encoder.train_projector = options.train_projector
     images = load_images(options, encoder.transform, args.seed)
     return VLMTrainer(model=encoder, args=args, train_dataset=images)  # the processor lies beside the weights
+
+
+def _check_push(args: VLMTrainingArguments, asked: bool) -> None:
+    if not args.push_to_hub:
+        return
+    check_push(args)
+    if not asked:
+        raise ValueError(
+            "--push_to_hub true publishes measured models only, and this run asks nothing: measure what it leaves with "
+            "evaluate_vqa, then type hf-robust-vision push."
+        )
+
+
+def _write(
+    output: Path, report: HardenReport, results: list[RobustnessResult], trainer: VLMTrainer, options: VLMArguments
+) -> None:
+    report.save(output)
+    if not results:
+        return
+    save_results(results, output)
+    write_card(
+        output,
+        results,
+        model_name=f"{report.original.split('/')[-1]}-robust",
+        model_class=report.model,
+        base_model=report.original,
+        dataset=options.dataset_name,
+        tags=trainer.tag_names,
+        paper=trainer.paper,
+    )
 
 
 def load_images(options: VLMArguments, transform: PixelTransform, seed: int) -> LabelledImages | StreamedImages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from hf_robust_vision.cli import main
+from hf_robust_vision.hub.release import prepare_release
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
+from hf_robust_vision.pipeline import harden_vlm as harden_module
 from hf_robust_vision.pipeline import parse, run
 from hf_robust_vision.pipeline.harden_vlm import VLMArguments, VLMTrainer, harden_vlm
 from hf_robust_vision.towers.base import weights_sha256
@@ -151,6 +154,34 @@ def test_a_language_model_that_changes_meanwhile(vlm, photos, tmp_path, monkeypa
     with pytest.raises(ValueError, match="weights beside tower and projector changed"):
         harden(vlm, photos, tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_demo_is_asked_and_ready_to_be_published(tmp_path):
+    """Card, numbers and files; the card's own lines load it."""
+    words = [*SHORT, "--config", "harden_vlm_demo", "--output_dir", tmp_path / "out", "--num_questions", "4"]
+    words += ["--test_steps", "2", "--test_restarts", "1", "--test_eps", "8/255", "--max_steps", "2"]
+    results = harden_vlm(*parse(VLMTrainer, list(map(str, words)), options=VLMArguments, name="harden-vlm"))
+    assert [result.model for result in results] == ["before", "after"]
+    release = prepare_release(tmp_path / "out", base_model="owner/demo-llava")
+    assert release.kind == "vlm"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "harden_report.json"} <= set(release.files)
+    card = release.card_for("owner/robust").decode()
+    assert "A `LlavaForConditionalGeneration` made from" in card
+    assert "pipeline_tag: image-text-to-text" in card
+    code = re.search("```python\n(.*?)```", card, re.DOTALL)[1].replace("owner/robust", str(tmp_path / "out"))
+    exec(code, {})
+
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["multi_modal_projector.linear_1.bias"] += 1
+    save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="was measured on other weights"):
+        prepare_release(tmp_path / "out", base_model="owner/demo-llava")
+
+
+def test_what_was_not_measured_is_not_pushed(vlm, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(harden_module, "check_push", lambda args: None)
+    with pytest.raises(ValueError, match="publishes measured models only"):
+        harden(vlm, photos, tmp_path / "out", "--push_to_hub", "true")
 
 
 class TestRefusals:
