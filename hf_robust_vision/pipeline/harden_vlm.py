@@ -197,7 +197,7 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
             raise ValueError(f"weights beside tower and projector changed in {name} during the run; start again.")
         trainer.save_model(str(output))
         trainer.accelerator.wait_for_everyone()
-        report = compare(trainer, load_encoder(output, resolution=options.resolution), name)
+        report = compare(trainer, load_encoder(output, resolution=options.resolution), name, options.test_steps)
         after = ask(str(output), options, args, "after") if asked else []
         for result in after:
             result.training = trainer.training_record()
@@ -314,7 +314,7 @@ def ask(name: str, options: VLMArguments, args: VLMTrainingArguments, model: str
     )
 
 
-def compare(trainer: VLMTrainer, hardened: Any, name: str) -> HardenReport:
+def compare(trainer: VLMTrainer, hardened: Any, name: str, steps: int) -> HardenReport:
     """Original and hardened VLM by what their language model reads, on the first images that it was trained on.
 
     Raises:
@@ -337,7 +337,7 @@ def compare(trainer: VLMTrainer, hardened: Any, name: str) -> HardenReport:
         ball = make_ball(args.attack_norm, args.attack_eps)
         noise = StartNoise(args.seed, list(range(len(images))), 0)
         with attack_mode(encoder):
-            found = pgd(lambda x: distance(encoder(x), target), images, ball, steps=50, step_size=None, noise=noise)
+            found = pgd(lambda x: distance(encoder(x), target), images, ball, steps=steps, noise=noise)
             with torch.no_grad():
                 return float(distance(encoder(found), target).mean())
 
