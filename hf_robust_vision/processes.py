@@ -22,9 +22,6 @@ def meet(device: str | None = None) -> str | None:
     """Join the processes that a launcher started, if one did; `TrainingArguments` does it for training.
 
     Returns the device to run on: "cpu" where the launcher says so, else as given, and None for a GPU where there is one.
-
-    Raises:
-        ValueError: If there is no such device, or there are more processes on this machine than GPUs to run on.
     """
     check_device(device)
     if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
@@ -49,11 +46,7 @@ def check_device(device: str | None) -> None:
 
 
 def need_a_gpu_each(typed: str) -> None:
-    """Refuse more processes on this machine than it has GPUs; what is `typed` puts them all on the CPU.
-
-    Raises:
-        ValueError: If a process would have no GPU of its own. Without any GPU they all run on the CPU.
-    """
+    """Refuse more processes on this machine than it has GPUs, if any; what is `typed` puts them all on the CPU."""
     # Not every launcher sets LOCAL_WORLD_SIZE; the last process then finds out.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", 0)) + 1))
     if torch.cuda.is_available() and local > (gpus := torch.cuda.device_count()):
@@ -64,11 +57,7 @@ def need_a_gpu_each(typed: str) -> None:
 
 
 def run_alone(recipe: str) -> None:
-    """End a recipe that was started by a launcher and shares nothing out: all processes would write the same files.
-
-    Raises:
-        SystemExit: If there are several processes; the first one says so.
-    """
+    """End a recipe that was started by a launcher and shares nothing out: all processes would write the same files."""
     if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         message = f"error: {recipe} runs in one process, and a launcher started {world}; type python recipes/{recipe}"
         sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)

@@ -25,9 +25,6 @@ def user_errors() -> Iterator[None]:
 
     Wrong values, files that can not be read or written, missing packages, refused pickles. Anything else is a fault of
     the program and keeps its traceback.
-
-    Raises:
-        SystemExit: With that line.
     """
     try:
         yield
@@ -82,9 +79,8 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
-        return (
-            f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
-        )
+        default = self._get_default_metavar_for_optional(action)
+        return f"{action.option_strings[0]} {self._format_args(action, default)}"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""), "VALUE")

@@ -57,14 +57,10 @@ class CardSettings:
 
 
 def make_card(results: Sequence[RobustnessResult], **settings: Any) -> ModelCard:
-    """A card whose table and `model-index` hold the same numbers as `robustness.json`.
+    """A card whose table and `model-index` hold the same numbers as `robustness.json`; see `CardSettings`.
 
-    Args:
-        results: Of the hardened model (`model="after"`) and, beside them, of the original (`model="before"`).
-        settings: See `CardSettings`.
-
-    Raises:
-        ValueError: If there is no result of the hardened model, or one that no attack was made for.
+    The results are of the hardened model (`model="after"`), at least one, and of the original (`model="before"`); one
+    that no attack was made for is a ValueError.
     """
     about, after = CardSettings(**settings), hardened(results)
     for result in results:
@@ -113,11 +109,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def write_card(folder: str | Path, results: Sequence[RobustnessResult], **settings: Any) -> Path:
-    """Write `README.md` into a model folder; the settings are those of `CardSettings`.
-
-    Raises:
-        ValueError: As `make_card`, or if the samples files of the folder say something else than the results.
-    """
+    """Write `README.md` into a model folder, as `make_card`; its samples files must say what the results say."""
     check_results(results, folder)
     path = Path(folder) / "README.md"
     write_atomically(path, str(make_card(results, **settings)))

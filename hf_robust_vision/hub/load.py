@@ -44,9 +44,6 @@ class RobustEncoder:
         """Measure the model again on its recorded samples, or on `max_samples` of them; see `repeat_zero_shot`.
 
         `dataset` is what was measured on, where the record does not tell; `device` is where the encoder moves.
-
-        Raises:
-            ValueError: If it has no text tower, or the data is not what was measured on.
         """
         if not isinstance(self.encoder, CLIPEncoder):
             raise ValueError("a vision tower alone can not be measured zero-shot; load the whole model.")

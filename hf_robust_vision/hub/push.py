@@ -59,11 +59,7 @@ class PushReport:
 
 @dataclass(frozen=True)
 class PushSettings:
-    """What `push_robust_encoder` takes by name.
-
-    Raises:
-        ValueError: If a pull request is to go to a branch.
-    """
+    """What `push_robust_encoder` takes by name."""
 
     what: str | None = None  # "model", "tower" (its vision half) or "adapter"; by default what the folder holds
     private: bool | None = None  # of a new repository; by default what your account says
@@ -129,11 +125,7 @@ def push_robust_encoder(folder: str | Path, repo_id: str, **settings: Any) -> Pu
 
 
 def check_target(repo_id: str, token: str | None = None) -> None:
-    """Refuse what can not be pushed to, without asking the Hub: good to know before a training of hours.
-
-    Raises:
-        ValueError: If the id has the wrong shape, there is no token, or HF_HUB_OFFLINE is set.
-    """
+    """Refuse what can not be pushed to, without asking the Hub: good to know before a training of hours."""
     _check_id(repo_id)
     if constants.HF_HUB_OFFLINE:
         raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it.")

@@ -68,13 +68,7 @@ class Release:
 def prepare_release(
     folder: str | Path, what: str | None = None, *, base_model: str | None = None, license: str | None = None
 ) -> Release:
-    """Check a folder and choose what of it is uploaded; the folder itself is only read.
-
-    Args:
-        folder: As `push_robust_encoder`.
-        what: "model", "tower" (the vision half of a model folder), or "adapter"; by default what the folder holds.
-        base_model: Hub id of the original; by default the one that card or adapter names.
-        license: By default the card's.
+    """Check a folder and choose what of it is uploaded, see `PushSettings`; the folder itself is only read.
 
     Raises:
         ValueError: If something is missing, leads out of the folder, was not measured, or belongs to other weights.

@@ -11,20 +11,14 @@ from hf_robust_vision.report.templates import template
 
 KINDS = ("model", "tower", "adapter")
 # A card that somebody edited keeps its words: a push exchanges only what stands between these two.
-_START, _END = (
-    "<!-- usage: `hf-robust-vision push` keeps this block in step with the repository -->",
-    "<!-- /usage -->",
-)
+_START = "<!-- usage: `hf-robust-vision push` keeps this block in step with the repository -->"
+_END = "<!-- /usage -->"
 
 
 def usage_block(kind: str, name: str, result: RobustnessResult, base_model: str | None = None) -> Verbatim:
-    """The part of a card that shows how to load it, between the comments that `replace_usage` looks for.
+    """The part of a card that shows how to load a "model", "tower", "adapter" or "vlm", which `replace_usage` looks for.
 
-    Args:
-        kind: "model", "tower", "adapter" or "vlm".
-        name: Id of the repository, or "." for the folder that the card lies in.
-        result: Its first prompts become those of the example.
-        base_model: What an adapter is put on.
+    `name` is the id of the repository, or "." for the card's own folder; `result` lends the example its prompts.
     """
     prompt = result.templates[0] if result.templates else "a photo of a {}"
     prompts = [prompt.replace("{}", word) for word in (result.class_names or ["cat", "dog"])[:2]]

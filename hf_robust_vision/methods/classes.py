@@ -18,9 +18,6 @@ class ClassTrainer(AdversarialTrainer):
     """Base of the methods that classify by class prompts, those of `train_dataset.class_names`.
 
     `bank` is the original text tower's classifier; the attacker raises the cross-entropy of `logits`.
-
-    Raises:
-        ValueError: If there is no training set, or no text tower and tokenizer to embed its class names.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -75,17 +75,12 @@ class FeatureDistance:
     Pooled embeddings are compared by the distance `pooled`; tokens h of one layer as `mean((h - h0)^2) / variance`, or
     as the mean of `1 - cosine` over the tokens.
 
-    Args:
-        feature: One of `FEATURES`.
-        pooled: Distance of pooled embeddings.
-        variances: One of each layer that gives tokens, see `token_variances`; 1 where there is none.
-        token_distance: "squared_l2" or "cosine".
     """
 
     feature: str
     pooled: Callable[[Tensor, Tensor], Tensor] = cosine_distance
-    variances: tuple[float, ...] = ()
-    token_distance: str = "squared_l2"
+    variances: tuple[float, ...] = ()  # one of each layer that gives tokens, see `token_variances`; else 1
+    token_distance: str = "squared_l2"  # or "cosine"
 
     def __call__(self, output: EncoderOutput, target: EncoderOutput) -> Tensor:
         """One distance per image, shape (batch,), in float32 at least."""

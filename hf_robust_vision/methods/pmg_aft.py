@@ -38,12 +38,8 @@ def pmg_aft_loss(
 ) -> Tensor:
     """`CE(l(x'), c) + KL(p0(x') || p(x')) + KL(p(x) || p(x'))`, a scalar.
 
-    Args:
-        clean: Tuned model's logits of the clean images, shape (batch, classes).
-        adversarial: Tuned model's logits of the adversarial images.
-        teacher: Original model's logits of the ADVERSARIAL images.
-        labels: True classes, shape (batch,).
-        profile: See `PMGAFTTrainer`.
+    `clean` and `adversarial` are the tuned model's logits, shape (batch, classes), `teacher` the original's of the
+    ADVERSARIAL images; of `profile` see `PMGAFTTrainer`.
     """
     code = profile == "code"
     reduction = "sum" if code else "batchmean"

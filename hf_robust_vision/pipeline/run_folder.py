@@ -34,9 +34,6 @@ def check_folder(
 
     Returns:
         The checkpoint to go on from, if any.
-
-    Raises:
-        ValueError: If there is none, or `folder` is not free and what it holds may not be replaced.
     """
     # A process that is killed outright can not put back what it moved aside.
     for aside in sorted(folder.absolute().parent.glob(f"{escape(folder.name)}.old-*")):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import Counter
-from collections.abc import Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,11 +108,7 @@ def pick_examples(measured: Sequence[Measured], count: int) -> list[Example]:
     """The samples that show most: seen by many models, some of which fell to the attack, one of each class first.
 
     Each is shown at the smallest radius at which the models part, else at which one falls, else at the largest. A
-    sample that no model was attacked on shows nothing.
-
-    Args:
-        measured: Results of one dataset and protocol.
-        count: Examples wanted; fewer if fewer were saved.
+    sample that no model was attacked on shows nothing. The results are of one dataset and protocol.
     """
     by_eps: dict[float, list[_Saved]] = {}
     for one in map(_Saved, filter(_has_images, measured)):
@@ -121,16 +118,11 @@ def pick_examples(measured: Sequence[Measured], count: int) -> list[Example]:
         for sample in dict.fromkeys(sample for one in saved for sample in one.images.ids() if sample in one.records):
             example = Example(sample, [one for one in saved if sample in one.images and sample in one.records])
             best[sample] = max(best.get(sample, example), example, key=lambda view: view.worth)
-    turns: Counter[str] = Counter()
-
-    def turn(example: Example) -> int:
-        turns[example.truth] += 1
-        return turns[example.truth]
-
+    turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
     shown = [example for example in best.values() if example.worth[1]]
     # Both sorts are stable: the best of every class come first, then the second best of every class.
     shown.sort(key=lambda example: example.worth[:2], reverse=True)
-    return sorted(shown, key=turn)[: max(count, 0)]
+    return sorted(shown, key=lambda example: next(turns[example.truth]))[: max(count, 0)]
 
 
 def _has_images(measured: Measured) -> bool:

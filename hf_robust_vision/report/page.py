@@ -81,9 +81,6 @@ def write_report(
         title: Of the page.
         examples: Attacked images shown for each dataset, from what was saved (`--save_examples`).
 
-    Returns:
-        The files written.
-
     Raises:
         ValueError: If there is no result, a file can not be read, or records say something else than their result.
     """
@@ -115,9 +112,6 @@ def read_measured(files: Sequence[str | Path]) -> list[Measured]:
 
     "before" becomes "undefended", "after" the training method; models that would share a label carry a piece of their
     hash. The undefended model, where there is one, has the first place and colour.
-
-    Raises:
-        ValueError: As `write_report`.
     """
     rows: list[tuple[str, RobustnessResult, Path]] = []
     for file in files:

@@ -133,7 +133,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
             )
         self._measured: dict[str, list[Tensor]] = {}
         self._last_images: Tensor | None = None
-        self._seen, self._seen_at = 0, time.time()
+        self._seen, self._seen_at = 0, 0.0
 
     # What a method says
 
@@ -214,8 +214,9 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
             means = {name: torch.stack(values).mean() for name, values in self._measured.items()}
             reduced = self.accelerator.reduce(means, reduction="mean")
             logs |= {name: round(value.item(), 6) for name, value in reduced.items()}
-            now = time.time()
-            logs["samples_per_second"] = round(self._seen / max(now - self._seen_at, 1e-9), 1)
+            # `start_time` is that of training: a measurement may lie between the construction and it.
+            now, since = time.time(), max(self._seen_at, start_time or 0.0)
+            logs["samples_per_second"] = round(self._seen / max(now - since, 1e-9), 1)
             self._measured, self._seen, self._seen_at = {}, 0, now
         super().log(logs, start_time)
 

@@ -34,11 +34,7 @@ def check_collapse(pairwise: float, original: float, on_collapse: str, step: int
     """Stop a run whose embeddings have lost nearly all of the original's spread, or, at "record", only warn.
 
     `pairwise` and `original` are the mean pairwise cosines of tuned and original encoder on the same images; `hint` says
-    what to type.
-
-    Raises:
-        CollapseError: If they have, and `on_collapse` is "stop".
-        ValueError: If they are not finite.
+    what to type. What is not finite is a ValueError.
     """
     # Against the original on the same images: a CLIP's embeddings share a direction to begin with, some sets more of it.
     if not math.isfinite(pairwise):

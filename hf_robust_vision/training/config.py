@@ -55,32 +55,24 @@ class Radius(float):
 class AdversarialTrainingArguments(TrainingArguments):
     """`TrainingArguments` and the attacks of adversarial fine-tuning.
 
-    Listed are the added fields of which there is more to say than their help. Defaults that differ from `TrainingArguments`: `learning_rate` 1e-5,
-    `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings), `logging_steps` 10, `ddp_timeout` a day,
-    `use_cpu` where there is no accelerator, `run_name` is that of `output_dir`, and `remove_unused_columns` is always
-    False, since images, labels and ids all reach the loss. `push_to_hub` pushes once, when the run has been measured.
+    Listed are the added fields of which there is more to say than their help. Defaults that differ from
+    `TrainingArguments`: `learning_rate` 1e-5, `weight_decay` 1e-4, `lr_scheduler_type` "cosine" (FARE's settings),
+    `logging_steps` 10, `ddp_timeout` a day, `use_cpu` where there is no accelerator, `run_name` is that of `output_dir`,
+    and `remove_unused_columns` is always False, since images, labels and ids all reach the loss. `push_to_hub` pushes
+    once, when the run has been measured. `torch_compile` compiles the encoder in place: the learner's pass and the
+    attack's run compiled, weights keep their names, and measurements run as they would without it.
 
     Args:
-        attack_eps: "linf" in pixels of [0, 1], written 4/255.
-        attack_step_size: For "linf" at most 1.
-        eval_protocol: Its steps are its own unless `eval_attack_steps` says otherwise.
         eval_eps: One or several; the first is that of `eval_robust_accuracy`, which a best checkpoint is chosen by.
         on_collapse: "stop" ends the run when the embeddings collapse to a point; "record" only logs it.
         use_peft: On the linear layers that would train otherwise; nothing else trains.
-        lora_alpha: The adapter's output is multiplied by `lora_alpha / lora_r`.
         lora_dropout: Off during attacks and evaluation.
         lora_target_modules: By their names, such as `q_proj v_proj`.
-        freeze_blocks: Above 0, the vision tower's embeddings do not train either.
+        freeze_blocks: Above 0, what lies before the vision tower's blocks does not train either.
         matmul_precision: "high" (TF32) or "medium" (bfloat16) inside float32 matrix products of a training step, by
             `torch.set_float32_matmul_precision`; measurements always run at the precision that is set outside.
         cache_targets_mb: MiB of memory of each process for the original's features of clean images, which then are
             computed once a sample; 0 computes them at each step. For data that is the same at every epoch.
-
-    `torch_compile` compiles the encoder in place: the learner's pass and the attack's run compiled, weights keep their
-    names, and measurements run as they would without it.
-
-    Raises:
-        ValueError: If a value makes no sense; the message says what to type.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
@@ -106,7 +98,9 @@ class AdversarialTrainingArguments(TrainingArguments):
     on_collapse: str = field(default="stop", metadata={"help": "stop or record, when the embeddings collapse."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the weights."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter, over its rank."})
+    lora_alpha: int = field(
+        default=16, metadata={"help": "The adapter's output is multiplied by lora_alpha / lora_r."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Linear layers that get an adapter; default: all that would train."}
@@ -126,19 +120,7 @@ class AdversarialTrainingArguments(TrainingArguments):
         self.run_name = getattr(self, "run_name", None) or Path(self.output_dir).absolute().name
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it at every epoch
-        for name in ("attack_eps", "attack_step_size"):
-            value = getattr(self, name)
-            setattr(self, name, Radius(value) if value is not None else None)
-        if self.attack_eps == 0:
-            raise ValueError("attack_eps=0 is no attack; use the plain Trainer, or a radius such as 4/255.")
-        check_length("--attack_eps", self.attack_eps, self.attack_norm)
-        if self.attack_step_size is not None:
-            check_length("--attack_step_size", self.attack_step_size, self.attack_norm, zero=False)
-        self.attack_ball()
-        radii = self.eval_eps if isinstance(self.eval_eps, list | tuple | None) else [self.eval_eps]
-        self.eval_eps = [Radius(eps) for eps in radii or ()] or None
-        for eps in self.eval_eps or ():
-            check_length("--eval_eps", eps, self.attack_norm)
+        self._check_radii()
         if self.fp16:
             # Loss scaling covers the learner's backward pass only, not the attack's.
             raise ValueError("fp16=true lets the attack's gradients underflow to zero unseen; type --bf16 true.")
@@ -151,6 +133,20 @@ class AdversarialTrainingArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs in one process would use nn.DataParallel, which adversarial training does not "
                 "support; start one process per GPU: accelerate launch <script>."
             )
+
+    def _check_radii(self) -> None:
+        self.attack_eps = Radius(self.attack_eps)
+        if self.attack_eps == 0:
+            raise ValueError("attack_eps=0 is no attack; use the plain Trainer, or a radius such as 4/255.")
+        check_length("--attack_eps", self.attack_eps, self.attack_norm)
+        if self.attack_step_size is not None:
+            self.attack_step_size = Radius(self.attack_step_size)
+            check_length("--attack_step_size", self.attack_step_size, self.attack_norm, zero=False)
+        self.attack_ball()
+        radii = self.eval_eps if isinstance(self.eval_eps, list | tuple | None) else [self.eval_eps]
+        self.eval_eps = [Radius(eps) for eps in radii or ()] or None
+        for eps in self.eval_eps or ():
+            check_length("--eval_eps", eps, self.attack_norm)
 
     def _check_numbers(self) -> None:
         for name, least in WHOLE.items():
@@ -168,7 +164,7 @@ class AdversarialTrainingArguments(TrainingArguments):
         # Without `use_cpu`, on a machine without accelerators, bf16 is refused, and each process of a launcher runs
         # alone, in the same folder.
         launched = int(os.environ.get("WORLD_SIZE", 1))
-        if not getattr(torch, "accelerator", torch.cuda).is_available():
+        if not torch.accelerator.is_available():
             self.use_cpu = True
         if launched > 1 and not self.use_cpu:
             need_a_gpu_each("--use_cpu true")

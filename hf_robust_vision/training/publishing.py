@@ -60,10 +60,6 @@ class PublishWhenMeasured(Trainer):
 
         What is not given is as the run's `hub_...` arguments say. The recipes call it after the last measurement. From
         Python: measure, `save_results`, `write_card`, push.
-
-        Raises:
-            ValueError: If the folder was not measured, or `blocking` is false.
-            PushError: If the Hub can not be reached or refuses.
         """
         if not blocking:
             raise ValueError("push_to_hub(blocking=False) could fail unseen; leave blocking out.")

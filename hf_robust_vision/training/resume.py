@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,8 +37,6 @@ class ResumableTrainer(Trainer):
     args: AdversarialTrainingArguments
     model: Any
     start: Setting  # the model to start from
-    _seen: int
-    _seen_at: float
 
     def check_health(self) -> None:
         """Raise where the model of this moment is not worth saving; every process must ask."""
@@ -55,16 +52,11 @@ class ResumableTrainer(Trainer):
         return merged(encoder) if has_adapter(encoder) else encoder
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
-
-        Raises:
-            ValueError: If `need_resumable` refuses the checkpoint, or the run ends without an update or unhealthy.
-        """
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
         found, state = self.need_resumable(resume_from_checkpoint) if resume_from_checkpoint else (None, None)
         if found is not None and state is not None and self._is_over(state):
             output = self._take_up(found, state)
         else:
-            self._seen, self._seen_at = 0, time.time()  # not since the construction: a measurement may lie between
             output = super().train(resume_from_checkpoint=found, **kwargs)
         if self.state.global_step == 0:
             raise ValueError("no update was made, so there is nothing to save.")
@@ -74,9 +66,8 @@ class ResumableTrainer(Trainer):
     def need_resumable(self, resume: str | bool) -> tuple[str, TrainerState]:
         """The checkpoint to go on from, True for the last complete one of `output_dir`, and its state.
 
-        Raises:
-            ValueError: If there is none, a file of it is missing or damaged, or model, data, method, schedule, batch or
-                precision are not those that it was trained with: it would be another run.
+        A ValueError where there is none, a file of it is missing or damaged, or model, data, method, schedule, batch or
+        precision are not those that it was trained with: it would be another run.
         """
         found = checkpoints.resumable_checkpoint(self.args.output_dir if resume is True else str(resume))
         checkpoints.need_settings(found, self._settings())
