@@ -47,11 +47,8 @@ def load_labelled_images(
 ) -> LabelledImages:
     """Load a local image folder, a saved `datasets` folder, or a dataset of the Hub or a folder laid out like one.
 
-    Args:
-        source: What to load; a path or name stands for a source with nothing else said.
-        split: Such as "train".
-        transform: Fits each image to the tower.
-        only_split: Download and prepare the files of this split alone; `datasets` does all splits otherwise.
+    A path or name stands for a source with nothing else said; `transform` fits each image to the tower. With `only_split`
+    the files of this split alone are downloaded and prepared; `datasets` does all splits otherwise.
 
     Raises:
         ValueError: If a folder holds no images, the split or a column does not exist, there are no class names, or

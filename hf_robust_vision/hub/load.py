@@ -60,12 +60,8 @@ def load_robust_encoder(
 
     An adapter is merged into the model that it names. The weights are compared with the hash in the record. Numbers of
     another model, of another tower, or of an adapter on another original are refused; of the merged weights a
-    difference is a warning, because a merge on another kind of processor may round otherwise.
-
-    Args:
-        name_or_path: Hub id or folder.
-        revision: Branch, tag or commit on the Hub.
-        token: For a private repository; by default the one of `hf auth login`, which also reads an adapter's original.
+    difference is a warning, because a merge on another kind of processor may round otherwise. An adapter's original is
+    read with the token of `hf auth login`, and so is the rest where no `token` is given.
 
     Raises:
         ValueError: If it can not be read, has no record, or the record belongs to other weights.

@@ -92,12 +92,8 @@ def push_robust_encoder(folder: str | Path, repo_id: str, **settings: Any) -> Pu
     """Upload a folder that a recipe wrote: weights, processor, card, curve, `robustness.json` and its samples.
 
     Only these files are uploaded; checkpoints, optimizer state and `training_args.bin` stay at home. They arrive in one
-    commit, which also deletes the files of an earlier push that this one does not have. The folder is only read.
-
-    Args:
-        folder: With weights, `robustness.json`, its samples files and the card.
-        repo_id: `owner/name`, or a name of yours. It is created if it does not exist.
-        settings: See `PushSettings`.
+    commit, which also deletes the files of an earlier push that this one does not have. The folder is only read; a
+    repository that does not exist is created. The settings are those of `PushSettings`.
 
     Raises:
         ValueError: If the folder is not complete or not measured, or the repository's id or the token is missing.

@@ -101,13 +101,9 @@ def required_gap(texts: Tensor, labels: Tensor, *, margin: float, mode: str = "d
 def confusable(original: Tensor, labels: Tensor, *, eta: float, scale: float, gate: str = "class") -> Tensor:
     """The gate: for which images and classes the margin applies, flags of shape (batch, classes).
 
-    Args:
-        original: Cosines of the clean images and the class texts, both of the original model.
-        labels: True classes, shape (batch,).
-        eta: Threshold.
-        scale: Of the logits.
-        gate: "class": the class's cosine is below the true one by at most `1 - eta` of the latter's size. "sample": the
-            original gives the true class a probability below `eta`. "none": everywhere. Never for the true class itself.
+    `original` are the cosines of the clean images and the class texts, both of the original model, which `scale` turns
+    into logits. At "class" the class's cosine is below the true one by at most `1 - eta` of the latter's size; at "sample"
+    the original gives the true class a probability below `eta`; at "none" everywhere. Never for the true class itself.
     """
     true = labels[:, None]
     if gate == "class":

@@ -44,14 +44,9 @@ def run(
 ) -> list[RobustnessResult]:
     """Measure a model, harden it, measure it again, and leave a stock model folder with its numbers.
 
-    Every input is checked before anything is written. Rank 0 writes; all ranks measure. A script that has nothing else to
-    do then calls `processes.part`; with `push_to_hub` the processes have parted already.
-
-    Returns:
-        The results before and after, as in `robustness.json`.
-
-    Raises:
-        ValueError: If an input is wrong, `output_dir` already holds a run, or it is deleted during this one.
+    Every input is checked before anything is written. Rank 0 writes; all ranks measure, and get the results before and
+    after, as in `robustness.json`. A script that has nothing else to do then calls `processes.part`; with `push_to_hub`
+    the processes have parted already.
     """
     start = time.time()
     if options.cpu_threads is not None and args.device.type == "cpu":
@@ -118,15 +113,10 @@ def _trainer(
             f"{model} has no text tower to measure with; name the whole CLIPModel, or type --measure false."
         )
     _let_read(encoder, options, args)
-    processor = CLIPProcessor(
-        image_processor=load_image_processor(name, revision=revision),
-        tokenizer=load_tokenizer(name, revision=revision),
-    )
+    parts = {"image_processor": load_image_processor(name, revision=revision)}
+    processor = CLIPProcessor(**parts, tokenizer=load_tokenizer(name, revision=revision))
     train, validation, test = load_splits(options, args.seed, encoder.transform, measure=options.measure)
-    trainer = trainer_class(
-        model=encoder, args=args, train_dataset=train, eval_dataset=validation, processing_class=processor
-    )
-    return trainer, test
+    return trainer_class(encoder, args, train, eval_dataset=validation, processing_class=processor), test
 
 
 def _let_read(encoder: Encoder, options: PipelineArguments, args: AdversarialTrainingArguments) -> None:
@@ -141,10 +131,9 @@ def _let_read(encoder: Encoder, options: PipelineArguments, args: AdversarialTra
 
 
 def _check_push(options: PipelineArguments, args: AdversarialTrainingArguments) -> None:
-    if not args.push_to_hub:
-        return
-    check_push(args)
-    if not options.measure:
+    if args.push_to_hub:
+        check_push(args)
+    if args.push_to_hub and not options.measure:
         raise ValueError("--push_to_hub true publishes measured models only; leave --measure false out.")
 
 
@@ -182,11 +171,11 @@ def _write(
     output: Path, results: list[RobustnessResult], trainer: AdversarialTrainer, options: PipelineArguments
 ) -> None:
     save_results(results, output)
+    picture = None
     try:
-        picture: str | None = plot_curve(results, output / "robustness.png").name
+        picture = plot_curve(results, output / "robustness.png").name
     except ModuleNotFoundError as error:
         print(f"no picture: {error}", file=sys.stderr)
-        picture = None
     # A path of this machine means nothing to the reader of a card; a Hub id does.
     name = options.model_name_or_path or DEMO_MODEL
     base = Path(name).name if Path(name).exists() else name

@@ -141,12 +141,7 @@ def measure_model(
     All datasets are opened before the first is measured. Killed and called again, it goes on from the samples that are
     written down. Results of other models or datasets that the folder holds stay there.
 
-    Args:
-        model: Folder or Hub id of a `CLIPModel`, or "demo-clip".
-        sets: What to measure on.
-        how: Attacks and radii.
-        output_dir: For `robustness.json` and the samples files.
-        settings: See `Measuring`.
+    The model is a folder or Hub id of a `CLIPModel`, or "demo-clip"; the settings are those of `Measuring`.
 
     Raises:
         ValueError: If a model, a dataset or the results in `output_dir` can not be read or used, or something is asked

@@ -26,14 +26,8 @@ def check_folder(
 ) -> str | None:
     """Refuse a folder that holds a run or no checkpoint to resume, and change nothing; say what a killed run left aside.
 
-    Args:
-        folder: Of the run that begins.
-        resume: True or "true" for the last complete checkpoint of `folder`, a path, or nothing to start anew.
-        overwrite: Whether `run_folder` may replace an earlier run.
-        reads: Folders that this run reads; what is no folder is left out.
-
-    Returns:
-        The checkpoint to go on from, if any.
+    `resume` is True or "true" for the last complete checkpoint of `folder`, a path, or nothing to start anew; it returns
+    the checkpoint to go on from, if any. With `overwrite`, what holds one of the paths that the run `reads` stays.
     """
     # A process that is killed outright can not put back what it moved aside.
     for aside in sorted(folder.absolute().parent.glob(f"{escape(folder.name)}.old-*")):

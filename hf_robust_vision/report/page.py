@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RobustnessResult, load_results, pretty_eps
@@ -22,13 +21,12 @@ from .templates import template
 _TONES = {"passed": "good", "flagged": "bad"}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One sanity check as a page shows it; `tone` is "good", "bad" or "plain"."""
+class Check(NamedTuple):
+    """One sanity check as a page shows it."""
 
     name: str
     verdict: str
-    tone: str
+    tone: str  # "good", "bad" or "plain"
     numbers: list[tuple[str, str]]
 
 
