@@ -28,6 +28,7 @@ from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.methods.tima import TIMATrainer
 from hf_robust_vision.pipeline import harden
+from hf_robust_vision.pipeline.harden_vlm import VLMArguments, VLMTrainer
 from hf_robust_vision.sanity import rivals
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.training.checkpoints import complete_checkpoint, mark_complete
@@ -298,8 +299,11 @@ def test_measure_false_only_trains(monkeypatch, clip_folder, image_folder, tmp_p
 class TestConfigs:
     @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
     def test_names_and_values_are_read(self, config):
-        (trainer,) = (trainer for recipe, trainer in TRAINERS.items() if config.stem.startswith(f"{recipe}_"))
-        options, args = pipeline.parse(trainer, ["--config", str(config), "--bf16", "false", "--use_cpu", "true"])
+        trainers = TRAINERS | {"harden_vlm": VLMTrainer}
+        (trainer,) = (trainer for recipe, trainer in trainers.items() if config.stem.startswith(f"{recipe}_"))
+        holds = {"options": VLMArguments} if trainer is VLMTrainer else {}
+        line = ["--config", str(config), "--bf16", "false", "--use_cpu", "true"]
+        options, args = pipeline.parse(trainer, line, **holds)
         for key, value in yaml.safe_load(config.read_text()).items():
             holder = options if hasattr(options, key) else args
             got = getattr(holder, key)
