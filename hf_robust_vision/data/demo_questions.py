@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 
@@ -29,7 +29,7 @@ class Question:
     answer: str  # one word
     yes_no: bool  # answered by yes or no; such questions are answerable without looking: a blank image scores 79 %
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of the image's file."""
         return file_sha256(self.image)[:16]
