@@ -16,7 +16,17 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
+)
 
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import TEMPLATES
@@ -38,7 +48,7 @@ def _seeded():
     _warn_of_twins.cache_clear()  # once in each test
 
 
-def build_processor() -> CLIPProcessor:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     words = sorted({w for t in TEMPLATES["demo"] for w in t.replace("{}", "").split()} | set(NAMES) | {"photo", "."})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[BOS]", "[EOS]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -48,11 +58,12 @@ def build_processor() -> CLIPProcessor:
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
     )
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
-    size = {"height": SIZE, "width": SIZE}
-    return CLIPProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size), tokenizer=fast
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
+
+
+def build_processor() -> CLIPProcessor:
+    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    return CLIPProcessor(image_processor=images, tokenizer=build_tokenizer())
 
 
 def build_clip(vocabulary: int = 40, vision_init: float = 8.0) -> CLIPModel:
@@ -73,6 +84,30 @@ def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
     build_clip().save_pretrained(folder)
     build_processor().save_pretrained(folder)
+    return folder
+
+
+def build_siglip() -> SiglipModel:
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = small | {"vocab_size": 40, "max_position_embeddings": 12}  # fewer than the tokenizer would pad to
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    vision = small | {"image_size": SIZE, "patch_size": 8}
+    model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(3.0)
+        model.logit_bias.fill_(-4.0)
+        model.text_model.encoder.layers[0].mlp.fc1.weight *= 4  # or all texts would be nearly one
+    return model
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory):
+    """Folder of a tiny random SiglipModel with its processor."""
+    folder = tmp_path_factory.mktemp("siglip") / "tiny-siglip"
+    build_siglip().save_pretrained(folder)
+    images = SiglipImageProcessor(size={"height": SIZE, "width": SIZE})
+    SiglipProcessor(image_processor=images, tokenizer=build_tokenizer()).save_pretrained(folder)
     return folder
 
 

@@ -15,7 +15,7 @@ from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import DEMO_NAME, load_demo
 from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
 from .consistency import check_results, measurements
@@ -48,7 +48,7 @@ class RepeatSettings(TypedDict, total=False):
 
 
 def repeat_zero_shot(
-    encoder: CLIPEncoder,
+    encoder: DualEncoder,
     tokenizer: Any,
     results: Sequence[RobustnessResult],
     folder: str | Path,

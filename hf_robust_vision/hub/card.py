@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ _KINDS = {
     "vlm": ("transformers", "image-text-to-text", "finetune"),
 }
 
+_FAMILIES = {"CLIPModel": "CLIP", "SiglipModel": "Siglip"}
+
 # Task of a result -> task of the Hub.
 _TASKS = {
     "zero_shot": "zero-shot-image-classification",
@@ -45,7 +48,7 @@ class CardSettings:
     """What a card tells beside its numbers."""
 
     model_name: str  # title
-    model_class: str = "CLIPModel"  # another one is that of a VLM
+    model_class: str = "CLIPModel"  # "SiglipModel", or another one: that of a VLM
     # Hub id of the original. A mere folder name is told in the text only: as metadata it would link to somebody else's
     # model, or to none.
     base_model: str | None = None
@@ -67,11 +70,12 @@ def make_card(results: Sequence[RobustnessResult], **settings: Any) -> ModelCard
         check_attacked(result)
     if not after:
         raise ValueError("a card needs at least one measured result of the hardened model.")
-    kind = "model" if about.model_class == "CLIPModel" else "vlm"
+    family = _FAMILIES.get(about.model_class)
+    kind = "vlm" if family is None else "model"
     data = ModelCardData(
         model_name=about.model_name,
         license=about.license,
-        tags=[*TAGS, *(["clip"] if kind == "model" else []), *about.tags],
+        tags=[*TAGS, *([family.lower()] if family else []), *about.tags],
         datasets=[about.dataset] if about.dataset else None,
         eval_results=eval_results(after),
     )
@@ -83,7 +87,7 @@ def make_card(results: Sequence[RobustnessResult], **settings: Any) -> ModelCard
         about=about,
         tuned="vision tower was" if one_tower else "vision and text towers were",
         method=training.get("method", "an unknown method"),
-        usage=usage_block(kind, ".", after[0], about.base_model),
+        usage=usage_block(kind, ".", after[0], about.base_model, family or ""),
         rows=[_row(result, results[0]) for result in results],
         tables=[protocol.Table(rows) for rows in protocol.grouped(((one.model, one), one) for one in after)],
         training=training_settings(trained),
@@ -111,7 +115,9 @@ def is_hub_id(name: str) -> bool:
 def write_card(folder: str | Path, results: Sequence[RobustnessResult], **settings: Any) -> Path:
     """Write `README.md` into a model folder, as `make_card`; its samples files must say what the results say."""
     check_results(results, folder)
-    path = Path(folder) / "README.md"
+    path, config = Path(folder) / "README.md", Path(folder) / "config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "siglip":
+        settings["model_class"] = "SiglipModel"
     write_atomically(path, str(make_card(results, **settings)))
     return path
 

@@ -14,7 +14,7 @@ from hf_robust_vision.evaluation.repeat import Repeat, repeat_zero_shot
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
 from hf_robust_vision.towers.adapters import holds_adapter, original_of
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import Encoder, load_encoder, merge_adapter
 from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.weights import local_or_hub
@@ -45,7 +45,7 @@ class RobustEncoder:
 
         `dataset` is what was measured on, where the record does not tell; `device` is where the encoder moves.
         """
-        if not isinstance(self.encoder, CLIPEncoder):
+        if not isinstance(self.encoder, DualEncoder):
             raise ValueError("a vision tower alone can not be measured zero-shot; load the whole model.")
         if device is not None:
             self.encoder.to(device)
@@ -98,7 +98,7 @@ def load_robust_encoder(
             )
     else:
         encoder = load_encoder(folder, dtype="auto")
-        tokenizer = load_tokenizer(folder) if isinstance(encoder, CLIPEncoder) else None
+        tokenizer = load_tokenizer(folder) if isinstance(encoder, DualEncoder) else None
         held, told = weights_sha256(encoder), getattr(encoder.config, TOWER_RECORD, None) or {}
         # A tower alone has another hash than the model that it was cut from, which is what was measured.
         whole = told.get("model") if tokenizer is None and told.get("tower") == held else held

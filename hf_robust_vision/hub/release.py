@@ -18,7 +18,8 @@ from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
 from hf_robust_vision.towers.adapters import ADAPTER_FILES, ADAPTER_FOLDER, CONFIG_FILE, WEIGHTS_FILE, holds_adapter
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import CLIPEncoder, vision_half
+from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 
@@ -57,7 +58,8 @@ class Release:
 
     def card_for(self, repo_id: str) -> bytes:
         """The card whose example loads this repository."""
-        block = usage_block(self.kind, repo_id, self.results[0], self.base_model)
+        family = "Siglip" if "siglip" in (self.card.data.get("tags") or ()) else "CLIP"
+        block = usage_block(self.kind, repo_id, self.results[0], self.base_model, family)
         return replace_usage(str(self.card), block).encode()
 
     def contents(self, repo_id: str) -> dict[str, Path | bytes]:
@@ -170,14 +172,14 @@ def _check_vlm(folder: Path, results: Sequence[RobustnessResult]) -> Any:
     return vlm
 
 
-def _check_model(folder: Path, results: Sequence[RobustnessResult]) -> CLIPEncoder:
+def _check_model(folder: Path, results: Sequence[RobustnessResult]) -> DualEncoder:
     if not (folder / "model.safetensors").is_file() and not list(folder.glob("model-*-of-*.safetensors")):
         raise ValueError(f"{folder} has no model.safetensors; write it with save_pretrained.")
     if not _matching(folder, ("tokenizer.json", "vocab.json")):  # transformers would make one up
-        raise ValueError(f"{folder} has no tokenizer.json; save the model's CLIPProcessor there.")
+        raise ValueError(f"{folder} has no tokenizer.json; save the model's processor there.")
     encoder = load_encoder(folder, dtype="auto")
     load_tokenizer(folder)
-    if not isinstance(encoder, CLIPEncoder):
+    if not isinstance(encoder, DualEncoder):
         raise ValueError(f"{folder} holds a vision tower alone; push its CLIPModel folder with what='tower'.")
     _need_measured(folder, results, weights_sha256(encoder))
     return encoder
@@ -210,10 +212,14 @@ def _check_adapter(folder: Path, base_model: str | None) -> tuple[bytes, str]:
     return (json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n").encode(), base
 
 
-def _tower(folder: Path, encoder: CLIPEncoder) -> dict[str, Path | bytes]:
+def _tower(folder: Path, encoder: DualEncoder) -> dict[str, Path | bytes]:
+    if not isinstance(encoder, CLIPEncoder):
+        raise ValueError(
+            f"what='tower' is for a CLIPModel; push a {encoder.stock_class.__name__} whole, what='model'."
+        )
     with TemporaryDirectory() as place:
         load_image_processor(folder).save_pretrained(place)
-        half = vision_half(encoder)
+        half = encoder.vision_half()
         half.config.update({TOWER_RECORD: {"model": weights_sha256(encoder), "tower": weights_sha256(half)}})
         half.save_pretrained(place)
         return {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}

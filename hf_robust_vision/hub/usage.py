@@ -15,16 +15,22 @@ _START = "<!-- usage: `hf-robust-vision push` keeps this block in step with the 
 _END = "<!-- /usage -->"
 
 
-def usage_block(kind: str, name: str, result: RobustnessResult, base_model: str | None = None) -> Verbatim:
+def usage_block(
+    kind: str, name: str, result: RobustnessResult, base_model: str | None = None, family: str = "CLIP"
+) -> Verbatim:
     """The part of a card that shows how to load a "model", "tower", "adapter" or "vlm", which `replace_usage` looks for.
 
-    `name` is the id of the repository, or "." for the card's own folder; `result` lends the example its prompts.
+    `name` is the id of the repository, or "." for the card's own folder; `result` lends the example its prompts; `family`
+    is "CLIP" or "Siglip", as transformers' classes begin.
     """
     prompt = result.templates[0] if result.templates else "a photo of a {}"
     prompts = [prompt.replace("{}", word) for word in (result.class_names or ["cat", "dog"])[:2]]
     if kind == "vlm":
         prompts = [str((result.generation or {}).get("prompt", "{}")).replace("{}", "what is it?")]
-    lines = template("usage.md").render(kind=kind, name=name, base=base_model or "", prompts=prompts)
+    # The classes of tokenizers, and so the processors, of SigLIP and SigLIP 2 differ.
+    processor = "CLIPProcessor" if family == "CLIP" else "AutoProcessor"
+    names = {"kind": kind, "name": name, "base": base_model or "", "family": family, "processor": processor}
+    lines = template("usage.md").render(prompts=prompts, **names)
     return Verbatim(f"{_START}\n\n{lines}\n{_END}")
 
 

@@ -29,7 +29,11 @@ class ClassTrainer(AdversarialTrainer):
         self.bank = self.text_bank(cast(LabelledImages, self.train_dataset), self.reference.encoder)
 
     def logits(self, image_embeds: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Cosines times the model's own frozen scale, shape (batch, classes); by default with the original's texts."""
+        """Cosines times the model's own frozen scale, shape (batch, classes); by default with the original's texts.
+
+        Deviation: SigLIP's own loss is a sigmoid for each pair. The losses over classes stay softmaxes, as published
+        for CLIP; a softmax does not depend on SigLIP's bias, which is left out.
+        """
         # A scale that trains could lower the cross-entropy by itself, with no image any closer to its class.
         return self.bank.logit_scale * cosines(image_embeds, self.bank.embeddings if texts is None else texts)
 

@@ -13,7 +13,7 @@ from hf_robust_vision.attacks import CrossEntropy, Objective
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.towers.base import Reads
 from hf_robust_vision.towers.load import Encoder
-from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts, tokenize
+from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts
 from hf_robust_vision.training.base import Batch
 from hf_robust_vision.training.config import AdversarialTrainingArguments, need_number, one_of
 
@@ -151,7 +151,8 @@ class TIMATrainer(ClassTrainer):
         super().__init__(*args, **kwargs)
         templates = get_templates(self.args.templates)
         tokenizer = getattr(self.processing_class, "tokenizer", None)
-        self.prompts = tokenize(tokenizer, class_prompts(self.bank.class_names, templates), self.args.device)
+        prompts = class_prompts(self.bank.class_names, templates)
+        self.prompts = self.reference.encoder.tokenize(tokenizer, prompts, self.args.device)
 
     @classmethod
     def reads(cls, args: Any) -> Reads:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import CLIPProcessor, set_seed
+from transformers import AutoProcessor, set_seed
 
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import LabelledImages
@@ -24,9 +24,8 @@ from hf_robust_vision.report.pictures import plot_curve
 from hf_robust_vision.report.tables import comparison_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.base import FEATURES
-from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import Encoder
-from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 from hf_robust_vision.towers.vlm import LanguageReader
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.config import AdversarialTrainingArguments
@@ -108,13 +107,12 @@ def _trainer(
     """The trainer with its model and data, and the test split where there is something to measure."""
     model, revision = options.model_name_or_path or DEMO_MODEL, options.model_revision
     encoder, name = read_model(model, revision=revision)
-    if options.measure and not isinstance(encoder, CLIPEncoder):
+    if options.measure and not isinstance(encoder, DualEncoder):
         raise ValueError(
             f"{model} has no text tower to measure with; name the whole CLIPModel, or type --measure false."
         )
     _let_read(encoder, options, args)
-    parts = {"image_processor": load_image_processor(name, revision=revision)}
-    processor = CLIPProcessor(**parts, tokenizer=load_tokenizer(name, revision=revision))
+    processor = AutoProcessor.from_pretrained(name, revision=revision)
     train, validation, test = load_splits(options, args.seed, encoder.transform, measure=options.measure)
     return trainer_class(encoder, args, train, eval_dataset=validation, processing_class=processor), test
 

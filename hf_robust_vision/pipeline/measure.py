@@ -27,7 +27,7 @@ from hf_robust_vision.processes import barrier, meet, part, rank_and_world
 from hf_robust_vision.report.page import write_report
 from hf_robust_vision.report.tables import results_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
-from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import Encoder, load_encoder
 from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import make_text_bank
@@ -207,10 +207,10 @@ def check_output(folder: str | Path) -> None:
 
 def load_model(
     model: str, *, revision: str | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[CLIPEncoder, Any]:
+) -> tuple[DualEncoder, Any]:
     """An encoder on its device, and its tokenizer, from a folder or the Hub; "demo-clip" is the shipped one."""
     encoder, folder = read_model(model, revision=revision, dtype=dtype)
-    if not isinstance(encoder, CLIPEncoder):
+    if not isinstance(encoder, DualEncoder):
         raise ValueError(f"{model} has no text tower to classify with; name the whole CLIPModel.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return encoder.to(device), load_tokenizer(folder, revision=revision)

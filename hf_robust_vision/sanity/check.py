@@ -15,7 +15,7 @@ from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.task import RobustnessProtocol, Task, need_usable
 from hf_robust_vision.evaluation.tasks import Retrieval, RetrievalProtocol, ZeroShot
 from hf_robust_vision.towers.base import attack_mode
-from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.text_bank import TextBank
 
@@ -116,7 +116,7 @@ def add_sanity(
 
 def add_retrieval_sanity(
     results: Sequence[RobustnessResult],
-    encoder: CLIPEncoder,
+    encoder: DualEncoder,
     tokenizer: Any,
     dataset: CaptionedImages,
     how: RetrievalProtocol,
@@ -151,7 +151,7 @@ def check_sanity(
 
 
 def check_retrieval_sanity(
-    encoder: CLIPEncoder,
+    encoder: DualEncoder,
     tokenizer: Any,
     dataset: CaptionedImages,
     how: RetrievalProtocol,

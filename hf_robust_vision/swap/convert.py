@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPModel
 
-from hf_robust_vision.towers.clip import load_clip
+from hf_robust_vision.towers.load import load_stock
 from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 from hf_robust_vision.towers.weights import load_state_dict
 
@@ -44,7 +44,7 @@ def convert_checkpoint(
             f"{checkpoint} has no projection (`proj`); its embeddings would not match the text of {base}."
         )
     # All of them before anything is written, so that a base that lacks one leaves no half a folder.
-    model, *processors = load_clip(base, (CLIPModel,), dtype="auto"), load_image_processor(base), load_tokenizer(base)
+    model, *processors = load_stock(base, (CLIPModel,), dtype="auto"), load_image_processor(base), load_tokenizer(base)
     for name, wanted in (("hidden_act", hidden_act), ("num_attention_heads", num_attention_heads)):
         if wanted is not None and getattr(model.config.vision_config, name) != wanted:
             found = getattr(model.config.vision_config, name)
@@ -117,7 +117,7 @@ def export_v4(model_folder: str, output: str | Path) -> str:
 
 def _vision_half(model_folder: str) -> tuple[Any, dict[str, Tensor]]:
     """Config and weights, under CLIP keys, of the vision tower in a folder."""
-    (tower,) = find_towers(load_clip(model_folder, dtype="auto"))
+    (tower,) = find_towers(load_stock(model_folder, dtype="auto"))
     return tower.module.config, tower.clip_state()
 
 

@@ -15,7 +15,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.adapters import CONFIG_FILE, holds_adapter, merge_into, original_of
-from hf_robust_vision.towers.clip import load_clip
+from hf_robust_vision.towers.load import load_stock
 from hf_robust_vision.towers.weights import is_weights_file, load_state_dict, local_or_hub
 
 from .layouts import Geometry, Tower
@@ -92,7 +92,7 @@ def load_source(source: Any, *, base: Any = None) -> Source:
         return _from_adapter(place, name, base)
     if base is not None:
         raise ValueError(f"base= belongs to a PEFT adapter folder, but {name} has no {CONFIG_FILE}.")
-    return _from_model(load_clip(place, dtype="auto"), name, pixels=_pixels(place))
+    return _from_model(load_stock(place, dtype="auto"), name, pixels=_pixels(place))
 
 
 def reference_tower(state: dict[str, Tensor], geometry: Geometry) -> Tower:
@@ -150,6 +150,6 @@ def _pixels(name: str) -> PixelSettings | None:
 def _from_adapter(folder: str, name: str, base: Any) -> Source:
     base = base if base is not None else original_of(folder)[0]
     pixels = None if isinstance(base, nn.Module) else _pixels(str(base))
-    model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_clip(base, dtype="auto")
+    model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_stock(base, dtype="auto")
     merge_into(model, folder, part=[tower.module for tower in find_towers(model)])
     return _from_model(model, name, pixels=pixels)

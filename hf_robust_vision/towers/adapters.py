@@ -212,8 +212,12 @@ def _target_pattern(encoder: nn.Module, names: Sequence[str] | None) -> str:
 
     A mere list of names such as `q_proj` would hit the text tower as well.
     """
+    # Torch's own attention reads the weight of its `out_proj` past the layer, and so past an adapter there.
+    past = {id(module.out_proj) for module in encoder.modules() if isinstance(module, nn.MultiheadAttention)}
     linear = [
-        p for p, module in encoder.named_modules() if isinstance(module, nn.Linear) and module.weight.requires_grad
+        path
+        for path, module in encoder.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and id(module) not in past
     ]
     last = {path: path.rpartition(".")[2] for path in linear}
     if strange := sorted(set(names or ()) - set(last.values())):

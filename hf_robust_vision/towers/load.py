@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    SiglipModel,
+    SiglipVisionModel,
+)
 
 from hf_robust_vision.pixels import PixelTransform
 
 from .adapters import CONFIG_FILE, holds_adapter, merge_into, original_of, refuse_adapter
-from .clip import CLIPEncoder, CLIPVisionEncoder, load_clip_encoder, view_clip
+from .base import attack_mode
+from .clip import CLIPEncoder, CLIPVisionEncoder
+from .dual import PooledEncoder
+from .processors import load_image_processor
+from .siglip import SiglipEncoder, refuse_free_size
 from .vlm import VLMEncoder, is_vlm, load_vlm, view_vlm
-from .weights import local_or_hub
+from .weights import load_pretrained, local_or_hub
 
 
-Encoder = Any  # a CLIPEncoder, CLIPVisionEncoder or VLMEncoder
+Encoder = Any  # a PooledEncoder or VLMEncoder
+
+_POOLED: tuple[Any, ...] = (CLIPEncoder, CLIPVisionEncoder, SiglipEncoder)
+STOCK: tuple[type[PreTrainedModel], ...] = (
+    CLIPModel, CLIPVisionModelWithProjection, CLIPVisionModel, SiglipModel, SiglipVisionModel,
+)  # fmt: skip
+_REST = ("text_model.", "text_projection.", "logit_", "visual_projection.")  # may lie beside a bare vision tower
 
 
 def as_encoder(model: PreTrainedModel, processor: Any = None, *, resolution: int | None = None) -> Encoder:
     """View a stock model as an encoder of images in [0, 1] that shares its weights; an encoder is returned as it is.
 
     Args:
-        model: A `CLIPModel`, a `CLIPVisionModelWithProjection`, or a vision-language model.
-        processor: Its processor, its image processor, or for a CLIP a `PixelTransform`; a CLIP has OpenAI's means at
-            the tower's resolution by default, a VLM needs one.
+        model: A `CLIPModel`, a `CLIPVisionModelWithProjection`, a `SiglipModel`, or a vision-language model.
+        processor: Its processor, its image processor, or for a CLIP or SigLIP a `PixelTransform`; these have the means
+            of the published ones at the tower's resolution by default, a VLM needs one.
         resolution: Side in pixels of the square images that a VLM of free image size is given.
 
     Returns:
-        What gives `image_embeds` and `patch_tokens` (CLIP), or `language_tokens` (VLM), see `EncoderOutput`.
+        What gives `image_embeds` and `patch_tokens` (CLIP, SigLIP), or `language_tokens` (VLM), see `EncoderOutput`.
 
     Raises:
         TypeError: If the model is of another class, or the processor is none.
@@ -40,15 +58,16 @@ def as_encoder(model: PreTrainedModel, processor: Any = None, *, resolution: int
     """
     if isinstance(model, VLMEncoder):
         return model
-    if isinstance(model, CLIPEncoder | CLIPVisionEncoder):
+    if isinstance(model, PooledEncoder):
         if processor is not None:
             model.transform = _transform(processor)
         return model
-    if isinstance(model, CLIPEncoder.stock_class | CLIPVisionEncoder.stock_class):
-        return view_clip(model, None if processor is None else _transform(processor))
+    if any(isinstance(model, kind.stock_class) for kind in _POOLED):
+        return _view(model, None if processor is None else _transform(processor))
+    refuse_free_size(getattr(getattr(model, "config", None), "model_type", ""), f"the {type(model).__name__}")
     if not is_vlm(model):
         raise TypeError(
-            f"wanted a CLIPModel, a CLIPVisionModelWithProjection or a vision-language model that has "
+            f"wanted a CLIPModel, a CLIPVisionModelWithProjection, a SiglipModel or a vision-language model that has "
             f"get_image_features(), got {type(model).__name__}."
         )
     if processor is None:
@@ -69,7 +88,7 @@ def load_encoder(
     Of a vision-language model only tower and projector are read; the language model is not loaded.
 
     Args:
-        name_or_path: Of a `CLIPModel`, a `CLIPVisionModelWithProjection`, or a vision-language model.
+        name_or_path: Of what `as_encoder` takes.
         revision: Branch, tag or commit on the Hub.
         dtype: Of the weights; float32 are the master weights that fine-tuning needs, "auto" is as they were saved.
         resolution: See `as_encoder`.
@@ -81,11 +100,33 @@ def load_encoder(
     name = local_or_hub(name_or_path)
     refuse_adapter(name)
     config = AutoConfig.from_pretrained(name, revision=revision)
-    load: Any = load_clip_encoder
-    if getattr(config, "vision_config", None) is not None and config.model_type != "clip":
-        load = load_vlm
-        kwargs["resolution"] = resolution
-    return load(name, revision=revision, dtype=dtype, **kwargs)
+    if getattr(config, "vision_config", None) is None or config.model_type in ("clip", "siglip", "siglip2"):
+        return _load_pooled(name, revision=revision, dtype=dtype, **kwargs)
+    return load_vlm(name, revision=revision, dtype=dtype, resolution=resolution, **kwargs)
+
+
+def load_stock(name: str | Path, kinds: Sequence[Any] = STOCK, *, revision: str | None = None, **kwargs: Any) -> Any:
+    """Load a CLIP, a SigLIP, or the vision half of one, as one of some classes of `STOCK`, or derived from them.
+
+    Raises:
+        ValueError: If it is an adapter, another model, or not the whole of one; see `load_pretrained`.
+    """
+    place = local_or_hub(name)
+    refuse_adapter(place)
+    config = AutoConfig.from_pretrained(place, revision=revision)
+    refuse_free_size(config.model_type, str(name))
+    like = [stock for stock in STOCK if cast(Any, stock.config_class).model_type == config.model_type]
+    named = [stock for stock in like if stock.__name__ in (getattr(config, "architectures", None) or ())]
+    stock = next(iter(named or like[::-1]), None)  # of CLIP's two vision halves the bare one, if none is named
+    kind = next((kind for kind in kinds if stock is not None and issubclass(kind, stock)), None)
+    if kind is None:
+        wanted = " or ".join(getattr(kind, "stock_class", kind).__name__ for kind in kinds)
+        raise ValueError(
+            f"{name} holds a {config.model_type!r} model (architectures {config.architectures}); wanted a {wanted}. A "
+            "bare CLIPVisionModel has no projection to align with text: save the CLIPModel that it came from."
+        )
+    unread = _REST if stock in (CLIPVisionModel, SiglipVisionModel) else ()
+    return load_pretrained(kind, place, revision=revision, unread=unread, **kwargs)
 
 
 def merge_adapter(source: str | Path, *, base: Any = None) -> Encoder:
@@ -121,3 +162,30 @@ def _transform(processor: Any) -> PixelTransform:
     if isinstance(processor, PixelTransform):
         return processor
     return PixelTransform.from_image_processor(getattr(processor, "image_processor", processor))
+
+
+def _view(model: PreTrainedModel, transform: PixelTransform | None) -> Any:
+    kind = next(kind for kind in _POOLED if isinstance(model, kind.stock_class))
+    with torch.device("meta"):
+        encoder = kind(model.config)
+    for name, child in model.named_children():
+        setattr(encoder, name, child)
+    for name, parameter in model.named_parameters(recurse=False):
+        setattr(encoder, name, parameter)
+    encoder.transform = transform or kind.default_transform(encoder.image_size)
+    return encoder.train(model.training)
+
+
+def _load_pooled(name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
+    encoder = load_stock(name, _POOLED, revision=revision, **kwargs)
+    size = encoder.image_size
+    encoder.transform = PixelTransform.from_image_processor(load_image_processor(name, revision=revision))
+    made = encoder.transform.crop or encoder.transform.resize
+    if made not in (size, (size, size)):
+        raise ValueError(f"{name}: the image processor makes images of {made}, the tower takes {size} px.")
+    if encoder.dtype == torch.float16:  # finite weights may still overflow on their way through the layers
+        with torch.no_grad(), attack_mode(encoder):
+            embeds = encoder.encode_images(encoder.probe()).image_embeds
+        if not bool(torch.isfinite(embeds).all()):
+            raise ValueError(f"{name} overflows in torch.float16: load it in bfloat16 or float32.")
+    return encoder

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
 from .base import attack_mode, tensor_sha256, weights_sha256
-from .clip import text_embeddings
+from .dual import DualEncoder
+from .load import as_encoder
 
 
 _IMAGE_SIDE = ("vision_model.", "visual_projection.")  # weights that a text bank does not depend on
@@ -34,11 +35,14 @@ class TextBank:
     class_names: tuple[str, ...]  # in the order of the labels
     templates: tuple[str, ...]  # prompts that were averaged, with "{}" for the class name
     logit_scale: float  # the model's own frozen `exp(logit_scale)`
+    # SigLIP's: the sigmoid of a logit is then the probability of the pair. It is the same for all classes, so that
+    # neither the answer, nor a softmax over classes, nor a margin depends on it.
+    logit_bias: float = 0.0
 
     def logits(self, image_embeds: Tensor) -> Tensor:
-        """Scaled cosines, shape (batch, classes), from image embeddings that need not be normalised."""
+        """Scaled cosines plus the bias, shape (batch, classes), from image embeddings that need not be normalised."""
         bank = self.embeddings.to(device=image_embeds.device, dtype=image_embeds.dtype)
-        return self.logit_scale * F.normalize(image_embeds, dim=-1) @ bank.T
+        return self.logit_scale * F.normalize(image_embeds, dim=-1) @ bank.T + self.logit_bias
 
     def classify(self, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Images to logits, given images to embeddings."""
@@ -63,7 +67,12 @@ _MADE: dict[tuple[object, ...], TextBank] = {}  # the oldest first
 
 
 def make_text_bank(
-    model: CLIPModel, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str], *, batch_size: int = 256
+    model: PreTrainedModel,
+    tokenizer: Any,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int = 256,
 ) -> TextBank:
     """Embed every class name in every template, normalise, average, normalise again.
 
@@ -71,7 +80,7 @@ def make_text_bank(
     one before, during and after training.
 
     Args:
-        model: The CLIP model whose text tower classifies.
+        model: The CLIP or SigLIP model whose text tower classifies.
         tokenizer: Its tokenizer.
         class_names: At least two; a warning says which stand more than once.
         templates: Each with one "{}" for the class name.
@@ -83,35 +92,39 @@ def make_text_bank(
     check_class_names(class_names)
     check_templates(templates)
     prompts = class_prompts(class_names, templates)
-    device = model.logit_scale.device
+    encoder = as_encoder(model)
     batches = [
-        tokenize(tokenizer, prompts[start : start + batch_size], device)
+        encoder.tokenize(tokenizer, prompts[start : start + batch_size])
         for start in range(0, len(prompts), batch_size)
     ]
     # By content: neither a model's name nor the object tells whether its text tower was trained meanwhile. And by what
     # weights do not tell: activations, adapters, and the token that is read.
-    tower = (weights_sha256(model, but=_IMAGE_SIDE), str(model.text_model), str(model.config.text_config), device)
+    weights, device = weights_sha256(encoder, but=_IMAGE_SIDE), encoder.logit_scale.device
+    tower = (weights, str(encoder.text_model), str(encoder.config.text_config), device)
     texts = [tensor_sha256(tensor) for tokens in batches for _, tensor in sorted(tokens.items())]
     key = (*tower, *texts, tuple(class_names), tuple(templates))
     if key not in _MADE:
         while len(_MADE) >= _KEPT:
             del _MADE[next(iter(_MADE))]
-        _MADE[key] = _embed(model, batches, tuple(class_names), tuple(templates))
+        _MADE[key] = _embed(encoder, batches, tuple(class_names), tuple(templates))
     return _MADE[key]
 
 
 def _embed(
-    model: CLIPModel, batches: Sequence[dict[str, Tensor]], class_names: tuple[str, ...], templates: tuple[str, ...]
+    encoder: DualEncoder,
+    batches: Sequence[dict[str, Tensor]],
+    class_names: tuple[str, ...],
+    templates: tuple[str, ...],
 ) -> TextBank:
-    with torch.no_grad(), attack_mode(model):
-        embeddings = [text_embeddings(model, tokens) for tokens in batches]
+    with torch.no_grad(), attack_mode(encoder):
+        embeddings = [encoder.encode_prompts(tokens) for tokens in batches]
         classes = class_embeddings(torch.cat(embeddings), len(templates))
-        scale = float(model.logit_scale.exp())
-    if not math.isfinite(scale) or not bool(torch.isfinite(classes).all()):
+        scale, bias = float(encoder.logit_scale.exp()), float(getattr(encoder, "logit_bias", 0.0))
+    if not math.isfinite(scale + bias) or not bool(torch.isfinite(classes).all()):
         raise ValueError(
-            "the text embeddings or logit_scale of the model are not finite: every image would be class 0."
+            "the text embeddings, logit_scale or logit_bias of the model are not finite: every image would be class 0."
         )
-    return TextBank(classes, class_names, templates, scale)
+    return TextBank(classes, class_names, templates, scale, bias)
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -156,9 +169,3 @@ def _warn_of_twins(twice: tuple[str, ...]) -> None:
         "first of each is answered, and the images of the others count as wrong.",
         stacklevel=2,
     )
-
-
-def tokenize(tokenizer: Any, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Prompts to padded `input_ids` and `attention_mask`, cut at the tokenizer's own limit."""
-    tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-    return {key: tokens[key].to(device) for key in ("input_ids", "attention_mask")}

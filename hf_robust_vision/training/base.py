@@ -22,7 +22,7 @@ from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.pixels import check_images
 from hf_robust_vision.towers.adapters import add_adapter, has_adapter
 from hf_robust_vision.towers.base import Reads, attack_mode, freeze_unread, weights_sha256
-from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import Encoder, as_encoder, load_encoder
 from hf_robust_vision.towers.reference import Reference, TargetCache
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
@@ -50,15 +50,15 @@ class TrainerParts(TypedDict, total=False):
 
 
 class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
-    """`Trainer` for adversarial fine-tuning of CLIP; a method is a subclass with two functions.
+    """`Trainer` for adversarial fine-tuning of CLIP and SigLIP; a method is a subclass with two functions.
 
     A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
 
     Args:
-        model: A `CLIPModel`, `CLIPVisionModelWithProjection`, or a folder or Hub id of one.
+        model: What `as_encoder` takes, or a folder or Hub id of it.
         args: Attack and training settings.
         train_dataset: `LabelledImages` or `StreamedImages`.
-        processing_class: `CLIPProcessor` of the model: its tokenizer embeds the class names, its image processor
+        processing_class: Processor of the model: its tokenizer embeds the class names, its image processor
             says how pixels are normalised, and both are saved with the model.
         reference: The original model; by default a frozen copy of `model` or, with `use_peft`, `model` without its
             adapter, which takes no memory of its own.
@@ -272,10 +272,10 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         """The zero-shot classifier of a dataset's classes, from the text tower of the model or of another encoder."""
         encoder = encoder if encoder is not None else self.whole_encoder()
         tokenizer = getattr(self.processing_class, "tokenizer", None)
-        if not isinstance(encoder, CLIPEncoder) or tokenizer is None:
+        if not isinstance(encoder, DualEncoder) or tokenizer is None:
             raise ValueError(
-                "zero-shot evaluation needs a CLIPModel and processing_class=CLIPProcessor; a vision tower alone has "
-                "no text. Pass eval_dataset=None and eval_strategy='no', or the whole CLIPModel."
+                "zero-shot evaluation needs a CLIPModel or SiglipModel and its processor as processing_class; a vision tower alone has "
+                "no text. Pass eval_dataset=None and eval_strategy='no', or the whole model."
             )
         return make_text_bank(encoder, tokenizer, dataset.class_names, get_templates(self.args.templates))
 

@@ -48,11 +48,12 @@ def _check_fsdp(plugin: Any, adapter: bool) -> None:
 
 
 def make_shardable(encoder: Encoder) -> None:
-    """Hold `logit_scale` as a buffer: FSDP2 refuses a parameter without dimensions. The state dict stays as it is."""
-    scale = getattr(encoder, "logit_scale", None)
-    if isinstance(scale, nn.Parameter):
-        del encoder.logit_scale
-        encoder.register_buffer("logit_scale", scale.detach())
+    """Hold the scale and bias of logits as buffers, in the same state dict: FSDP2 refuses parameters without dimensions."""
+    for name in ("logit_scale", "logit_bias"):
+        value = getattr(encoder, name, None)
+        if isinstance(value, nn.Parameter):
+            delattr(encoder, name)
+            encoder.register_buffer(name, value.detach())
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.data.templates import TEMPLATES
-from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import as_encoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
@@ -26,7 +26,7 @@ from hf_robust_vision.towers.text_bank import make_text_bank
 PROMPTS = TEMPLATES["emoji"]
 
 
-def text_cosines(encoder: CLIPEncoder, tokenizer: object, names: tuple[str, ...]) -> dict[str, float]:
+def text_cosines(encoder: DualEncoder, tokenizer: object, names: tuple[str, ...]) -> dict[str, float]:
     """Mean cosine of the class texts of one concept, of those that share a word otherwise, and of the others."""
     texts = make_text_bank(encoder, tokenizer, names, PROMPTS).embeddings
     cosines = texts @ texts.T

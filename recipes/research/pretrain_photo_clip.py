@@ -40,9 +40,8 @@ from transformers import set_seed
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.sources import load_labelled_images
 from hf_robust_vision.data.templates import TEMPLATES
-from hf_robust_vision.towers.clip import CLIPEncoder
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import as_encoder, load_encoder
-from hf_robust_vision.towers.text_bank import tokenize
 
 
 SETS = ("tiny-imagenet", "cifar10", "caltech101")
@@ -186,7 +185,7 @@ class Pretraining:
         args: Of the command line.
     """
 
-    def __init__(self, encoder: CLIPEncoder, tokenizer: Any, photos: Photos, args: argparse.Namespace):
+    def __init__(self, encoder: DualEncoder, tokenizer: Any, photos: Photos, args: argparse.Namespace):
         self.encoder, self.tokenizer, self.photos = encoder, tokenizer, photos
         self.seed, self.batch_size, self.peak = args.seed, args.batch_size, args.learning_rate
         self.names, classes = merge_classes(tokenizer, photos.sets)
@@ -236,7 +235,9 @@ class Pretraining:
         images, classes = self.batch()
         generator = generator_of(self.seed, "prompts", self.step)
         drawn = torch.randint(0, len(PROMPTS), (len(self.names),), generator=generator).tolist()
-        captions = tokenize(self.tokenizer, [PROMPTS[t].format(name) for t, name in zip(drawn, self.names)])
+        captions = self.encoder.tokenize(
+            self.tokenizer, [PROMPTS[t].format(name) for t, name in zip(drawn, self.names)]
+        )
         with torch.autocast("cpu", torch.bfloat16):
             output = self.encoder(images, captions)
         image_embeds, text_embeds = (F.normalize(e.float(), dim=-1) for e in (output.image_embeds, output.text_embeds))

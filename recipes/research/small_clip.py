@@ -21,8 +21,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.pixels import PixelTransform
-from hf_robust_vision.towers.clip import CLIPEncoder
-from hf_robust_vision.towers.text_bank import make_text_bank, tokenize
+from hf_robust_vision.towers.dual import DualEncoder
+from hf_robust_vision.towers.text_bank import make_text_bank
 
 
 SIZE = 64
@@ -100,7 +100,7 @@ def contrastive_loss(logits: Tensor, image_classes: Tensor, text_classes: Tensor
 
 @torch.no_grad()
 def accuracy(
-    encoder: CLIPEncoder, tokenizer: Any, part: Mapping[str, Tensor], names: Sequence[str], templates: Sequence[str]
+    encoder: DualEncoder, tokenizer: Any, part: Mapping[str, Tensor], names: Sequence[str], templates: Sequence[str]
 ) -> float:
     """Zero-shot accuracy over the class names."""
     bank = make_text_bank(encoder, tokenizer, names, templates)
@@ -110,7 +110,7 @@ def accuracy(
 
 
 def pretrain(
-    encoder: CLIPEncoder,
+    encoder: DualEncoder,
     tokenizer: PreTrainedTokenizerFast,
     splits: Mapping[str, LabelledImages],
     templates: Sequence[str],
@@ -151,7 +151,7 @@ def pretrain(
         images, labels = augment(train["images"][rows], generator, flip=flip), train["labels"][rows]
         drawn = torch.randint(0, len(templates), (len(rows),), generator=generator).tolist()
         captions = [templates[t].format(names[c]) for t, c in zip(drawn, labels.tolist())]
-        output = encoder(images, tokenize(tokenizer, captions))
+        output = encoder(images, encoder.tokenize(tokenizer, captions))
         scale = encoder.logit_scale.clamp(max=math.log(100)).exp()
         logits = scale * F.normalize(output.image_embeds, dim=-1) @ F.normalize(output.text_embeds, dim=-1).T
         loss = contrastive_loss(logits, labels, labels)
@@ -171,7 +171,7 @@ def pretrain(
     save(encoder, tokenizer, args.output_dir)
 
 
-def save(encoder: CLIPEncoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(encoder: DualEncoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Model and processor in the stock format."""
     encoder.save_pretrained(folder)
     size = {"height": SIZE, "width": SIZE}

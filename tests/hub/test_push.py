@@ -19,7 +19,6 @@ from hf_robust_vision.evaluation.results import load_results, save_results
 from hf_robust_vision.hub.push import PushError, VerificationError
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.clip import vision_half
 from hf_robust_vision.towers.load import as_encoder, load_encoder
 from tests.hub import client as remote
 from tests.hub.conftest import LEFTOVERS, describe, measure
@@ -97,7 +96,7 @@ def test_tower_alone(hub, client, measured):
     assert status == 0, said
     loaded = client(remote.load, "me/tower")
     encoder = load_encoder(measured)
-    assert (loaded["kind"], loaded["weights"]) == ("CLIPVisionEncoder", weights_sha256(vision_half(encoder)))
+    assert (loaded["kind"], loaded["weights"]) == ("CLIPVisionEncoder", weights_sha256(encoder.vision_half()))
     arrived = hub.files("me/tower")
     assert "tokenizer.json" not in arrived
     assert len(arrived["model.safetensors"]) < len((measured / "model.safetensors").read_bytes())

@@ -302,14 +302,14 @@ def test_a_layer_that_is_not_there_is_refused(encoder, layer):
 @pytest.fixture
 def embedded(monkeypatch):
     """How many prompts each pass through a text tower embeds."""
-    passes, embed = [], text_bank.text_embeddings
+    passes, embed = [], CLIPEncoder.encode_prompts
     monkeypatch.setattr(text_bank, "_MADE", {})
 
     def counted(model, tokens):
         passes.append(len(tokens["input_ids"]))
         return embed(model, tokens)
 
-    monkeypatch.setattr(text_bank, "text_embeddings", counted)
+    monkeypatch.setattr(CLIPEncoder, "encode_prompts", counted)
     return passes
 
 

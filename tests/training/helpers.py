@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datasets
 import torch
+from transformers import AutoProcessor
 
 from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.config import AdversarialTrainingArguments
-from tests.conftest import build_processor, make_dataset
+from tests.conftest import make_dataset
 
 
 SGD = {
@@ -50,7 +51,7 @@ def make_trainer(
         args=arguments(output_dir, kind.args_class, **changes),
         train_dataset=train or make_dataset(24),
         eval_dataset=make_dataset(9, "validation", 100),
-        processing_class=build_processor(),
+        processing_class=AutoProcessor.from_pretrained(clip_folder),
         callbacks=callbacks,
         reference=reference,
         optimizers=optimizers,

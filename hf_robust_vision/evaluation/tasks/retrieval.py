@@ -28,9 +28,8 @@ from hf_robust_vision.evaluation.images import Remeasured, measure_again
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord
 from hf_robust_vision.evaluation.task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict, not_under
 from hf_robust_vision.towers.base import attack_mode, tensor_sha256
-from hf_robust_vision.towers.clip import CLIPEncoder, text_embeddings
+from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import image_embedder
-from hf_robust_vision.towers.text_bank import tokenize
 
 
 DIRECTIONS = {
@@ -76,7 +75,7 @@ class Retrieval(Task):
         ValueError: If there is no such direction, or the dataset is too small for the largest k to be missed.
     """
 
-    model: CLIPEncoder
+    model: DualEncoder
     tokenizer: Any
     images: CaptionedImages
     direction: str
@@ -103,8 +102,8 @@ class Retrieval(Task):
         self.embed = Logits(lambda shown: F.normalize(embed(self.model.transform.fit(shown)), dim=-1))
         with torch.no_grad(), attack_mode(self.model):
             self.scale = float(self.model.logit_scale.exp())
-            texts = [tokenize(self.tokenizer, part, device) for part in _parts(self.images.captions, 256)]
-            self.captions = torch.cat([F.normalize(text_embeddings(self.model, part), dim=-1) for part in texts])
+            texts = [self.model.tokenize(self.tokenizer, part, device) for part in _parts(self.images.captions, 256)]
+            self.captions = torch.cat([F.normalize(self.model.encode_prompts(part), dim=-1) for part in texts])
             clean = [
                 [self.images.image(at) for at in part] for part in _parts(range(len(self.images)), self.batch_size)
             ]
@@ -209,7 +208,7 @@ class Retrieval(Task):
 
 
 def evaluate_retrieval(
-    encoder: CLIPEncoder,
+    encoder: DualEncoder,
     tokenizer: Any,
     dataset: CaptionedImages,
     how: RetrievalProtocol,
@@ -237,7 +236,7 @@ def evaluate_retrieval(
 
 
 def remeasure_retrieval(
-    encoder: CLIPEncoder, tokenizer: Any, dataset: CaptionedImages, result: RobustnessResult, folder: str | Path
+    encoder: DualEncoder, tokenizer: Any, dataset: CaptionedImages, result: RobustnessResult, folder: str | Path
 ) -> Remeasured:
     """Search with, or for, the saved images of a result of `evaluate_retrieval` again; see `measure_again`."""
     if result.task != Retrieval.task:
