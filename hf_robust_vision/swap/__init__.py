@@ -1,4 +1,4 @@
-"""Find CLIP vision towers in models, and swap hardened weights in and out of them."""
+"""Find CLIP and SigLIP vision towers in models, and swap hardened weights in and out of them."""
 
 from hf_robust_vision.towers.weights import load_state_dict
 

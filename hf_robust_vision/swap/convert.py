@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from hf_robust_vision.towers.load import load_stock
 from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
@@ -18,6 +18,13 @@ from hf_robust_vision.towers.weights import load_state_dict
 from .open_clip import PROJECTION, clip_state, hf_to_openclip
 from .swap import swap_vision_encoder
 from .towers import find_towers
+
+
+_CLIP = (
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    CLIPVisionModel,
+)  # open_clip keeps SigLIP's towers in another layout
 
 
 def convert_checkpoint(
@@ -117,7 +124,7 @@ def export_v4(model_folder: str, output: str | Path) -> str:
 
 def _vision_half(model_folder: str) -> tuple[Any, dict[str, Tensor]]:
     """Config and weights, under CLIP keys, of the vision tower in a folder."""
-    (tower,) = find_towers(load_stock(model_folder, dtype="auto"))
+    (tower,) = find_towers(load_stock(model_folder, _CLIP, dtype="auto"))
     return tower.module.config, tower.clip_state()
 
 

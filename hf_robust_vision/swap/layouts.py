@@ -1,4 +1,4 @@
-"""A CLIP vision tower in the layout of transformers or of open_clip: how to read it and to change it in place."""
+"""A vision tower of CLIP, in the layout of transformers or of open_clip, or of SigLIP: how to read it and change it in place."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.activations import ACT2FN
 
 from hf_robust_vision.towers.base import attack_mode
 
 from .journal import Journal
 from .open_clip import PROJECTION, clip_keys, hf_to_openclip, key_map, openclip_to_hf, square_side
+from .siglip import HEAD, siglip_keys
 
 
 _ACTIVATIONS = {
@@ -26,7 +27,7 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """What must agree before weights may change places; the names are those of `CLIPVisionConfig`."""
+    """What must agree before weights may change places; the names are those of `CLIPVisionConfig`, and SigLIP's."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -39,7 +40,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: Any) -> Geometry:
-        """Read it from the config of a CLIP vision tower."""
+        """Read it from the config of a vision tower."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     @property
@@ -65,6 +66,9 @@ class Tower:
     _activation: ClassVar[str] = "activation_fn"
     _attention: ClassVar[str] = "self_attn"
     _told_by: ClassVar[str] = "the config"
+
+    family: ClassVar[str] = "CLIP"
+    class_tokens: ClassVar[int] = 1
 
     def __repr__(self) -> str:
         return f"{type(self.module).__name__} at {self.path or '(the model itself)'}"
@@ -114,11 +118,11 @@ class Tower:
         return weights
 
     def clip_state(self) -> dict[str, Tensor]:
-        """All weights under CLIP keys."""
+        """All weights under the keys of transformers' class for the family."""
         return {name: weight.detach() for name, weight in self.weights().items()}
 
     def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From CLIP keys to the tower's own names."""
+        """From these keys to the tower's own names, without what it has no place for."""
         return state if self.projection is not None else {k: v for k, v in state.items() if k != PROJECTION}
 
     def expected(self) -> set[str]:
@@ -130,13 +134,13 @@ class Tower:
         if self.layers_read is None:
             return []
         idle = [f"encoder.layers.{i}." for i in range(max(self.layers_read), len(self.blocks))]
-        return [name for name in self.weights() if name.startswith((*idle, "post_layernorm.", PROJECTION))]
+        return [name for name in self.weights() if name.startswith((*idle, "post_layernorm.", "head.", PROJECTION))]
 
     @torch.no_grad()
     def run(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Its tokens, and what a `CLIPVisionModel` hands to its caller; other classes hand over other things.
+        """Its tokens, and what a `CLIPVisionModel` or `SiglipVisionModel` hands to its caller; others hand over other things.
 
-        Tokens are what enters the first block and what leaves each, `hidden_states` of shape (batch, 1 + patches, width).
+        Tokens are what enters the first block and what leaves each, `hidden_states` of shape (batch, tokens, width).
         """
         # By hooks, since every class returns something else, if it returns hidden states at all.
         caught: list[Tensor] = []
@@ -147,7 +151,7 @@ class Tower:
         hooks = [
             module.register_forward_hook(catch) for module in (self.module.get_submodule(self._first), *self.blocks)
         ]
-        plain, tower = isinstance(self.module, CLIPVisionModel), cast(Any, self.module)
+        plain, tower = isinstance(self.module, CLIPVisionModel | SiglipVisionModel), cast(Any, self.module)
         settings = {"output_hidden_states": True} if plain else {}
         try:
             with attack_mode(self.module):
@@ -162,7 +166,10 @@ class Tower:
         finally:
             for hook in hooks:
                 hook.remove()
-        return caught, [*output.hidden_states, output.last_hidden_state, output.pooler_output] if plain else []
+        if not plain:
+            return caught, []
+        pooled = [] if output.pooler_output is None else [output.pooler_output]  # a SigLIP without its head has none
+        return caught, [*output.hidden_states, output.last_hidden_state, *pooled]
 
     def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
         """Switch activation, heads and image size; new positions are left for the weights to fill."""
@@ -187,7 +194,7 @@ class Tower:
         # A new parameter, since a tensor can not grow in place: the one change that an optimizer does not follow. An
         # open_clip tower never comes here, because nothing could tell its caller's transform (see `check_native`).
         embeddings: Any = self.module.embeddings
-        table, rows = embeddings.position_embedding, 1 + wanted.num_patches
+        table, rows = embeddings.position_embedding, self.class_tokens + wanted.num_patches
         empty = nn.Parameter(table.weight.detach().new_zeros(rows, table.embedding_dim), table.weight.requires_grad)
         ids = torch.arange(rows, device=embeddings.position_ids.device)[None]
         told = {"image_size": wanted.image_size, "num_patches": wanted.num_patches, "num_positions": rows}
@@ -195,6 +202,32 @@ class Tower:
             journal.set(embeddings, name, value)
         journal.set(table, "weight", empty)
         journal.set(table, "num_embeddings", rows)
+
+
+class SiglipTower(Tower):
+    """A SigLIP vision tower inside a model; a VLM's own has no head, which nothing would read."""
+
+    _first = "embeddings"
+    family = "SigLIP"
+    class_tokens = 0
+
+    def rename(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `Tower.rename`."""
+        return {name: value for name, value in state.items() if name not in HEAD - self.expected()}
+
+    def expected(self) -> set[str]:
+        """As `Tower.expected`."""
+        head: set[str] = set(HEAD) if hasattr(self.module, "head") else set()
+        return siglip_keys(self.geometry.num_hidden_layers) | head
+
+    def adapt(self, now: Geometry, wanted: Geometry, journal: Journal) -> None:
+        """As `Tower.adapt`, and the head like the blocks."""
+        super().adapt(now, wanted, journal)
+        head: Any = getattr(self.module, "head", None)
+        if head is not None:
+            journal.set(head.mlp, "activation_fn", ACT2FN[wanted.hidden_act])
+            journal.set(head.attention, "num_heads", wanted.num_attention_heads)
+            journal.set(head.attention, "head_dim", wanted.hidden_size // wanted.num_attention_heads)
 
 
 class OpenClipTower(Tower):

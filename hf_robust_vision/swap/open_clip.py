@@ -50,9 +50,9 @@ def openclip_to_hf(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         ValueError: If there is no plain vision transformer in it, or a key is unknown or missing.
     """
     # The class token marks the tower whatever prefix it has: a CLIP has one of it, a ResNet and a text tower have none.
-    state = _below_anchor(_unwrap(state_dict), "class_embedding")
-    places = key_map(_count(state, "transformer.resblocks."))
-    _check_keys(state, set(places), optional={"proj"}, wanted="an open_clip vision transformer")
+    state = find_below(unwrap(state_dict), "class_embedding")
+    places = key_map(count(state, "transformer.resblocks."))
+    check_keys(state, set(places), optional={"proj"}, wanted="an open_clip vision transformer")
     converted: dict[str, Tensor] = {}
     for key, names in places.items():
         converted |= zip(names, state[key].chunk(len(names)), strict=True)
@@ -69,38 +69,38 @@ def hf_to_openclip(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     state = clip_state(state_dict)
     converted = {
         key: state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
-        for key, names in key_map(_count(state, "encoder.layers.")).items()
+        for key, names in key_map(count(state, "encoder.layers.")).items()
     }
     return converted | ({"proj": state[PROJECTION].T.contiguous()} if PROJECTION in state else {})
 
 
 def clip_state(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The vision weights of any CLIP state dict, Hugging Face's or open_clip's, under CLIP keys."""
-    whole = _unwrap(state_dict)
+    whole = unwrap(state_dict)
     if not any(key.endswith("embeddings.class_embedding") for key in whole):
         return openclip_to_hf(whole)
-    state = _below_anchor(whole, "embeddings.class_embedding")
+    state = find_below(whole, "embeddings.class_embedding")
     state.pop("embeddings.position_ids", None)  # a buffer that old versions of transformers saved
     (anchor,) = (key for key in whole if key.endswith("embeddings.class_embedding"))
     # The projection lies beside the tower in a CLIPModel, not in it.
     outside = anchor.removesuffix("embeddings.class_embedding").removesuffix("vision_model.") + PROJECTION
     if outside in whole:
         state[PROJECTION] = whole[outside]
-    _check_keys(state, clip_keys(_count(state, "encoder.layers.")), optional={PROJECTION}, wanted="a CLIPVisionModel")
+    check_keys(state, clip_keys(count(state, "encoder.layers.")), optional={PROJECTION}, wanted="a CLIPVisionModel")
     return state
 
 
-def interpolate_positions(positions: Tensor, num_patches: int) -> Tensor:
-    """Resize position embeddings, shape (1 + patches, width), to another square number of patches.
+def interpolate_positions(positions: Tensor, num_patches: int, class_tokens: int = 1) -> Tensor:
+    """Resize position embeddings, shape (class_tokens + patches, width), to another square number of patches.
 
     The row of the class token is kept.
     """
     # As `interpolate_pos_encoding` of transformers, whose the VLM is. open_clip's own resize uses antialiasing, and differs
     # by up to 0.018 on random embeddings.
-    old, new = square_side(len(positions) - 1), square_side(num_patches)
-    grid = positions[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    old, new = square_side(len(positions) - class_tokens), square_side(num_patches)
+    grid = positions[class_tokens:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
+    return torch.cat([positions[:class_tokens], grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
 
 
 def square_side(num_patches: int) -> int:
@@ -124,18 +124,18 @@ def key_map(num_layers: int) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Take off the dict that a training script put around the weights."""
     for key in _CONTAINERS:
         if isinstance(state_dict.get(key), Mapping):
-            return _unwrap(state_dict[key])
+            return unwrap(state_dict[key])
     state = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     if not state:
         raise ValueError(f"there are no weights in this state dict, only {list(state_dict)[:5]}.")
     return state
 
 
-def _below_anchor(state: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
+def find_below(state: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]:
     """The weights under the one prefix at which `anchor` stands, the prefix taken off."""
     prefixes = [key.removesuffix(anchor) for key in state if key == anchor or key.endswith(f".{anchor}")]
     if len(prefixes) != 1:
@@ -152,18 +152,19 @@ def _below_anchor(state: Mapping[str, Tensor], anchor: str) -> dict[str, Tensor]
     return {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}
 
 
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+def count(state: Mapping[str, Tensor], prefix: str) -> int:
     """Number of layers: one more than the highest index after `prefix`."""
     numbers = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
     return max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
 
 
-def _check_keys(state: Mapping[str, Tensor], expected: set[str], *, optional: set[str], wanted: str) -> None:
+def check_keys(state: Mapping[str, Tensor], expected: set[str], *, optional: set[str], wanted: str) -> None:
+    """Refuse a state dict with other keys than those that a class has, told by its name in `wanted`."""
     unknown = sorted(set(state) - expected - optional)
     missing = sorted(expected - set(state))
     if unknown or missing:
         raise ValueError(
             f"the state dict is not that of {wanted}: {len(unknown)} unknown keys {unknown[:3]}, "
             f"{len(missing)} missing keys {missing[:3]}. Merge adapters first (merge_and_unload()); attention pooling, "
-            "layer scale and other additions have no place in CLIP."
+            "layer scale and other additions have no place in it."
         )

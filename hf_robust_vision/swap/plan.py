@@ -36,7 +36,8 @@ class Plan:
     old: Geometry
     new: Geometry
     state: dict[str, Tensor]  # under the tower's own names, in its dtype
-    reference: Tower  # a plain CLIP tower with these weights, which the source was found equal to
+    reference: Tower  # a plain tower with these weights, which the source was found equal to
+    original: dict[str, Tensor] | None = None  # what the source was trained from, likewise under own names; if known
 
     @property
     def switched(self) -> list[str]:
@@ -55,13 +56,19 @@ def make_plan(tower: Tower, source: Source, resize: str, asked: Mapping[str, Any
 
     `asked` are the settings, by their names in `Geometry`, that the user says the weights were trained with.
     """
+    if source.kind.family != tower.family:
+        raise ValueError(
+            f"the source is a {source.kind.family}, {tower} is a {tower.family}; nothing was changed. These are other "
+            "networks: take a source that was trained from the VLM's own kind of tower, or harden the VLM in place "
+            "(hf-robust-vision harden-vlm)."
+        )
     old = tower.geometry
     new = source.completed(old, asked)
     _check_geometry(tower, old, new, {*asked, *(["image_size"] if resize != "error" else [])})
     state = dict(source.state)
     if resize == "interpolate":
         if new.num_patches != old.num_patches:
-            state[POSITIONS] = interpolate_positions(state[POSITIONS], old.num_patches)
+            state[POSITIONS] = interpolate_positions(state[POSITIONS], old.num_patches, tower.class_tokens)
         new = replace(new, image_size=old.image_size)
     _check_shapes(tower, state)
     # Once as they are, and once in the tower's dtype, where a value that was finite may overflow.
@@ -70,9 +77,11 @@ def make_plan(tower: Tower, source: Source, resize: str, asked: Mapping[str, Any
     for name, value in tower.rename(state).items():
         check_weights({name: value}, source.name, weights[name].dtype)
         own[name] = value.to(weights[name])
-    # Cast as the tower's, so that the comparison shows other code and not another precision.
-    reference = reference_tower({name: value.to(tower.patch_weight) for name, value in state.items()}, new)
-    return Plan(tower, old, new, own, reference)
+    # Cast as the tower's, so that the comparison shows other code and not another precision. A SigLIP's head is compared
+    # where the tower has one.
+    kept = tower.rename(state) if tower.family == "SigLIP" else state
+    reference = reference_tower({name: value.to(tower.patch_weight) for name, value in kept.items()}, new)
+    return Plan(tower, old, new, own, reference, source.original and tower.rename(source.original))
 
 
 def check_native(model_type: str, plans: Sequence[Plan], processor: Any) -> None:

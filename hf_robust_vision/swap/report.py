@@ -28,6 +28,9 @@ class TowerReport:
     output_error: float | None
     sha256_before: str  # of the old weights
     sha256_after: str
+    # How many weights of the old tower differ from the model that the source was trained from: 0 where the VLM left its
+    # tower as it was published. None where the source does not tell: only an adapter names its original.
+    off_original: int | None = None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Whatever a hardened encoder comes as, turned into CLIP weights and what is known about them."""
+"""Whatever a hardened encoder comes as, turned into weights and what is known about them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, CLIPVisionModel
-from transformers.models.clip.configuration_clip import CLIPVisionConfig
+from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.adapters import CONFIG_FILE, holds_adapter, merge_into, original_of
 from hf_robust_vision.towers.load import load_stock
 from hf_robust_vision.towers.weights import is_weights_file, load_state_dict, local_or_hub
 
-from .layouts import Geometry, Tower
-from .open_clip import PROJECTION, clip_state, square_side
+from .layouts import Geometry, SiglipTower, Tower
+from .open_clip import POSITIONS, PROJECTION, square_side
+from .siglip import HEAD, vision_state
 from .towers import check_writable, find_towers
 
 
@@ -39,10 +39,21 @@ class Source:
     """Weights of a hardened encoder."""
 
     name: str  # where they come from, for the report; never a whole local path
-    state: dict[str, Tensor]  # CLIP keys, `visual_projection.weight` among them if there is one
+    state: dict[str, Tensor]  # keys of transformers, with the `visual_projection.weight` of a CLIP if there is one
     geometry: Geometry | None = None  # None for a bare state dict, which does not tell the settings
     pixels: PixelSettings | None = None  # None where unknown
     tower: Tower | None = None  # the encoder itself, where the source is a model
+    original: dict[str, Tensor] | None = None  # what it was trained from, which only an adapter names
+
+    @property
+    def kind(self) -> type[Tower]:
+        """A plain tower of the source's family."""
+        return Tower if "embeddings.class_embedding" in self.state else SiglipTower
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return len(self.state[POSITIONS]) - self.kind.class_tokens
 
     def completed(self, donor: Geometry, asked: Mapping[str, Any]) -> Geometry:
         """The whole geometry: sizes from the weights, settings as `asked`, as the source tells, or those of `donor`."""
@@ -50,7 +61,7 @@ class Source:
         embeddings = self.state["embeddings.patch_embedding.weight"]
         patch = embeddings.shape[-1]
         # A config's image size need not be a multiple of the patch; it stands where it gives as many patches.
-        side = square_side(len(self.state["embeddings.position_embedding.weight"]) - 1)
+        side = square_side(self.num_patches)
         image_size = settings.image_size if settings.image_size // patch == side else side * patch
         return replace(
             settings,
@@ -66,26 +77,27 @@ def load_source(source: Any, *, base: Any = None) -> Source:
     """Read a hardened encoder from a model, a state dict, a file, a folder or a Hub id.
 
     Args:
-        source: A model with one CLIP tower; a state dict of Hugging Face's or open_clip's layout; a `.safetensors` or
-            `.pt` file of one; a folder or Hub id of a CLIP model, of its vision half, or of a PEFT adapter.
+        source: A model with one CLIP or SigLIP tower; a state dict of Hugging Face's or open_clip's layout; a
+            `.safetensors` or `.pt` file of one; a folder or Hub id of such a model, of its vision half, or of a PEFT
+            adapter.
         base: The model that an adapter was trained on, or its folder or Hub id; by default the one that it names.
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If it is not the whole of a CLIP vision tower.
+        ValueError: If it is not the whole of a vision tower.
     """
     if base is not None and not isinstance(source, str | Path):
         raise ValueError(f"base= belongs to a PEFT adapter folder, but source is a {type(source).__name__}.")
     if isinstance(source, nn.Module):
         return _from_model(source, f"a {type(source).__name__} in memory")
     if isinstance(source, Mapping):
-        return Source("a state dict in memory", clip_state(source))
+        return Source("a state dict in memory", vision_state(source))
     if not isinstance(source, str | Path):
         raise TypeError(
-            f"source is a {type(source).__name__}; wanted a CLIP model, a state dict, or the path or Hub id of one."
+            f"source is a {type(source).__name__}; wanted a CLIP or SigLIP model, a state dict, or the path or Hub id of one."
         )
     if is_weights_file(source):
-        return Source(Path(source).name, clip_state(load_state_dict(source)))
+        return Source(Path(source).name, vision_state(load_state_dict(source)))
     place = local_or_hub(source)
     name = Path(place).resolve().name if Path(place).is_dir() else place  # the report is published
     if holds_adapter(place):
@@ -96,15 +108,19 @@ def load_source(source: Any, *, base: Any = None) -> Source:
 
 
 def reference_tower(state: dict[str, Tensor], geometry: Geometry) -> Tower:
-    """A `CLIPVisionModel` of these weights in evaluation mode, to compare with."""
+    """A `CLIPVisionModel` or `SiglipVisionModel` of these weights in evaluation mode, to compare with."""
     # Built on no device and given the weights themselves: no second copy of a large tower.
-    config = CLIPVisionConfig(**asdict(geometry))
+    kind, settings = Source("", state).kind, asdict(geometry)
     with torch.device("meta"):
-        model: Any = CLIPVisionModel(config)
+        model: Any = (
+            SiglipVisionModel(SiglipVisionConfig(**settings, vision_use_head=set(state) >= HEAD))
+            if kind is SiglipTower
+            else CLIPVisionModel(CLIPVisionConfig(**settings))
+        )
     model.load_state_dict({k: v for k, v in state.items() if k != PROJECTION}, strict=True, assign=True)
-    device = state["embeddings.class_embedding"].device
-    model.embeddings.position_ids = torch.arange(1 + geometry.num_patches, device=device)[None]
-    return Tower("", model.eval())
+    positions = state[POSITIONS]
+    model.embeddings.position_ids = torch.arange(len(positions), device=positions.device)[None]
+    return kind("", model.eval())
 
 
 def processor_pixels(processor: Any) -> PixelSettings | None:
@@ -128,7 +144,7 @@ def _from_model(model: nn.Module, name: str, pixels: PixelSettings | None = None
     towers = find_towers(model)
     if len(towers) > 1:
         raise ValueError(
-            f"source has {len(towers)} CLIP towers ({', '.join(tower.path for tower in towers)}): pass the one wanted."
+            f"source has {len(towers)} vision towers ({', '.join(tower.path for tower in towers)}): pass the one wanted."
         )
     check_writable(towers[0])
     transform = getattr(model, "transform", None)
@@ -151,5 +167,7 @@ def _from_adapter(folder: str, name: str, base: Any) -> Source:
     base = base if base is not None else original_of(folder)[0]
     pixels = None if isinstance(base, nn.Module) else _pixels(str(base))
     model = copy.deepcopy(base) if isinstance(base, nn.Module) else load_stock(base, dtype="auto")
-    merge_into(model, folder, part=[tower.module for tower in find_towers(model)])
-    return _from_model(model, name, pixels=pixels)
+    towers = find_towers(model)
+    original = {name: value.clone() for tower in towers for name, value in tower.clip_state().items()}
+    merge_into(model, folder, part=[tower.module for tower in towers])
+    return replace(_from_model(model, name, pixels=pixels), original=original)

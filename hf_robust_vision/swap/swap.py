@@ -1,4 +1,4 @@
-"""Put a hardened CLIP encoder into a VLM: check everything, copy in place, verify, or leave the VLM as it was."""
+"""Put a hardened CLIP or SigLIP encoder into a VLM: check everything, copy in place, verify, or leave the VLM as it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_robust_vision.towers.base import weights_sha256
 
 from .journal import LOCK, Journal
 from .layouts import Tower, tell_config
-from .open_clip import POSITIONS, PROJECTION, square_side
+from .open_clip import PROJECTION, square_side
 from .plan import RESIZE, Plan, check_native, check_pixels, check_shared, make_plan, pixel_notes
 from .report import SwapReport, TowerReport
 from .source import Source, load_source, processor_pixels, reference_tower
@@ -44,13 +44,13 @@ def swap_vision_encoder(
     verify: bool = True,
     base: Any = None,
 ) -> SwapReport:
-    """Copy the weights of a hardened CLIP encoder into the CLIP tower(s) of a VLM, in place.
+    """Copy the weights of a hardened CLIP or SigLIP encoder into the tower(s) of a VLM, in place.
 
     The tower keeps its dtype, device, hooks and flags, and the VLM's config stays true to it. On any failure the VLM is
     left as it was.
 
     Args:
-        vlm: A model with a CLIP vision tower, of transformers, of the original LLaVA code or of OpenFlamingo.
+        vlm: A model with a CLIP or SigLIP vision tower, of transformers, of the original LLaVA code or of OpenFlamingo.
         source: The hardened encoder, see `load_source`.
         towers: "all", or the paths of those to swap.
         resize: What to do if source and tower differ in image size: "error"; "interpolate" the source's positions to
@@ -113,6 +113,7 @@ def swap_vision_encoder(
             raise
         if verify:
             report.warnings[:0] = _drift_warnings(report.towers)
+        report.warnings += [note for plan, told in zip(plans, report.towers) for note in _origin_notes(plan, told)]
         report._journal = journal
     return report
 
@@ -137,10 +138,9 @@ def _commit(plan: Plan, journal: Journal, *, verify: bool) -> TowerReport:
     old_tokens = tower.run(_pixel_values(plan.old.image_size))[0] if verify else None
     sha256_before = weights_sha256(tower.module)
     old = {name: weight.detach() for name, weight in tower.weights().items()}
-    changed = sum(
-        int((old[name] != value).sum()) if old[name].shape == value.shape else value.numel()
-        for name, value in state.items()
-    )
+    changed = _differing(old, state)
+    original = plan.original
+    off_original = None if original is None else _differing(old, {k: v.to(old[k]) for k, v in original.items()})
     journal.sign(tower.module)
     # In place: dtype, device, hooks, flags and the optimizer's references to the parameters all stay.
     tower.adapt(plan.old, plan.new, journal)
@@ -157,12 +157,20 @@ def _commit(plan: Plan, journal: Journal, *, verify: bool) -> TowerReport:
         path=tower.path,
         parameters=sum(weight.numel() for weight in weights.values()),
         changed=changed,
+        off_original=off_original,
         unread=sum(weights[name].numel() for name in unread),
         unread_names=unread,
         drift=drift,
         output_error=error,
         sha256_before=sha256_before,
         sha256_after=weights_sha256(tower.module),
+    )
+
+
+def _differing(old: dict[str, Tensor], state: dict[str, Tensor]) -> int:
+    return sum(
+        int((old[name] != value).sum()) if old[name].shape == value.shape else value.numel()
+        for name, value in state.items()
     )
 
 
@@ -178,8 +186,9 @@ def _measure(plan: Plan, old_tokens: list[Tensor]) -> tuple[float | None, float]
         if not math.isfinite(gap):
             why = f"is not finite in {dtype}: convert the VLM to bfloat16 or float32"
         raise RuntimeError(f"the output of {plan.tower} {why}. The old tower was brought back.")
+    cut = plan.tower.class_tokens
     layers = plan.tower.layers_read or (len(new_tokens) - 1,)
-    cosines = [_cosine(old_tokens[layer][:, 1:].float(), new_tokens[layer][:, 1:].float()) for layer in layers]
+    cosines = [_cosine(old_tokens[layer][:, cut:].float(), new_tokens[layer][:, cut:].float()) for layer in layers]
     drift = sum(cosines) / len(cosines)
     return drift if math.isfinite(drift) else None, gap
 
@@ -208,6 +217,24 @@ def _drift_warnings(towers: Sequence[TowerReport]) -> list[str]:
     return notes
 
 
+def _origin_notes(plan: Plan, told: TowerReport) -> list[str]:
+    """Whether the VLM had trained its tower further, as far as that can be known."""
+    if told.off_original is None and plan.tower.family == "SigLIP" and told.changed:
+        return [
+            f"the old tower at {told.path} was not compared with the SigLIP that the source was trained from, which only "
+            "an adapter names. A VLM that trains its tower, as PaliGemma does, equals no published SigLIP: what it "
+            "learned there is lost by a swap. Swap the original in first, whose `changed` is 0 where the tower equals it; "
+            "otherwise harden the VLM in place (hf-robust-vision harden-vlm)."
+        ]
+    if not told.off_original:
+        return []
+    return [
+        f"{told.off_original:,} of {told.parameters:,} weights of the old tower at {told.path} differ from those of the "
+        "model that the adapter was trained on: the VLM has trained its tower further, and what it learned there is "
+        "lost. Harden the VLM in place (hf-robust-vision harden-vlm)."
+    ]
+
+
 def _cosine(old: Tensor, new: Tensor) -> float:
     if old.shape[1] != new.shape[1]:  # another grid over the same images: compare at the same places
         side, wanted = square_side(new.shape[1]), square_side(old.shape[1])
@@ -228,7 +255,10 @@ def _sync(config: Any, plans: Sequence[Plan], processor: Any, journal: Journal) 
     """Tell the VLM's config, and at another image size its processor, what the towers are now."""
     new = plans[0].new
     vision_config = getattr(config, "vision_config", None)
-    if getattr(vision_config, "model_type", "") == "clip_vision_model":  # another object if the tower was replaced
+    if getattr(vision_config, "model_type", "") in (
+        "clip_vision_model",
+        "siglip_vision_model",
+    ):  # another object if the tower was replaced
         tell_config(vision_config, new, journal)
     if "image_size" not in plans[0].switched:
         return
@@ -262,9 +292,8 @@ def _warnings(config: Any, source: Source, plans: Sequence[Plan], compared: bool
     elif source.geometry.hidden_act != new.hidden_act:
         notes.append(f"the source says hidden_act={source.geometry.hidden_act!r}; {new.hidden_act!r} was asked for.")
     notes += [f"{name} of the tower was switched to {getattr(new, name)!r}." for name in plans[0].switched]
-    patches = len(source.state[POSITIONS]) - 1
-    if patches != new.num_patches:
-        notes.append(f"positions were interpolated from {patches} to {new.num_patches} patches.")
+    if source.num_patches != new.num_patches:
+        notes.append(f"positions were interpolated from {source.num_patches} to {new.num_patches} patches.")
     if PROJECTION not in source.state and any({PROJECTION, "proj"} & set(plan.tower.weights()) for plan in plans):
         notes.append("the source has no projection: the old one was kept, and does not belong to the new tower.")
     if not compared:

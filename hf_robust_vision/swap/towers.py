@@ -1,4 +1,4 @@
-"""Where the CLIP vision towers of a model live, and whether their weights may be touched."""
+"""Where the CLIP and SigLIP vision towers of a model live, and whether their weights may be touched."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from torch import nn
 from hf_robust_vision.towers.adapters import has_adapter
 from hf_robust_vision.towers.weights import FLOATS
 
-from .layouts import OpenClipTower, Tower
+from .layouts import OpenClipTower, SiglipTower, Tower
 
 
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 _HF_PARTS = (
     "pre_layrnorm", "embeddings.class_embedding", "embeddings.patch_embedding", "encoder.layers", "post_layernorm",
 )  # fmt: skip
+_SIGLIP_PARTS = ("embeddings.patch_embedding", "embeddings.position_embedding", "encoder.layers", "post_layernorm")
 _OPEN_CLIP_PARTS = ("class_embedding", "positional_embedding", "conv1", "ln_pre", "transformer.resblocks", "ln_post")
 _TOWER_NAMES = ("vision_tower", "vision_model", "vision_encoder", "image_tower", "visual", "image_encoder")
 
 
 def find_towers(model: nn.Module, towers: str | Sequence[str] = "all") -> list[Tower]:
-    """Find the CLIP vision towers of a model, or those at the paths `towers`: transformers' layout, and open_clip's.
+    """Find the CLIP and SigLIP vision towers of a model, or those at the paths `towers`.
+
+    CLIP's may have the layout of transformers or of open_clip.
 
     It looks through `torch.compile`, DDP and PEFT wrappers, and into the wrapper of the original LLaVA code.
 
@@ -50,7 +53,9 @@ def find_towers(model: nn.Module, towers: str | Sequence[str] = "all") -> list[T
     known = {tower.path: tower for tower in found}
     strange = [path for path in wanted if path not in known]
     if strange or not wanted:
-        raise ValueError(f"no CLIP tower at {strange}; this model has {list(known)}: choose among them, or 'all'.")
+        raise ValueError(
+            f"no CLIP or SigLIP tower at {strange}; this model has {list(known)}: choose among them, or 'all'."
+        )
     return [known[path] for path in wanted]
 
 
@@ -63,7 +68,7 @@ def model_config(model: nn.Module) -> Any:
 
 
 def check_writable(tower: Tower) -> None:
-    """Refuse a tower whose weights are not plain tensors in memory under CLIP's names."""
+    """Refuse a tower whose weights are not plain tensors in memory under the names of its family."""
     weights = tower.weights()
     names = set(weights)
     if has_adapter(tower.module):
@@ -86,7 +91,7 @@ def check_writable(tower: Tower) -> None:
     expected = tower.expected()
     if names != expected:
         raise ValueError(
-            f"{tower} is not a plain CLIP tower of its config's {tower.geometry.num_hidden_layers} layers: "
+            f"{tower} is not a plain {tower.family} tower of its config's {tower.geometry.num_hidden_layers} layers: "
             f"{len(names - expected)} unknown weights {sorted(names - expected)[:3]}, "
             f"{len(expected - names)} missing weights {sorted(expected - names)[:3]}. Quantised layers, adapters and "
             "cut towers look like this: undo that first."
@@ -99,12 +104,16 @@ def _walk(model: nn.Module, prefix: str, config: Any) -> list[Tower]:
     for path, module in modules.items():
         parent: Any = modules.get(path.rpartition(".")[0]) if path else None
         where = prefix + path
+        read = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
         # By what it is made of, not by its class: VLMs have classes of their own for the same layout.
         if _has(module, _HF_PARTS):
             own = getattr(getattr(parent, "config", None), "model_type", None) in ("clip", "clip_vision_model")
             projection = getattr(parent, "visual_projection", None) if own else None
-            read = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
             found.append(Tower(where, module, projection=projection, layers_read=_entries(read, module)))
+        # But here the config has to tell: Idefics' and others of the same parts place their positions otherwise.
+        elif getattr(getattr(module, "config", None), "model_type", "") == "siglip_vision_model":
+            if _has(module, _SIGLIP_PARTS):
+                found.append(SiglipTower(where, module, layers_read=_entries(read, module)))
         elif _has(module, _OPEN_CLIP_PARTS):
             tower = OpenClipTower(where, module)
             if path.rpartition(".")[2] == "vision_encoder":  # OpenFlamingo reads the patch tokens of the last block
@@ -161,7 +170,7 @@ def _nothing_found(model: nn.Module) -> str:
         or type(module).__name__.endswith(("VisionModel", "VisionTransformer"))
     ]
     return (
-        f"no CLIP vision tower in {type(model).__name__}; found {', '.join(towers[:4]) or 'no vision tower'}. Weights "
-        "of a CLIP encoder fit only a tower of CLIP's layout (class token, pre-layer norm, learned positions); "
-        "SigLIP, DINOv2, EVA, OwlViT, Pixtral and the like are other networks."
+        f"no CLIP or SigLIP vision tower in {type(model).__name__}; found {', '.join(towers[:4]) or 'no vision tower'}. "
+        "Weights fit only a tower of their own layout; DINOv2, EVA, OwlViT, Pixtral and the like are other networks: "
+        "harden such a VLM in place (hf-robust-vision harden-vlm)."
     )

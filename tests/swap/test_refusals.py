@@ -197,7 +197,7 @@ def eva():
 
 
 OTHERS = {
-    "SiglipVisionModel": lambda: llava_with("siglip_vision_model"),
+    "SiglipVisionModel": lambda: llava_with("siglip_vision_model"),  # found, and told to be another family than a CLIP
     "Dinov2Model": lambda: llava_with("dinov2"),
     "PixtralVisionModel": lambda: llava_with("pixtral"),
     "InternVLVisionModel": lambda: llava_with("internvl_vision"),
