@@ -176,7 +176,7 @@ def _check_model(folder: Path, results: Sequence[RobustnessResult]) -> DualEncod
     if not (folder / "model.safetensors").is_file() and not list(folder.glob("model-*-of-*.safetensors")):
         raise ValueError(f"{folder} has no model.safetensors; write it with save_pretrained.")
     if not _matching(folder, ("tokenizer.json", "vocab.json")):  # transformers would make one up
-        raise ValueError(f"{folder} has no tokenizer.json; save the model's processor there.")
+        raise ValueError(f"{folder} has no tokenizer.json; save the model's CLIPProcessor (or SiglipProcessor) there.")
     encoder = load_encoder(folder, dtype="auto")
     load_tokenizer(folder)
     if not isinstance(encoder, DualEncoder):
