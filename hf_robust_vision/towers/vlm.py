@@ -260,7 +260,9 @@ class LanguageReader:
         """
         own, theirs = encoder.tower, self.vlm.tower
         shapes = [{name: tuple(value.shape) for name, value in part.state_dict().items()} for part in (own, theirs)]
-        if type(own) is not type(theirs) or shapes[0] != shapes[1]:
+        # A VLM leaves SigLIP's pooling head out; that it is there is no hindrance.
+        headless = {name: shape for name, shape in shapes[0].items() if not name.startswith("head.")}
+        if type(own) is not type(theirs) or shapes[1] not in (shapes[0], headless):
             raise ValueError(
                 f"the tower of {self.vlm.stock_class.__name__} is a {type(theirs).__name__} of "
                 f"{sum(value.numel() for value in theirs.parameters()):,} weights, the one to train a "

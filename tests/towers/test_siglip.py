@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, Siglip2Config, Siglip2Model, SiglipModel
+from transformers import AutoProcessor, Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel
 
 from hf_robust_vision import (
     FARETrainer,
@@ -20,6 +20,7 @@ from hf_robust_vision import (
     as_encoder,
     load_encoder,
     make_text_bank,
+    swap_vision_encoder,
 )
 from hf_robust_vision.attacks import CrossEntropy, get_protocol
 from hf_robust_vision.data.captions import CaptionedImages
@@ -33,10 +34,12 @@ from hf_robust_vision.sanity.check import check_sanity
 from hf_robust_vision.towers.base import Reads, freeze_unread, weights_sha256
 from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.siglip import SiglipEncoder
+from hf_robust_vision.towers.vlm import LanguageReader
 from hf_robust_vision.training.launchers import make_shardable
 from hf_robust_vision.training.layers import learning_rate_scales
 from tests.conftest import NAMES, TEMPLATE, build_siglip, build_tokenizer, make_dataset, picture
-from tests.training.helpers import make_trainer, weights
+from tests.towers.zoo import saved
+from tests.training.helpers import arguments, make_trainer, weights
 
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -192,6 +195,29 @@ def test_lora(feature, siglip_folder, tmp_path):
     assert {name for name in before if not torch.equal(before[name], after[name])} == trained
     trainer.save_model(str(tmp_path / "model"))
     assert isinstance(load_encoder(tmp_path / "model"), SiglipEncoder)
+
+
+@pytest.mark.parametrize("family", ["paligemma", "gemma3", "llava_onevision"])
+def test_training_through_the_projector_of_a_vlm(family, tmp_path):
+    """What the VLM's language model would read; the VLM's own tower may lack the head, which then does not train."""
+    vlm, _ = saved(family, tmp_path / "vlm")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {"vocab_size": 40, "bos_token_id": 2, "eos_token_id": 3}
+    vision = vlm.config.vision_config.to_dict() | {"vision_use_head": True}
+    encoder = as_encoder(SiglipModel(SiglipConfig(vision_config=vision, text_config=text)))
+    encoder.read_by(LanguageReader(str(tmp_path / "vlm")))
+    args = arguments(tmp_path / "run", max_steps=2, feature="language_tokens", learning_rate=1e-3)
+    trainer = SimCLIPTrainer(encoder, args, make_dataset(12))
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("vision_model.") and ".head." not in name for name in moved)
+    trainer.save_model(str(tmp_path / "model"))
+    again = SiglipModel.from_pretrained(tmp_path / "model")
+    report = swap_vision_encoder(vlm, again)
+    assert report.towers[0].output_error < 1e-5
 
 
 def test_layers_fit(siglip_folder, siglip, tmp_path):
