@@ -89,6 +89,22 @@ def test_two_processes_equal_one(settings, fsdp2, alone, clip_folder, tmp_path):
     assert largest_gap(saved, merged) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("settings", "fsdp2"), [({"feature": "both"}, False), (TIMA, True)], ids=["ddp", "fsdp2-tima"]
+)
+def test_a_siglip_in_two_processes_equals_one(settings, fsdp2, siglip_folder, tmp_path):
+    """Its attention pooling is torch's own, and its scale and bias have one number each."""
+    settings = SGD | {"double": True, "max_steps": 3} | settings
+    assert start(siglip_folder, tmp_path / "one", per_device_train_batch_size=4, **settings) == [0], said(
+        tmp_path / "one"
+    )
+    settings |= {"world": 2, "per_device_train_batch_size": 2, "fsdp": 2 * fsdp2}
+    assert start(siglip_folder, tmp_path / "two", **settings) == [0, 0], said(tmp_path / "two")
+    assert ended(tmp_path / "two")["sharded"] == fsdp2
+    assert largest_gap(final(tmp_path / "two"), final(tmp_path / "one")) < 1e-10
+    assert largest_gap(final(tmp_path / "two"), load_encoder(siglip_folder).state_dict()) > 1e-4
+
+
 @pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
 def test_a_vlm_in_two_processes_equals_one(fsdp2, tmp_path):
     """At what its language model reads, which no process loads."""
