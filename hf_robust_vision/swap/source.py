@@ -94,7 +94,8 @@ def load_source(source: Any, *, base: Any = None) -> Source:
         return Source("a state dict in memory", vision_state(source))
     if not isinstance(source, str | Path):
         raise TypeError(
-            f"source is a {type(source).__name__}; wanted a CLIP model, a SigLIP model, a state dict, or the path or Hub id of one."
+            f"source is a {type(source).__name__}; wanted a CLIP model, a SigLIP model, a state dict, or the path or Hub "
+            "id of one."
         )
     if is_weights_file(source):
         return Source(Path(source).name, vision_state(load_state_dict(source)))
@@ -145,7 +146,8 @@ def _from_model(model: nn.Module, name: str, pixels: PixelSettings | None = None
     if len(towers) > 1:
         families = " and ".join(sorted({tower.family for tower in towers}))
         raise ValueError(
-            f"source has {len(towers)} {families} towers ({', '.join(tower.path for tower in towers)}): pass the one wanted."
+            f"source has {len(towers)} {families} towers ({', '.join(tower.path for tower in towers)}): pass the one "
+            "wanted."
         )
     check_writable(towers[0])
     transform = getattr(model, "transform", None)

@@ -226,12 +226,12 @@ def _origin_notes(plan: Plan, told: TowerReport) -> list[str]:
             "learned there is lost by a swap. Swap the original in first, whose `changed` is 0 where the tower equals it; "
             "otherwise harden the VLM in place (hf-robust-vision harden-vlm)."
         ]
-    if not told.off_original:
+    if not told.off_original or not told.changed:
         return []
     return [
         f"{told.off_original:,} of {told.parameters:,} weights of the old tower at {told.path} differ from those of the "
-        "model that the adapter was trained on: the VLM has trained its tower further, and what it learned there is "
-        "lost. Harden the VLM in place (hf-robust-vision harden-vlm)."
+        "model that the adapter was trained on: the VLM has trained its tower further, or another was swapped in before. "
+        "What it learned there is lost; to keep it, harden the VLM in place (hf-robust-vision harden-vlm)."
     ]
 
 
@@ -255,10 +255,8 @@ def _sync(config: Any, plans: Sequence[Plan], processor: Any, journal: Journal) 
     """Tell the VLM's config, and at another image size its processor, what the towers are now."""
     new = plans[0].new
     vision_config = getattr(config, "vision_config", None)
-    if getattr(vision_config, "model_type", "") in (
-        "clip_vision_model",
-        "siglip_vision_model",
-    ):  # another object if the tower was replaced
+    # Another object where the tower was replaced.
+    if getattr(vision_config, "model_type", "") in ("clip_vision_model", "siglip_vision_model"):
         tell_config(vision_config, new, journal)
     if "image_size" not in plans[0].switched:
         return
