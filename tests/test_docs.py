@@ -202,3 +202,26 @@ def test_towers_page_is_what_its_numbers_say():
     readme = (ROOT / "README.md").read_text()
     assert f"keeps {mean:.1f} points more answers" in readme
     assert f"paired interval {low:+.1f} to {high:+.1f}]" in readme
+
+
+def test_the_table_of_hardened_vlms_is_that_of_its_files():
+    """docs/how-to-harden-a-vlm.md and README.md against what was measured."""
+    page = (ROOT / "docs" / "how-to-harden-a-vlm.md").read_text()
+    columns = []
+    for name in ("llava", "smolvlm"):
+        results = json.loads((ROOT / "docs" / "results" / f"harden_vlm_{name}.json").read_text())["results"]
+        for model in ("before", "after"):
+            own = [result for result in results if result["model"] == model]
+            columns.append([cell(own[0], "clean"), *(cell(result, "robust") for result in own)])
+            readme = (ROOT / "README.md").read_text()
+            assert f"{100 * own[0]['robust_accuracy']:.1f}" in readme
+    rows = [
+        f"| {' | '.join([name, *cells])} |"
+        for name, cells in zip(("clean", "8/255 (trained)", "16/255"), zip(*columns))
+    ]
+    assert all(row in page for row in rows), rows
+
+
+def cell(result, kind):
+    low, high = (100 * value for value in result["ci95"][f"{kind}_accuracy"])
+    return f"{100 * result[f'{kind}_accuracy']:.1f} % ({low:.1f} to {high:.1f})"
