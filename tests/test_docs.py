@@ -126,13 +126,14 @@ def test_results_page_is_what_its_numbers_say():
     assert (ROOT / "docs" / "results.md").read_text() == make_page(ROOT / "docs")
 
 
+def cell(row, kind):
+    low, high = row["ci95"][f"{kind}_accuracy"]
+    return f"{100 * row[f'{kind}_accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def test_readme_table_is_the_run_of_its_first_command():
     results = json.loads((ROOT / "docs" / "results" / "sim_clip_demo.json").read_text())["results"]
     readme = (ROOT / "README.md").read_text()
-
-    def cell(row, kind):
-        low, high = row["ci95"][f"{kind}_accuracy"]
-        return f"{100 * row[f'{kind}_accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
     before, after = ([row for row in results if row["model"] == model] for model in ("before", "after"))
     assert f"| clean | {cell(before[0], 'clean')} | {cell(after[0], 'clean')} |" in readme
@@ -192,6 +193,17 @@ def test_swap_table_is_what_was_measured():
     }.items():
         _, values = cells(group, "clean")
         assert f"| {name} | {values[0].split(' (')[0]} | {values[1].split(' (')[0]} |" in page
+
+
+def test_smolvlm_table_is_what_was_measured():
+    results = json.loads((ROOT / "docs" / "results" / "harden_demo_smolvlm.json").read_text())["results"]
+    page = (ROOT / "docs" / "how-to-harden-a-vlm.md").read_text()
+    before, after = ([row for row in results if row["model"] == model] for model in ("before", "after"))
+    assert f"| clean | {cell(before[0], 'clean')} | {cell(after[0], 'clean')} |" in page
+    for one, other in zip(before, after, strict=True):
+        assert f"| {255 * one['eps']:g}/255 | {cell(one, 'robust')} | {cell(other, 'robust')} |" in page
+    assert {(row["num_samples"], row["protocol"]) for row in results} == {(300, "vlm-pgd-50")}
+    assert {row["training"]["eps"] for row in after} == {8 / 255}
 
 
 def test_towers_page_is_what_its_numbers_say():
