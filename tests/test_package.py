@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evaluation": {"files", "processes", "attacks", "pixels", "towers", "data"},
     "sanity": {"attacks", "pixels", "towers", "data", "evaluation"},
     "report": {"files", "processes", "attacks", "pixels", "towers", "evaluation"},
-    "hub": {"files", "pixels", "towers", "data", "evaluation", "report"},
+    "hub": {"files", "attacks", "pixels", "towers", "data", "evaluation", "report"},
     "training": {"files", "processes", "attacks", "pixels", "towers", "data", "evaluation", "hub"},
     "methods": {"attacks", "towers", "data", "training"},
     "pipeline": {

@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from hf_robust_vision.evaluation.repeat import Repeat, repeat_zero_shot
 from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, load_results
 from hf_robust_vision.towers.adapters import holds_adapter, original_of
 from hf_robust_vision.towers.base import weights_sha256
@@ -21,6 +20,7 @@ from hf_robust_vision.towers.weights import local_or_hub
 
 from .card import hardened
 from .release import REPLACED, TOWER_RECORD
+from .repeat import Repeat, repeat_zero_shot
 
 
 @dataclass(frozen=True)

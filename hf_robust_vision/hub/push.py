@@ -25,10 +25,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForImageTextToText
 
-from hf_robust_vision.evaluation.repeat import Repeat
-
 from .load import load_robust_encoder
 from .release import CARD, REPLACED, Release, prepare_release
+from .repeat import Repeat
 
 
 class PushError(OSError):

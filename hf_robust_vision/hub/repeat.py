@@ -14,15 +14,14 @@ from hf_robust_vision.attacks import Protocol
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import DEMO_NAME, load_demo
 from hf_robust_vision.data.sources import load_labelled_images
+from hf_robust_vision.evaluation.consistency import check_results, measurements
+from hf_robust_vision.evaluation.engine import evaluate
+from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord
+from hf_robust_vision.evaluation.task import RobustnessProtocol, SampleId, Task
+from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.text_bank import make_text_bank
-
-from .consistency import check_results, measurements
-from .engine import evaluate
-from .results import RobustnessResult, SampleRecord
-from .task import RobustnessProtocol, SampleId, Task
-from .tasks.zero_shot import ZeroShot
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.evaluation.repeat import repeat_zero_shot
 from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
+from hf_robust_vision.hub.repeat import repeat_zero_shot
 from tests.conftest import make_dataset
 
 
