@@ -1,4 +1,4 @@
-"""Train the small SmolVLM that the package ships, all of it from scratch, in an hour on one core.
+"""Train the small SmolVLM that the package ships, all of it from scratch, in a quarter of an hour on one core.
 
     python recipes/research/pretrain_demo_smolvlm.py --output_dir outputs/demo-smolvlm
 
