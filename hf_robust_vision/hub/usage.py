@@ -26,7 +26,8 @@ def usage_block(
     prompt = result.templates[0] if result.templates else "a photo of a {}"
     prompts = [prompt.replace("{}", word) for word in (result.class_names or ["cat", "dog"])[:2]]
     if kind == "vlm":
-        prompts = [str((result.generation or {}).get("prompt", "{}")).replace("{}", "what is it?")]
+        asked = result.generation or {}
+        prompts = [str(asked.get("chat_template") or asked.get("prompt", "{}")).replace("{}", "what is it?")]
     # The classes of tokenizers, and so the processors, of SigLIP and SigLIP 2 differ.
     processor = "CLIPProcessor" if family == "CLIP" else "AutoProcessor"
     names = {"kind": kind, "name": name, "base": base_model or "", "family": family, "processor": processor}

@@ -89,7 +89,7 @@ def freeze_unread(encoder: Any, reads: Reads) -> None:
     for module, mode in modes.items():
         module.training = mode
     for parameter, gradient in zip(read, gradients):
-        parameter.requires_grad_(gradient is not None and bool(gradient.any()))
+        parameter.requires_grad_(gradient is not None and (gradient.is_meta or bool(gradient.any())))
     for part in encoder.text_parts(reads.text):
         part.requires_grad_(True)
 

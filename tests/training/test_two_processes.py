@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPModel
 
 from hf_robust_vision.towers.load import load_encoder
-from tests.towers.zoo import saved
+from tests.towers.zoo import saved, tiny_processor
 from tests.training.helpers import SGD, largest_gap
 from tests.training.ranks import final, said, start
 
@@ -108,7 +108,8 @@ def test_a_siglip_in_two_processes_equals_one(settings, fsdp2, siglip_folder, tm
 @pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
 def test_a_vlm_in_two_processes_equals_one(fsdp2, tmp_path):
     """At what its language model reads, which no process loads."""
-    saved("llava", tmp_path / "vlm")
+    _, images = saved("llava", tmp_path / "vlm")
+    tiny_processor("llava", images).save_pretrained(tmp_path / "vlm")
     settings = SGD | {"double": True, "max_steps": 3, "feature": "language_tokens"}
     assert start(tmp_path / "vlm", tmp_path / "one", per_device_train_batch_size=4, **settings) == [0]
     settings |= {"world": 2, "per_device_train_batch_size": 2, "fsdp": 2 * fsdp2}
