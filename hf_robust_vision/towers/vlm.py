@@ -156,6 +156,7 @@ def seeing(kind: type[PreTrainedModel]) -> Any:
         "__init__": __init__,
         "__module__": kind.__module__,  # transformers finds the names of weights in files by class
         "stock_class": kind,
+        "_keys_to_ignore_on_load_unexpected": [r"."],  # the language model's, which are not read
         "_tied_weights_keys": {},  # the head is not there to be tied
         "tie_weights": lambda self, *args, **kwargs: None,
     }
