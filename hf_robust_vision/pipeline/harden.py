@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoProcessor, set_seed
@@ -86,7 +87,7 @@ def run(
         print_table(results, seconds=time.time() - start)
         print(*write_report([output], output), sep="\n")
     if args.push_to_hub and test is not None:
-        _push(trainer, test)
+        part_and_push(trainer, dataset=test, device=trainer.args.device)
     return results
 
 
@@ -135,14 +136,19 @@ def _check_push(options: PipelineArguments, args: AdversarialTrainingArguments) 
         raise ValueError("--push_to_hub true publishes measured models only; leave --measure false out.")
 
 
-def _push(trainer: AdversarialTrainer, test: LabelledImages) -> None:
-    """Part; then the first process publishes what was written, and measures some samples of the download again."""
+def part_and_push(trainer: AdversarialTrainer, **verified: Any) -> None:
+    """Part; then the first process publishes what was written, and checks the download.
+
+    Args:
+        trainer: Whose `output_dir` is measured.
+        verified: What the check takes: `dataset` and `device`, see `PushSettings`.
+    """
     first = trainer.is_world_process_zero()  # asked while there is a process group to ask
     part()  # nobody has to wait for an upload
     if not first:
         return
     try:
-        print(trainer.push_to_hub(verify=True, dataset=test, device=trainer.args.device))
+        print(trainer.push_to_hub(verify=True, **verified))
     except VerificationError as error:  # it is published; what to make of it is for the reader to say
         print(f"warning: {error}", file=sys.stderr)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from hf_robust_vision.attacks import StartNoise, make_ball, pgd
 from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
-from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo
+from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo, refuse_ignored
 from hf_robust_vision.data.demo_questions import load_questions
 from hf_robust_vision.data.sources import ImageSource, load_labelled_images, stream_images
 from hf_robust_vision.data.splits import without_corrupt
@@ -36,6 +36,7 @@ from hf_robust_vision.training.config import Radius
 from hf_robust_vision.training.publishing import check_push
 
 from .arguments import parse
+from .harden import part_and_push
 from .run_data import SCAN_LIMIT
 from .run_folder import check_folder, run_folder
 
@@ -188,16 +189,19 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
     trainer = make_trainer(options, args, name)
     if resume is not None:
         trainer.need_resumable(resume)  # and not after hours of measuring
-    origin = trainer.model.origin
-    rest = origin.rest_sha256(trainer.model)
+    original = trainer.reference.encoder  # neither sharded nor with an adapter, as the model that trains may be
+    rest = original.origin.rest_sha256(original)
     with run_folder(output, overwrite=options.overwrite and not args.resume_from_checkpoint) as replaced:
         results = ask(name, options, args, "before") if asked else []
         trainer.train(resume_from_checkpoint=resume)
-        if origin.rest_sha256(trainer.model) != rest:  # before it is written into another folder
+        if original.origin.rest_sha256(original) != rest:  # before it is written into another folder
             raise ValueError(f"weights beside tower and projector changed in {name} during the run; start again.")
         trainer.save_model(str(output))
         trainer.accelerator.wait_for_everyone()
-        report = compare(trainer, load_encoder(output, resolution=options.resolution), name, options.test_steps)
+        hardened = load_encoder(output, resolution=options.resolution)
+        if hardened.origin.rest_sha256(hardened) != rest:
+            raise ValueError(f"the language model in {output} is not the one of {name}: do not use it.")
+        report = compare(trainer, hardened, name, rest, options.test_steps)
         after = ask(str(output), options, args, "after") if asked else []
         for result in after:
             result.training = trainer.training_record()
@@ -209,8 +213,8 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
     if args.should_save:
         print(f"\n{report}\n", *([comparison_text(results)] if results else []), sep="\n")
         print(f"in {time.time() - start:.0f} s; the whole VLM lies in {output}")
-    if args.push_to_hub and args.should_save:
-        print(trainer.push_to_hub(verify=True))
+    if args.push_to_hub:
+        part_and_push(trainer)
     return results
 
 
@@ -276,6 +280,7 @@ def load_images(options: VLMArguments, transform: PixelTransform, seed: int) -> 
         ValueError: If there are none, or one can not be decoded.
     """
     if options.dataset_name is None:
+        refuse_ignored(options, "dataset_config", "train_split", "image_column", "streaming")
         return load_demo("train", transform)
     source = ImageSource(
         options.dataset_name, options.dataset_config, image_column=options.image_column, label_column=None
@@ -314,15 +319,8 @@ def ask(name: str, options: VLMArguments, args: VLMTrainingArguments, model: str
     )
 
 
-def compare(trainer: VLMTrainer, hardened: Any, name: str, steps: int) -> HardenReport:
-    """Original and hardened VLM by what their language model reads, on the first images that it was trained on.
-
-    Raises:
-        ValueError: If another weight than those of tower and projector differs.
-    """
-    rest = hardened.origin.rest_sha256(hardened)
-    if rest != trainer.model.origin.rest_sha256(trainer.model):
-        raise ValueError(f"the language model in {trainer.args.output_dir} is not the one of {name}: do not use it.")
+def compare(trainer: VLMTrainer, hardened: Any, name: str, rest: str, steps: int) -> HardenReport:
+    """Original and hardened VLM by what their language model reads, on the first images that it was trained on."""
     reference, args = trainer.reference, trainer.args
     original = reference.encoder.to(args.device)
     hardened.to(args.device).eval()
@@ -348,7 +346,7 @@ def compare(trainer: VLMTrainer, hardened: Any, name: str, steps: int) -> Harden
     return HardenReport(
         model=hardened.stock_class.__name__,
         original=path.name if path.exists() else name,
-        revision=hardened.origin.revision,
+        revision=original.origin.revision,
         tower=path_of(hardened, hardened.tower),
         parameters=sum(value.numel() for value in before.values()),
         changed=sum(int((before[key] != after[key].to(before[key])).sum()) for key in before),

@@ -105,6 +105,10 @@ class PooledEncoder(nn.Module):
             raise ValueError(f"a vision tower alone has no text tower, of which {text!r} could train.")
         return []
 
+    def settings(self) -> dict[str, Any]:
+        """What beside its weights decides what it learns, for records and a resume."""
+        return {} if self.reader is None else {"vlm": self.reader.name}
+
     def probe(self) -> Tensor:
         """An image of the tower's size, different everywhere, shape (1, 3, height, width)."""
         # Not grey: SigLIP normalises that to zeros, at which the patch embedding has no gradient.

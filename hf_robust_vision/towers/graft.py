@@ -1,4 +1,4 @@
-"""A VLM's folder with another tower in it: everything else stays, bit for bit, and is never in memory at once."""
+"""A VLM's folder with another tower in it: everything else stays, bit for bit; one file of it is in memory at a time."""
 
 from __future__ import annotations
 
@@ -74,13 +74,12 @@ class Origin:
             )
 
     def rest_sha256(self, encoder: Any) -> str:
-        """SHA-256 over all weights that are not the encoder's: those of the language model and its head.
+        """SHA-256 over all weights that are not the encoder's, which holds no adapter: of language model and head.
 
         Over their values, not their names: a model in memory has other ones than its file, and a tied head twice.
         """
-        return hashlib.sha256(
-            "".join(sorted({tensor_sha256(value) for value in self._rest(encoder)})).encode()
-        ).hexdigest()
+        hashes = sorted({tensor_sha256(value) for value in self._rest(encoder)})
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def save_with(self, encoder: Any, state: Mapping[str, Tensor], folder: Path, **kwargs: Any) -> None:
         """Write the whole VLM with the weights of an encoder, in the precision that its files have.
@@ -102,13 +101,12 @@ class Origin:
             self.whole.save_pretrained(folder, **kwargs)
             return
         new = revert_weight_conversion(encoder, dict(state))
+        if missing := sorted(set(new) - {name for file in self.files for name in _names(file)}):
+            raise ValueError(f"{missing[0]} is in none of the weights of {self.name}.")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as place:
             for file in self.files:
                 _write_shard(file, new, Path(place) / file.name)
-            missing = set(new) - {name for file in self.files for name in _names(file)}
-            if missing:
-                raise ValueError(f"{sorted(missing)[0]} is in none of the weights of {self.name}.")
             for file in Path(place).iterdir():  # all or none
                 file.replace(folder / file.name)
         for file in self.files[0].parent.iterdir():
@@ -119,9 +117,7 @@ class Origin:
                 shutil.copyfile(file, folder / file.name)
 
     def _rest(self, encoder: Any) -> Iterator[Tensor]:
-        own = {
-            name.replace(".base_layer.", "."): value for name, value in encoder.state_dict().items()
-        }  # with LoRA in it
+        own = encoder.state_dict()
         if self.whole is not None:
             yield from (value for name, value in self.whole.state_dict().items() if name not in own)
             return

@@ -7,6 +7,7 @@ them; what it holds is the VLM without its language model.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_robust_vision.pixels import PixelTransform
 
 from .adapters import has_adapter, save_adapter
-from .base import EncoderOutput
+from .base import EncoderOutput, weights_sha256
 from .graft import Origin
 from .processors import load_image_processor
 from .stock import compare, need_gradient, need_hook, processed, ramps, refuse_unlike
@@ -106,6 +107,10 @@ class VLMEncoder:
         if text != "none":
             raise ValueError(f"a VLM's encoder has no text tower, of which {text!r} could train.")
         return []
+
+    def settings(self: Any) -> dict[str, Any]:
+        """What beside its weights decides what it learns, for records and a resume."""
+        return {"resolution": max(self.probe().shape[-2:]), "train_projector": self.train_projector}
 
     def probe(self: Any) -> Tensor:
         """An image of the size that is attacked, different everywhere, shape (1, 3, height, width)."""
@@ -252,9 +257,10 @@ class LanguageReader:
 
     def __init__(self, name: str, *, revision: str | None = None, resolution: int | None = None):
         self.vlm = load_vlm(local_or_hub(name), revision=revision, resolution=resolution).eval().requires_grad_(False)
+        self.name = f"{Path(name).name if Path(name).is_dir() else name} (weights {weights_sha256(self.vlm)[:12]})"
 
     def of(self, encoder: Any) -> LanguageReader:
-        """This reader, looking through the vision tower of an encoder from now on.
+        """A reader that looks through the vision tower of an encoder; this one stays as it is.
 
         Raises:
             ValueError: If the VLM's tower is of another class or shape.
@@ -269,8 +275,9 @@ class LanguageReader:
                 f"{sum(value.numel() for value in theirs.parameters()):,} weights, the one to train a "
                 f"{type(own).__name__} of {sum(value.numel() for value in own.parameters()):,}: it could not be swapped in."
             )
-        self.vlm.set_submodule(path_of(self.vlm, theirs), own)
-        return self
+        reader = copy.copy(self)
+        reader.vlm = copy.deepcopy(self.vlm, {id(theirs): own})
+        return reader
 
     def __call__(self, images: Tensor) -> EncoderOutput:
         """See `VLMEncoder.forward`."""

@@ -325,7 +325,13 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
             "world_size": args.world_size,
             "precision": "bf16" if self.accelerator.mixed_precision == "bf16" else "float32",
         }
-        return record | {name: getattr(args, name) for name in same} | args.tuning_record() | args.own_settings()
+        return (
+            record
+            | {name: getattr(args, name) for name in same}
+            | args.tuning_record()
+            | args.own_settings()
+            | self.model.settings()
+        )
 
 
 def _need_updates(dataset: Any, args: AdversarialTrainingArguments) -> None:

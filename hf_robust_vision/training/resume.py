@@ -88,13 +88,21 @@ class ResumableTrainer(Trainer):
         batch = f"--per_device_train_batch_size {each} --gradient_accumulation_steps {steps} in {world} processes"
         bf16 = self.accelerator.mixed_precision == "bf16"
         # Values, not paths: a job that a cluster starts again finds its files somewhere else.
-        return {
-            "method": Setting(self.method, f"method {self.method}"),
-            "model": self.start,
-            "data": _data_setting(self.train_dataset),
-            "batch": Setting(shares, batch),
-            "precision": Setting(bf16, f"--bf16 {str(bf16).lower()}"),
-        } | args.run_settings()
+        tower = {
+            name: Setting(value, f"--{name} {str(value).lower() if isinstance(value, bool) else value}")
+            for name, value in self.model.settings().items()
+        }
+        return (
+            tower
+            | {
+                "method": Setting(self.method, f"method {self.method}"),
+                "model": self.start,
+                "data": _data_setting(self.train_dataset),
+                "batch": Setting(shares, batch),
+                "precision": Setting(bf16, f"--bf16 {str(bf16).lower()}"),
+            }
+            | args.run_settings()
+        )
 
     def _is_over(self, state: TrainerState) -> bool:
         wanted = self.args.max_steps if self.args.max_steps > 0 else state.max_steps

@@ -16,6 +16,7 @@ from transformers import CLIPModel
 
 from hf_robust_vision.cli import main
 from hf_robust_vision.hub.release import prepare_release
+from hf_robust_vision.methods.fare import FARETrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.pipeline import harden_vlm as harden_module
 from hf_robust_vision.pipeline import parse, run
@@ -97,6 +98,7 @@ def test_only_the_tower_changes(family, photos, tmp_path):
     assert report["tower_sha256_before"] != report["tower_sha256_after"]
     assert report["training"]["feature"] == "language_tokens"
     assert report["training"]["steps"] == 3
+    assert report["training"]["train_projector"] is False
     encoder = load_encoder(tmp_path / "out")
     assert weights_sha256(encoder.tower) == report["tower_sha256_after"]
     assert encoder.origin.rest_sha256(encoder) == report["rest_sha256"]
@@ -137,6 +139,22 @@ def test_a_run_goes_on_from_its_checkpoint(vlm, photos, tmp_path):
 def test_the_language_model_is_not_loaded(vlm, photos, tmp_path):
     encoder = load_encoder(vlm)
     assert not any("language_model" in name or "lm_head" in name for name in encoder.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("--train_projector true", "--train_projector false"), ("--resolution 24", "--resolution 32")],
+)
+def test_a_run_does_not_go_on_as_another(vlm, photos, tmp_path, words, said):
+    harden(vlm, photos, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2")
+    with pytest.raises(ValueError, match=f"was trained with {said}, and this run has {words}"):
+        harden(vlm, photos, tmp_path / "out", "--resume_from_checkpoint", "true", *words.split())
+
+
+def test_settings_of_a_dataset_that_is_not_named(vlm, tmp_path):
+    words = ["--model_name_or_path", str(vlm), "--streaming", "true", "--output_dir", str(tmp_path / "out"), *SHORT]
+    with pytest.raises(ValueError, match="streaming: settings of a dataset, but none is named"):
+        harden_vlm(*parse(VLMTrainer, words, options=VLMArguments, name="harden-vlm"))
 
 
 def test_a_language_model_that_changes_meanwhile(vlm, photos, tmp_path, monkeypatch):
@@ -257,6 +275,18 @@ class TestThroughAProjector:
             assert torch.equal(encoder(images, language_tokens=True).language_tokens, whole(images).language_tokens)
         assert not any("projector" in name for name in encoder.state_dict())
 
+    def test_one_reader_for_two_towers(self, vlm, clip):
+        """The first one goes on with its own tower."""
+        reader, first, second = LanguageReader(str(vlm)), load_encoder(clip), load_encoder(clip)
+        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            first.read_by(reader)
+            before = first(images, language_tokens=True).language_tokens
+            second.vision_model.pre_layrnorm.weight.mul_(2)
+            second.read_by(reader)
+            assert torch.equal(first(images, language_tokens=True).language_tokens, before)
+            assert not torch.equal(second(images, language_tokens=True).language_tokens, before)
+
     def test_another_tower_is_refused(self, vlm, clip_folder):
         with pytest.raises(ValueError, match="it could not be swapped in"):
             load_encoder(clip_folder).read_by(LanguageReader(str(vlm)))
@@ -265,10 +295,15 @@ class TestThroughAProjector:
         with pytest.raises(ValueError, match="type --vlm NAME"):
             load_encoder(clip_folder)(torch.rand(1, 3, 32, 32), language_tokens=True)
 
-    def test_a_run(self, vlm, clip, image_folder, tmp_path):
-        words = [*["--feature", "language_tokens", "--measure", "false", "--validation_split", "validation"], *SHORT]
+    @pytest.mark.parametrize("trainer", [SimCLIPTrainer, FARETrainer])
+    @pytest.mark.parametrize(
+        ("feature", "distance"), [("language_tokens", "squared_l2"), ("language_and_patch_tokens", "cosine")]
+    )
+    def test_a_run(self, vlm, clip, image_folder, tmp_path, trainer, feature, distance):
+        words = ["--measure", "false", "--validation_split", "validation", *SHORT]
+        words += ["--feature", feature, "--token_distance", distance]
         words += ["--model_name_or_path", clip, "--dataset_name", image_folder, "--output_dir", tmp_path / "out"]
-        run(SimCLIPTrainer, *parse(SimCLIPTrainer, list(map(str, [*words, "--vlm", vlm]))))
+        run(trainer, *parse(trainer, list(map(str, [*words, "--vlm", vlm]))))
         old, new = (CLIPModel.from_pretrained(folder).state_dict() for folder in (clip, tmp_path / "out"))
         changed = {name for name in old if not torch.equal(old[name], new[name])}
         assert changed
