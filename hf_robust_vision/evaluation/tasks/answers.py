@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from hf_robust_vision.attacks import Logits
 from hf_robust_vision.attacks.objectives import PerSample
@@ -62,6 +63,7 @@ class AnswerLoss(PerSample):
     wanted: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Loss per image, shape (batch,)."""
         loss = self._nll(images) if self.kind == "nll" else self._margin(images)
         return -loss if self.wanted else loss
 
@@ -83,6 +85,7 @@ class WrongAnswer(PerSample):
     task: AnswerTask
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
         with torch.no_grad():
             guesses, answers = self.task.logits(images).argmax(2), self.task.answers
         return ((guesses != answers) & (answers != -100)).any(1)
@@ -92,6 +95,7 @@ class WrongAnswer(PerSample):
 class RightAnswer(WrongAnswer):
     """Success of an attacker who wants the answer: greedy decoding begins with it."""
 
+    @override
     def __call__(self, images: Tensor) -> Tensor:
         return ~super().__call__(images)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from hf_robust_vision.attacks import Objective
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, summarize_scores
@@ -30,6 +30,7 @@ class CaptionMetric:
     settings: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> dict[str, str]:
+        """Name, hash of the source text of `score`, and settings: what decides whether a record may be used again."""
         code: Any = self.score if inspect.isroutine(self.score) else type(self.score)
         try:
             source = inspect.getsource(code)
@@ -103,9 +104,11 @@ class Captions(VLMTask):
         if self.attacked_references < 1:
             raise ValueError(f"attacked_references must be at least 1, got {self.attacked_references}.")
 
+    @override
     def label(self, place: int) -> str:
         return "\n".join(self.samples[place].references)
 
+    @override
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
         verdicts = []
         for place, text in zip(batch.places, self.say(batch, images, self.max_new_tokens)):
@@ -115,9 +118,11 @@ class Captions(VLMTask):
             verdicts.append(Verdict(text, score <= 0, -score, round(score, 6)))
         return verdicts
 
+    @override
     def stands(self, record: SampleRecord, stage: Stage) -> bool:
         return record.score is not None and record.score > 0
 
+    @override
     def blame(self, stage: Stage, verdict: Verdict, record: SampleRecord) -> str | None:
         lower = record.score is not None and verdict.score is not None and verdict.score < record.score
         return stage.attack.name if lower else record.fooled_by
@@ -139,14 +144,17 @@ class Captions(VLMTask):
         texts = [own[stage.target % len(own)] for own in references]
         return AnswerLoss(self.answers(batch, texts), stage.attack.objective), None
 
+    @override
     def identity(self) -> dict[str, Any]:
         own = {"score": self.scored.identity(), "references": [list(sample.references) for sample in self.samples]}
         return super().identity() | own | {"attacked": self.attacked_references, "tokens": self.max_new_tokens}
 
+    @override
     def decoding(self) -> dict[str, Any]:
         metric = {"name": self.scored.name, **self.scored.settings}
         return super().decoding() | {"max_new_tokens": self.max_new_tokens, "metric": metric}
 
+    @override
     def summary(self, metric: str, records: Sequence[SampleRecord]) -> dict[str, Any]:
         return summarize_scores(records)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from hf_robust_vision.attacks import Attack, Objective, Protocol, Success, make_ball
 from hf_robust_vision.data.corruptions import (
@@ -69,17 +69,21 @@ class Corruptions(ZeroShot):
         """The image, not yet corrupted."""
         return super().load(place % len(self.images))
 
+    @override
     def fit(self, how: RobustnessProtocol) -> tuple[RobustnessProtocol, list[str]]:
         return how, []
 
+    @override
     def aim(self, stage: Stage, batch: Batch) -> tuple[Objective, Success]:
         raise ValueError("corruptions are not searched for: there is nothing that an attack could follow.")
 
+    @override
     def levels(self, how: RobustnessProtocol) -> list[Level]:
         severe = [(float(severity), Attack(PROTOCOL, steps=severity)) for severity in sorted(set(self.severities))]
         ball = make_ball("linf", 1)
         return [Level(value, (Stage(attack, ball, int(value)),), ball) for value, attack in severe]
 
+    @override
     def strike(self, stage: Stage, batch: Batch, seed: int) -> Tensor:
         corrupted = []
         for place, image in zip(batch.places, batch.images):
@@ -101,9 +105,11 @@ class Corruptions(ZeroShot):
             return None
         return "clean" if record.clean != record.label else str(record.id).partition("/")[0]
 
+    @override
     def blames(self, levels: Sequence[Level]) -> set[str]:
         return set(self.families)
 
+    @override
     def rows(
         self, level: Level, records: Sequence[SampleRecord], smaller: Sequence[SampleRecord], seed: int
     ) -> list[dict[str, Any]]:
@@ -116,6 +122,7 @@ class Corruptions(ZeroShot):
             rows.append({"name": family} | about | found)
         return rows
 
+    @override
     def identity(self) -> dict[str, Any]:
         own = {"corruptions": [self.families, sorted(self.severities), self.seed], "library": version(LIBRARY)}
         return super().identity() | own
@@ -127,6 +134,7 @@ class Corruptions(ZeroShot):
         own["versions"] = versions() | {LIBRARY: version(LIBRARY)}
         return super().fields(level) | own
 
+    @override
     def summary(self, metric: str, records: Sequence[SampleRecord]) -> dict[str, Any]:
         found = super().summary(metric, records) | {"num_samples": (count := len(self.images))}
         # The families share their images: as wide as if all families agreed on each, so never too narrow.
@@ -139,10 +147,12 @@ class Corruptions(ZeroShot):
         return record.clean == record.label, record.robust_hit
 
     @classmethod
+    @override
     def copies(cls, result: RobustnessResult) -> int:
         return len(result.attacks)
 
     @classmethod
+    @override
     def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
         return not_under(len(result.class_names), record)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from hf_robust_vision.attacks import Attack, EmbeddingDistance, Logits, Objective, Protocol, Success, cosine_distance
 from hf_robust_vision.attacks.objectives import PerSample
@@ -116,9 +116,11 @@ class Retrieval(Task):
         """The image that searches, or is to be found."""
         return self.images.image(place if self.searches else self.images.owners[place])
 
+    @override
     def label(self, place: int) -> int:
         return 0
 
+    @override
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
         if self.searches:
             own, scores = self._own(batch), self.similar(images)
@@ -136,6 +138,7 @@ class Retrieval(Task):
         """Is it still among the first k of the attack?"""
         return _rank(record, True) < self._k(stage.attack)
 
+    @override
     def blame(self, stage: Stage, verdict: Verdict, record: SampleRecord) -> str | None:
         return record.fooled_by or (stage.attack.name if verdict.answer else None)
 
@@ -155,6 +158,7 @@ class Retrieval(Task):
         bar = self._others(batch).topk(k, dim=1).values[:, -1]
         return EmbeddingDistance(self.embed, captions, cosine_distance), ImageLost(self.embed, captions, bar)
 
+    @override
     def identity(self) -> dict[str, Any]:
         return {
             "captions": self.images.captions,
@@ -165,17 +169,21 @@ class Retrieval(Task):
             "pixels": [asdict(self.model.transform), asdict(self.images.transform)],
         }
 
+    @override
     def target_text(self, attack: Attack) -> str:
         return DIRECTIONS[self.direction]
 
+    @override
     def fields(self, level: Level) -> dict[str, Any]:
         return {"logit_scale": self.scale}
 
     @property
+    @override
     def metrics(self) -> list[str]:
         return [f"{self.direction}_recall@{k}" for k in self.ks]
 
     @classmethod
+    @override
     def hits(cls, record: SampleRecord, metric: str) -> tuple[bool, bool]:
         k = metric.partition("_recall@")[2]
         if not k.isdigit():
@@ -183,9 +191,11 @@ class Retrieval(Task):
         return _rank(record) < int(k), _rank(record, True) < int(k)
 
     @classmethod
+    @override
     def complaint(cls, record: SampleRecord, result: RobustnessResult) -> str:
         return not_under(math.inf, record)
 
+    @override
     def scores(self, batch: Batch, images: Tensor) -> Tensor:
         return self.embed(images) @ self.captions.T
 
@@ -261,6 +271,7 @@ class CaptionLoss(PerSample):
     kind: str = "margin"
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Loss per image, shape (batch,)."""
         scores = self.similarities(images)
         if self.kind == "nll":
             return scores.logsumexp(1) - scores.masked_fill(~self.own, -torch.inf).logsumexp(1)
@@ -276,6 +287,7 @@ class CaptionsLost(PerSample):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
         return self.loss(images) > 0
 
 
@@ -289,6 +301,7 @@ class ImageLost(PerSample):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
         return F.cosine_similarity(self.embed(images), self.captions, dim=1) < self.bar
 
 

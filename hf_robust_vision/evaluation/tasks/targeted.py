@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from hf_robust_vision.attacks import Attack, Objective, Success
 from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord
@@ -50,14 +50,17 @@ class ChosenText(VLMTask):
         if (limit := self.max_new_tokens) < len(ids):
             raise ValueError(f"the target {self.target!r} has {len(ids)} tokens, max_new_tokens is {limit}.")
 
+    @override
     def label(self, place: int) -> str:
         return self.target
 
+    @override
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
         said = self.say(batch, images, self.max_new_tokens)
         lost = [self.target.casefold() in text.casefold() for text in said]
         return [Verdict(text, won, float(won)) for text, won in zip(said, lost)]
 
+    @override
     def texts(self, batch: Batch) -> list[str]:
         return [self.target] * len(batch.places)
 
@@ -66,12 +69,15 @@ class ChosenText(VLMTask):
         part = self.answers(batch, self.texts(batch))
         return AnswerLoss(part, stage.attack.objective, wanted=True), RightAnswer(part)
 
+    @override
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"target": self.target, "max_new_tokens": self.max_new_tokens}
 
+    @override
     def target_text(self, attack: Attack) -> str:
         return self.target
 
+    @override
     def decoding(self) -> dict[str, Any]:
         return super().decoding() | {"max_new_tokens": self.max_new_tokens}
 

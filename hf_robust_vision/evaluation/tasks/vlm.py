@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Required
+from typing_extensions import Required, override
 
 from hf_robust_vision.attacks import Attack, StartNoise
 from hf_robust_vision.attacks import Protocol as Attacks
@@ -113,9 +113,11 @@ class VLMTask(Task):
         self.ids = [sample.id for sample in self.samples]
 
     @property
+    @override
     def weight(self) -> Tensor:
         return torch.empty(0, device=self.inputs.device, dtype=self.inputs.dtype)
 
+    @override
     def load(self, place: int) -> Tensor:
         image: Tensor = self.samples[place].pixels(self.inputs)
         return torch.full_like(image, GREY) if self.blank else image
@@ -142,6 +144,7 @@ class VLMTask(Task):
         ids = [self.ids[place] for place in batch.places]
         return StartNoise(seed, ids if plain else [f"{sample} {stage.attack.objective}" for sample in ids])
 
+    @override
     def identity(self) -> dict[str, Any]:
         tokenizer = self.inputs.tokenizer
         # Two tokenizers of one class may spell a text differently: other tokens are another attack.
@@ -152,6 +155,7 @@ class VLMTask(Task):
         return self.inputs.identity() | about
 
     @property
+    @override
     def resolution(self) -> int | str:
         return self.inputs.resolution
 
@@ -160,6 +164,7 @@ class VLMTask(Task):
         chat = {"chat_template": self.written} if self.written != self.prompt else {}
         return {"prompt": self.prompt, "decoding": "greedy"} | chat
 
+    @override
     def fields(self, level: Level) -> dict[str, Any]:
         return {"generation": self.decoding()}
 

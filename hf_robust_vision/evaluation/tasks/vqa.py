@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from hf_robust_vision.attacks import Objective, Success
 from hf_robust_vision.attacks.objectives import PerSample
@@ -56,9 +56,11 @@ class VQA(VLMTask):
         lengths = [len(continuation(self.inputs, *pair)) for pair in sorted(pairs)]
         self.max_new_tokens = max(lengths, default=0) + EXTRA_TOKENS
 
+    @override
     def label(self, place: int) -> str:
         return str(self.samples[place].answer)
 
+    @override
     def judge(self, batch: Batch, images: Tensor) -> list[Verdict]:
         texts = self.say(batch, images, self.max_new_tokens)
         lost = [plain(text) != plain(self.label(place)) for place, text in zip(batch.places, texts)]
@@ -90,10 +92,12 @@ class VQA(VLMTask):
         part = self.answers(batch, self.texts(batch))
         return AnswerLoss(part, stage.attack.objective), SaysOtherwise(self, WrongAnswer(part), batch)
 
+    @override
     def identity(self) -> dict[str, Any]:
         answers = [sample.answer for sample in self.samples]
         return super().identity() | {"answers": answers, "right": "generate", "tokens": self.max_new_tokens}
 
+    @override
     def decoding(self) -> dict[str, Any]:
         return super().decoding() | {"extra_tokens": EXTRA_TOKENS, "blank_image": self.blank}
 
@@ -112,6 +116,7 @@ class SaysOtherwise(PerSample):
     batch: Batch
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Boolean flags, shape (batch,)."""
         flags = self.left(images)  # the cheap half first, on the forward pass that the loss has made already
         places = flags.nonzero().flatten()
         if len(places):

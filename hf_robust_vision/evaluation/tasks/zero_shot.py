@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from hf_robust_vision.attacks import Attack, Logits, Misclassified, Objective, Success
 from hf_robust_vision.attacks.protocol import classification_objective
@@ -58,10 +58,12 @@ class ZeroShot(Task):
         # One for objective and success: it remembers its latest answer, so they share the pass.
         self.logits = Logits(self.bank.classify(lambda images: embed(fit(images))))
 
+    @override
     def load(self, place: int) -> Tensor:
         image: Tensor = self.images[place]["images"]
         return image
 
+    @override
     def label(self, place: int) -> int:
         return self.labels[place]
 
@@ -92,10 +94,12 @@ class ZeroShot(Task):
         objective = classification_objective(stage.attack, self.logits, truth, targets)
         return objective, Misclassified(self.logits, truth)
 
+    @override
     def fit(self, how: RobustnessProtocol) -> tuple[RobustnessProtocol, list[str]]:
         protocol, left_out = how.protocol.for_classes(len(self.bank.class_names))
         return replace(how, protocol=protocol), left_out
 
+    @override
     def identity(self) -> dict[str, Any]:
         return {
             "labels": self.labels,
@@ -110,6 +114,7 @@ class ZeroShot(Task):
         fitted = self.images.transform.crop or self.images.transform.resize
         return fitted if isinstance(fitted, int) else max(fitted)
 
+    @override
     def fields(self, level: Level) -> dict[str, Any]:
         return {
             "class_names": list(self.bank.class_names),
@@ -127,6 +132,7 @@ class ZeroShot(Task):
             return f"sample {record.id!r} of class {record.label} was taken for {record.clean}, and {lost}."
         return wrong
 
+    @override
     def scores(self, batch: Batch, images: Tensor) -> Tensor:
         return self.logits(images)
 
