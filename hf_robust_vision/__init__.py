@@ -1,4 +1,4 @@
-"""Measure, harden and swap the CLIP vision towers of Hugging Face models against adversarial images."""
+"""Measure, harden and swap the vision towers of Hugging Face models against adversarial images."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ before anything is trained or measured.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,22 @@ def processed(image_processor: Any, images: Tensor, **settings: Any) -> dict[str
     with torch.autocast(images.device.type, enabled=False):
         made = bounded(images=[[image] for image in images], **(settings | floats))
     return {name: value.to(images.device) for name, value in made.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def on_tensors(image_processor: Any) -> Iterator[None]:
+    """Where it is given a tensor for the first time: one that works with PIL fails, in one way or another.
+
+    Raises:
+        ValueError: With what to do about it.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"{type(image_processor).__name__} does not work on tensors ({error}): install torchvision, and load it again, "
+            "or write a VLMInputs and pass it in place of the processor."
+        ) from error
 
 
 def ramps(height: int, width: int) -> tuple[Image.Image, Tensor]:

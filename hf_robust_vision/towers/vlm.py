@@ -25,7 +25,7 @@ from .adapters import has_adapter, save_adapter
 from .base import EncoderOutput, weights_sha256
 from .graft import Origin
 from .processors import load_image_processor
-from .stock import compare, need_gradient, need_hook, processed, ramps, refuse_unlike
+from .stock import compare, need_gradient, need_hook, on_tensors, processed, ramps, refuse_unlike
 from .weights import check_weights, local_or_hub, weights_files
 
 
@@ -345,7 +345,7 @@ def _compare_with_stock(encoder: Any) -> None:
     side = encoder.probe().shape[-1]
     picture, images = ramps(side * 3 // 2 + 1, side * 2)
     stock = encoder.image_processor(images=[[picture]], return_tensors="pt")
-    with torch.no_grad():
+    with on_tensors(encoder.image_processor), torch.no_grad():
         ours = encoder.image_inputs(images.to(encoder.device))
     compare(ours, stock, max(encoder.transform.std), processor)
     images = encoder.probe()

@@ -20,7 +20,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from hf_robust_vision.pixels import PixelTransform
 
-from .stock import compare, need_gradient, processed, ramps, refuse_unlike
+from .stock import compare, need_gradient, on_tensors, processed, ramps, refuse_unlike
 
 
 HEAD_SHARE = 1 / 8  # of a prompt's tokens that stand before the image, from which on a pass of their own saves time
@@ -344,13 +344,8 @@ class StockInputs(VLMInputs):
                 f"image_grid_pinpoints of the model are {own}, of its processor {list(self.transform.grid)}: make them "
                 "equal."
             )
-        try:
+        with on_tensors(images_of):
             ours = self.pixels(images)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(
-                f"{type(images_of).__name__} does not work on tensors ({error}): install torchvision, and load it again, "
-                "or write a VLMInputs and pass it in place of the processor."
-            ) from error
         compare(ours, made, max(getattr(images_of, "image_std", None) or (1,)), self.name)
         return images
 

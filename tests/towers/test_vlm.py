@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -209,6 +210,14 @@ class TestRefusals:
         _, processor = tiny_vlm("qwen2_5_vl")
         with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration can not read what Qwen2VLImageProcessor"):
             view_vlm(vlm, processor)
+
+    @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+    def test_a_processor_that_works_with_pil(self, family):
+        """As transformers gives it where torchvision is not installed."""
+        vlm, processor = tiny_vlm(family)
+        slow = getattr(transformers, f"{type(processor).__name__}Pil").from_dict(processor.to_dict())
+        with pytest.raises(ValueError, match="Pil does not work on tensors .* install torchvision"):
+            view_vlm(vlm, slow)
 
     def test_not_a_processor(self):
         with pytest.raises(TypeError, match="wanted the processor of a VLM or its image processor, got int"):
