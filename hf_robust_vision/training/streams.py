@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from itertools import count
@@ -26,6 +27,11 @@ class Endless(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         tell = 1
+        if get_worker_info() is not None:
+            # `datasets` keeps the epoch in memory that all workers share: one that is ahead would shuffle the pass that
+            # another one begins.
+            self.stream = copy.copy(self.stream)
+            self.stream.rows = copy.deepcopy(self.stream.rows)
         for epoch in count():
             self.stream.set_epoch(epoch)
             item = None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import warnings
+from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 
 from hf_robust_vision.data.datasets import StreamedImages
+from hf_robust_vision.training import streams
 from hf_robust_vision.training.streams import Endless
 from tests.conftest import make_dataset
 from tests.training.helpers import make_stream, make_trainer
@@ -69,3 +72,12 @@ def test_a_stream_has_no_epochs(clip_folder, tmp_path):
     trainer = make_trainer(clip_folder, tmp_path, train=make_stream(), save_strategy="epoch")
     with pytest.raises(ValueError, match="type --save_strategy steps"):
         trainer.train()
+
+
+def test_a_worker_that_is_ahead_does_not_shuffle_the_others(monkeypatch):
+    """The epoch of a `datasets` stream lies in memory that the workers of a loader share."""
+    stream = make_stream(6)
+    monkeypatch.setattr(streams, "get_worker_info", lambda: SimpleNamespace(id=0))
+    read = islice(iter(streams.Endless(stream)), 8)
+    assert len(list(read)) == 8
+    assert stream.rows.epoch == 0
