@@ -1,42 +1,41 @@
-"""Where to harden a tower for a VLM: at its class token, or at the patch tokens that the VLM reads.
+"""Where and how to harden a tower for a VLM: at its class token, its patch tokens, or what the language model reads.
 
     python recipes/research/compare_towers.py --docs FOLDER    # Sim-CLIP, pooled against both
     python recipes/research/compare_towers.py --docs FOLDER --methods sim-clip,fare --features pooled,patch_tokens,both
+    python recipes/research/compare_towers.py --name hardening-smolvlm --vlm demo-smolvlm --split validation \
+        --features pooled,patch_tokens,language_tokens --changes attack_eps=16/255+attack_step_size=10/255,attack_steps=5
 
 All towers share the demo's images, the updates, the steps of the attack and the seeds, and differ in the features that
-the distance is taken at. Each is swapped into the shipped LLaVA, whose colour and shape questions are then attacked
-through the whole model. The learning rate of each feature is chosen on validation questions with the first seed; test
-questions are asked once of each tower. What is trained or measured already is read back from its folder, so an
-interrupted command goes on when repeated. Nothing else writes `docs/results/towers.json` and `towers.md`.
+the distance is taken at; `--changes` adds rows at the last of the features, with other arguments of the trainer. A CLIP
+tower is swapped into the VLM, a tower of the VLM's own is hardened in place. The colour and shape questions are then
+attacked through the whole model, or through that of `--asked`, another VLM that a CLIP tower fits.
+The learning rate of each feature is chosen on validation questions with the first seed; test questions are asked once of
+each tower. What is trained or measured already is read back from its folder, so an interrupted command goes on when
+repeated. Nothing else writes `docs/results/towers.json` and `towers.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from comparison import command_line, docs_folder, paired_interval
-from pool import QUIET, digest, perform_all, words
+from hardened_tower import METHODS, Measuring, Row, Training, folder_of, harden, measure, sha256
+from pool import perform_all, words
 from torch import Tensor
 from towers_page import write_towers
-from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 from transformers.utils import logging
 
-from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.data.demo import CLASS_NAMES, DEMO_EPS, demo_checkpoint, load_demo
-from hf_robust_vision.data.demo_questions import PROMPT, load_questions
-from hf_robust_vision.data.splits import seeded_subset
-from hf_robust_vision.data.templates import get_templates
+from hf_robust_vision.data.demo import DEMO_EPS, demo_checkpoint
 from hf_robust_vision.evaluation.results import (
     RESULTS_FILE,
     RobustnessResult,
@@ -44,100 +43,13 @@ from hf_robust_vision.evaluation.results import (
     load_results,
     pretty_eps,
     save_results,
-    source_hash,
     versions,
 )
-from hf_robust_vision.evaluation.task import RobustnessProtocol
-from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
-from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
-from hf_robust_vision.files import write_atomically
-from hf_robust_vision.methods.fare import FARETrainer
-from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.processes import run_alone
-from hf_robust_vision.swap import swap_vision_encoder
-from hf_robust_vision.towers.base import FEATURES, weights_sha256
-from hf_robust_vision.towers.load import load_encoder
-from hf_robust_vision.towers.text_bank import make_text_bank
+from hf_robust_vision.towers.base import FEATURES
 
 
 EPS = tuple(step / 255 for step in (4, 8, 16))
-METHODS: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "sim-clip": ("Sim-CLIP", SimCLIPTrainer, {"form": "frozen"}),
-    "fare": ("FARE", FARETrainer, {}),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to harden; the empty one is the original tower."""
-
-    method: str = ""
-    feature: str = ""
-
-    @property
-    def label(self) -> str:
-        """As the page names it."""
-        return f"{METHODS[self.method][0]}, `{self.feature}`" if self.method else "original"
-
-
-@dataclass(frozen=True)
-class Training:
-    """One hardened tower: a row, a seed, and what all share."""
-
-    row: Row
-    seed: int
-    learning_rate: float
-    steps: int
-    batch_size: int
-
-    def arguments(self) -> dict[str, Any]:
-        """As arguments of the trainer, all but the seed."""
-        return METHODS[self.row.method][2] | {
-            "feature": self.row.feature,
-            "max_steps": self.steps,
-            "per_device_train_batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": self.steps // 10,
-            "weight_decay": 1e-4,
-            "max_grad_norm": 1.0,
-            "attack_eps": DEMO_EPS,
-            "attack_steps": 2,
-            "templates": "demo",
-            "on_collapse": "record",
-        }
-
-    def folder(self, root: Path) -> Path:
-        """Named by a hash of every setting and of the CLIP it starts from: a tower is only used again for the same."""
-        if not self.row.method:
-            return root / "original"
-        defaults = {item.name: item.default for item in fields(METHODS[self.row.method][1].args_class)}
-        known = {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
-        settings = known | self.arguments() | {"clip": _sha256(demo_checkpoint())}
-        return root / f"{self.row.method}-{self.row.feature}-{digest(settings)}" / f"seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """How towers are measured."""
-
-    split: str
-    eps: tuple[float, ...]
-    questions: int
-    attack_steps: int
-    restarts: int
-    images: int
-    zero_shot_steps: int
-
-    def folder(self, tower: Path) -> Path:
-        """Below the tower's, named by a hash of every setting and of both checkpoints."""
-        checkpoints = {name: _sha256(demo_checkpoint(name)) for name in ("demo-clip", "demo-llava")}
-        return tower / f"{self.split}-{digest(asdict(self) | checkpoints)}"
-
-
-@cache
-def _sha256(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def perform(training: Training, measuring: Measuring, root: Path) -> list[RobustnessResult]:
@@ -152,70 +64,6 @@ def perform(training: Training, measuring: Measuring, root: Path) -> list[Robust
     results = measure(training, measuring, tower, folder, record)
     save_results(results, folder)
     return results
-
-
-def harden(training: Training, tower: Path) -> dict[str, Any]:
-    """Train and save a tower, and tell how it was made."""
-    written = tower / "training.json"
-    if not training.row.method:
-        return {"method": "none", "seed": None, "cpu_seconds": 0.0}
-    if written.is_file():
-        return dict(json.loads(written.read_text()))
-    _, trainer_class, _ = METHODS[training.row.method]
-    encoder = load_encoder(demo_checkpoint())
-    settings = training.arguments() | QUIET | {"seed": training.seed}
-    trainer = trainer_class(
-        encoder,
-        trainer_class.args_class(output_dir=str(tower), **settings),
-        train_dataset=load_demo("train", encoder.transform),
-        processing_class=AutoProcessor.from_pretrained(demo_checkpoint()),
-    )
-    trainer.remove_callback(PrinterCallback)
-    start, source = time.process_time(), source_hash()
-    trainer.train()
-    record = trainer.training_record()
-    record |= {"cpu_seconds": time.process_time() - start, "learning_rate": training.learning_rate, "source": source}
-    trainer.save_model(str(tower))
-    write_atomically(written, json.dumps(record, indent=1) + "\n")
-    return record
-
-
-def measure(
-    training: Training, measuring: Measuring, tower: Path, folder: Path, record: dict[str, Any]
-) -> list[RobustnessResult]:
-    """Answers of the LLaVA with this tower, and the tower as a zero-shot classifier."""
-    name, source = ("after", tower) if training.row.method else ("before", demo_checkpoint())
-    processor = AutoProcessor.from_pretrained(demo_checkpoint("demo-llava"))
-    vlm = AutoModelForImageTextToText.from_pretrained(demo_checkpoint("demo-llava"), dtype=torch.float32).eval()
-    report = swap_vision_encoder(vlm, source, processor=processor)
-    report.save(folder)
-    found = evaluate_vqa(
-        vlm,
-        processor,
-        load_questions(measuring.split, yes_no=False, limit=measuring.questions),
-        VLMProtocol(measuring.eps, steps=measuring.attack_steps, restarts=measuring.restarts, batch_size=50),
-        prompt=PROMPT,
-        model_name=name,
-        dataset="easy-vqa",
-        split=measuring.split,
-        group="colour/shape",
-        samples_dir=folder,
-        progress=False,
-    )
-    encoder = load_encoder(source)
-    tokenizer = AutoProcessor.from_pretrained(demo_checkpoint()).tokenizer
-    found += evaluate_zero_shot(
-        encoder,
-        make_text_bank(encoder, tokenizer, CLASS_NAMES, get_templates("demo")),
-        seeded_subset(load_demo(measuring.split, encoder.transform), measuring.images, seed=0),
-        RobustnessProtocol(get_protocol("apgd-ce", steps=measuring.zero_shot_steps), (DEMO_EPS,), batch_size=64),
-        model_name=name,
-        samples_dir=folder,
-        progress=False,
-    )
-    for result in found:
-        result.training = record | {"drift": report.towers[0].drift}
-    return found
 
 
 def label(training: Training) -> str:
@@ -296,8 +144,8 @@ def summary(done: Mapping[Training, Sequence[RobustnessResult]]) -> list[dict[st
     for row in dict.fromkeys(training.row for training in done):
         mine = sorted((training for training in done if training.row == row), key=lambda training: training.seed)
         answers = [[at(done[training], "vqa", eps) for eps in EPS] for training in mine]
-        zero_shot = [at(done[training], "zero_shot", DEMO_EPS) for training in mine]
-        records = [result.training or {} for result in zero_shot]
+        zero_shot = [result for training in mine for result in done[training] if result.task == "zero_shot"]
+        records = [results[0].training or {} for results in answers]
         entries.append(
             {
                 "label": row.label,
@@ -308,13 +156,32 @@ def summary(done: Mapping[Training, Sequence[RobustnessResult]]) -> list[dict[st
                 },
                 "zero_shot_clean": [result.clean_accuracy for result in zero_shot],
                 "zero_shot": [result.robust_accuracy for result in zero_shot],
-                "drift": [record["drift"] for record in records],
+                "drift": [record["drift"] for record in records if "drift" in record],
                 "cpu_seconds": [record["cpu_seconds"] for record in records],
                 "source": sorted({record["source"] for record in records if "source" in record}),
-                "tower_sha256": [result.model_sha256 for result in zero_shot],
+                "vlm_sha256": [results[0].model_sha256 for results in answers],
             }
         )
     return entries
+
+
+def changes(word: str) -> tuple[tuple[str, str], ...]:
+    """Read "name=value+name=value"."""
+    pairs = [part.partition("=") for part in word.split("+")]
+    if not all(name and equals and value for name, equals, value in pairs):
+        raise argparse.ArgumentTypeError(f"{word!r} is not name=value[+name=value...].")
+    return tuple((name, value) for name, _, value in pairs)
+
+
+def check_changes(row: Row, parser: argparse.ArgumentParser) -> None:
+    """Refuse what the trainer would, before anything is trained."""
+    known = METHODS[row.method][1].args_class
+    if stray := [name for name, _ in row.changes if name not in {item.name for item in fields(known)}]:
+        parser.error(f"{METHODS[row.method][0]} has no argument {stray[0]!r}.")
+    try:
+        known(output_dir="unused", **Training(row, 0, 1e-3, 1, 1).arguments() | {"report_to": "none"})
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def main() -> None:
@@ -323,6 +190,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", type=words(str), default=["sim-clip"], help=f"some of {', '.join(METHODS)}")
     parser.add_argument("--features", type=words(str), default=["pooled", "both"], help=f"of {', '.join(FEATURES)}")
+    parser.add_argument("--changes", type=words(changes), default=[], help="rows: name=value[+name=value...],...")
+    parser.add_argument("--vlm", default="demo-llava", help="a demo VLM or a folder: whose tower it is or will be")
+    parser.add_argument("--asked", help="the VLM that is asked, if it is another")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the questions")
+    parser.add_argument("--name", default="towers", help="of the files that are written")
     parser.add_argument("--seeds", type=words(int), default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=140, help="updates of every tower")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -343,21 +215,25 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     start = time.time()
     rows = [Row(method, feature) for method in args.methods for feature in args.features]
-    shared = {"steps": args.steps, "batch_size": args.batch_size}
-    test = Measuring("test", EPS, args.questions, args.attack_steps, args.restarts, args.images, args.zero_shot_steps)
+    rows += [Row(args.methods[-1], args.features[-1], change) for change in args.changes]
+    for row in rows:
+        check_changes(row, parser)
+    shared = {"steps": args.steps, "batch_size": args.batch_size, "vlm": args.vlm}
+    ways = {"attack_steps": args.attack_steps, "images": args.images, "zero_shot_steps": args.zero_shot_steps}
+    ways |= {"vlm": args.asked or args.vlm}
+    test = Measuring(args.split, EPS, args.questions, restarts=args.restarts, **ways)
     rate = {"learning_rate": args.learning_rates[0]} if len(args.learning_rates) == 1 else {}  # else not chosen yet
     told = {"max_steps": args.steps, "per_device_train_batch_size": args.batch_size} | rate
     settings = {"seeds": args.seeds, "training": told, "measuring": asdict(test)}
     try:
-        args.docs = docs_folder(args.docs, "towers", settings | {"methods": [row.label for row in (Row(), *rows)]})
+        labels = [row.label for row in (Row(), *rows)]
+        args.docs = docs_folder(args.docs, args.name, settings | {"methods": labels})
     except ValueError as error:
         parser.error(str(error))
     rates, choice = dict.fromkeys(rows, args.learning_rates[0]), []
     if len(args.learning_rates) > 1:
         tried = [Training(row, args.seeds[0], rate, **shared) for row in rows for rate in args.learning_rates]
-        validation = Measuring(
-            "validation", (DEMO_EPS,), args.choice_questions, args.attack_steps, 1, args.images, args.zero_shot_steps
-        )
+        validation = Measuring("validation", (DEMO_EPS,), args.choice_questions, restarts=1, **ways)
         rates, choice = choose(measured(tried, validation, args))
     trainings = [Training(row, seed, rates[row], **shared) for seed in args.seeds for row in rows]
     everything = [Training(Row(), 0, 0.0, 0, 0), *trainings]
@@ -366,22 +242,23 @@ def main() -> None:
     content = {
         "command": command_line("recipes/research/compare_towers.py", sys.argv[1:]),
         "seeds": args.seeds,
+        "vlm": args.vlm,
         "training": trainings[0].arguments(),
         "measuring": asdict(test),
         "attacks": at(done[trainings[0]], "vqa", DEMO_EPS).attacks,
         "hashes": {
-            "clip": weights_sha256(load_encoder(demo_checkpoint())),
-            "llava": weights_sha256(AutoModelForImageTextToText.from_pretrained(demo_checkpoint("demo-llava"))),
+            "clip": sha256(demo_checkpoint()),
+            "vlm": sha256(folder_of(test.vlm)),
         },
         "versions": versions(),
         "rows": summary(done),
         "paired": pairs(done, test, args.output_dir),
         "num_questions": at(done[trainings[0]], "vqa", DEMO_EPS).num_samples,
-        "num_images": at(done[trainings[0]], "zero_shot", DEMO_EPS).num_samples,
+        "num_images": next((r.num_samples for r in done[trainings[0]] if r.task == "zero_shot"), 0),
         "choice": choice,
         "choice_questions": args.choice_questions,
     }
-    print(f"wrote {write_towers(content, args.docs)} after {time.time() - start:.0f} s")
+    print(f"wrote {write_towers(content, args.docs, args.name)} after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

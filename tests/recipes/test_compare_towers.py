@@ -6,12 +6,15 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from towers_page import write_towers
 
 
@@ -70,10 +73,7 @@ def test_a_second_call_reads_back_and_another_setting_does_not(recipe, measured,
 def test_a_tower_is_not_trained_again_for_another_measurement(recipe, measured, monkeypatch):
     root, _, done = measured
     training, results = list(done.items())[-1]
-    monkeypatch.setitem(
-        recipe.METHODS, "sim-clip", (*recipe.METHODS["sim-clip"][:1], recipe.SimCLIPTrainer, {"form": "frozen"})
-    )
-    monkeypatch.setattr(recipe.SimCLIPTrainer, "train", None)
+    monkeypatch.setattr(recipe.METHODS["sim-clip"][1], "train", None)
     assert recipe.harden(training, training.folder(root))["cpu_seconds"] == results[0].training["cpu_seconds"]
 
 
@@ -158,11 +158,55 @@ def test_the_command_writes_its_page_and_goes_on_from_what_is_there(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_unknown_words_are_refused(recipe, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["compare_towers.py", "--features", "cls"])
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["--features", "cls"], "no feature 'cls'; there are 'pooled'"),
+        (["--changes", "attack_eps"], "'attack_eps' is not name=value[+name=value...]"),
+        (["--changes", "radius=1/255"], "Sim-CLIP has no argument 'radius'"),
+        (["--changes", "attack_steps=0"], "attack_steps must be at least 1"),
+        (["--changes", "token_distance=l3"], "token_distance"),
+    ],
+)
+def test_unknown_words_are_refused(recipe, words, refused, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare_towers.py", *words])
+    monkeypatch.setattr(recipe, "perform_all", lambda *_: 1 / 0)
     with pytest.raises(SystemExit):
         recipe.main()
-    assert "no feature 'cls'; there are 'pooled'" in capsys.readouterr().err
+    assert refused in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("feature", ["pooled", "patch_tokens", "language_and_patch_tokens"])
+def test_a_tower_of_the_vlms_own_is_hardened_in_place(recipe, feature, tmp_path):
+    """At each feature; `changes` reach the trainer, and the language model is the original's."""
+    row = recipe.Row("sim-clip", feature, (("attack_eps", "16/255"), ("attack_steps", "1")))
+    training = recipe.Training(row, 0, 1e-3, 1, 2, "demo-smolvlm")
+    assert row.label == f"Sim-CLIP, `{feature}`, attack_eps 16/255, attack_steps 1"
+    record = recipe.harden(training, tmp_path)
+    assert (record["eps"], record["attack_steps"]) == (pytest.approx(16 / 255), 1)
+    old, new = (
+        load_file(recipe.folder_of("demo-smolvlm") / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
+    changed = {name for name in old if not torch.equal(old[name], new[name].to(old[name]))}
+    assert changed
+    assert all("vision_model" in name for name in changed)
+    measuring = recipe.Measuring("validation", recipe.EPS[:1], 2, 1, 1, 2, 1, "demo-smolvlm")
+    (answers,) = recipe.measure(training, measuring, tmp_path, tmp_path / "answers", record)
+    assert answers.task == "vqa"
+    assert answers.training["eps"] == record["eps"]
+
+
+def test_a_clip_is_hardened_as_a_vlm_reads_it(recipe, tmp_path):
+    """Another projector is another training; patch tokens know nothing of it."""
+    for feature, same in (("language_tokens", False), ("patch_tokens", True)):
+        mine = recipe.Training(recipe.Row("sim-clip", feature), 0, 1e-3, 1, 2)
+        other = tmp_path / "other"
+        shutil.copytree(recipe.folder_of("demo-llava"), other, dirs_exist_ok=True)
+        weights = load_file(other / "model.safetensors")
+        save_file({name: value + 1 for name, value in weights.items()}, other / "model.safetensors")
+        assert (mine.folder(tmp_path) == replace(mine, vlm=str(other)).folder(tmp_path)) == same
+    assert recipe.harden(mine, tmp_path / "tower")["feature"] == "patch_tokens"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +239,9 @@ def test_other_checkpoints_have_folders_of_their_own(recipe, monkeypatch, tmp_pa
         for name, content in (("demo-clip", clip), ("demo-llava", llava)):
             (tmp_path / str(place) / name).mkdir(parents=True)
             (tmp_path / str(place) / name / "model.safetensors").write_text(content)
-        monkeypatch.setattr(recipe, "demo_checkpoint", lambda name="demo-clip", at=place: tmp_path / str(at) / name)
+        monkeypatch.setattr(
+            "hardened_tower.demo_checkpoint", lambda name="demo-clip", at=place: tmp_path / str(at) / name
+        )
         folders.append((training.folder(tmp_path), measuring.folder(tmp_path)))
     (first, other_clip, other_llava, again) = folders
     assert again == first
