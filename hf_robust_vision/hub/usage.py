@@ -28,6 +28,8 @@ def usage_block(
     if kind == "vlm":
         asked = result.generation or {}
         prompts = [str(asked.get("chat_template") or asked.get("prompt", "{}")).replace("{}", "what is it?")]
+    if family == "Siglip":
+        prompts = [prompt.lower() for prompt in prompts]  # as `SiglipEncoder.tokenize`
     # The classes of tokenizers, and so the processors, of SigLIP and SigLIP 2 differ.
     processor = "CLIPProcessor" if family == "CLIP" else "AutoProcessor"
     names = {"kind": kind, "name": name, "base": base_model or "", "family": family, "processor": processor}

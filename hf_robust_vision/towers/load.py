@@ -37,6 +37,10 @@ _POOLED: tuple[Any, ...] = (CLIPEncoder, CLIPVisionEncoder, SiglipEncoder)
 STOCK: tuple[type[PreTrainedModel], ...] = (
     CLIPModel, CLIPVisionModelWithProjection, CLIPVisionModel, SiglipModel, SiglipVisionModel,
 )  # fmt: skip
+_WHOLE = {
+    CLIPVisionModel: CLIPModel,
+    SiglipVisionModel: SiglipModel,
+}  # bare vision towers, and what each is cut out of
 _REST = ("text_model.", "text_projection.", "logit_", "visual_projection.")  # may lie beside a bare vision tower
 
 
@@ -68,7 +72,7 @@ def as_encoder(model: PreTrainedModel, processor: Any = None, *, resolution: int
     if not is_vlm(model):
         raise TypeError(
             f"wanted a CLIPModel, a CLIPVisionModelWithProjection, a SiglipModel or a vision-language model that has "
-            f"get_image_features(), got {type(model).__name__}."
+            f"get_image_features(), got {type(model).__name__}.{_way_back(type(model), _POOLED)}"
         )
     if processor is None:
         raise TypeError(f"a {type(model).__name__} needs its processor: as_encoder(model, processor).")
@@ -122,10 +126,10 @@ def load_stock(name: str | Path, kinds: Sequence[Any] = STOCK, *, revision: str 
     if kind is None:
         wanted = " or ".join(getattr(kind, "stock_class", kind).__name__ for kind in kinds)
         raise ValueError(
-            f"{name} holds a {config.model_type!r} model (architectures {config.architectures}); wanted a {wanted}. A "
-            "bare CLIPVisionModel has no projection to align with text: save the CLIPModel that it came from."
+            f"{name} holds a {config.model_type!r} model (architectures {config.architectures}); wanted a "
+            f"{wanted}.{_way_back(stock, kinds)}"
         )
-    unread = _REST if stock in (CLIPVisionModel, SiglipVisionModel) else ()
+    unread = _REST if stock in _WHOLE else ()
     return load_pretrained(kind, place, revision=revision, unread=unread, **kwargs)
 
 
@@ -162,6 +166,17 @@ def _transform(processor: Any) -> PixelTransform:
     if isinstance(processor, PixelTransform):
         return processor
     return PixelTransform.from_image_processor(getattr(processor, "image_processor", processor))
+
+
+def _way_back(stock: Any, kinds: Sequence[Any]) -> str:
+    """For an error where one of `kinds` is wanted: what to do with a bare vision tower; nothing for another class."""
+    whole = next((whole for bare, whole in _WHOLE.items() if stock is not None and issubclass(stock, bare)), None)
+    if whole is None or not any(issubclass(kind, whole) for kind in kinds):
+        return ""
+    return (
+        f" A bare {stock.__name__} lacks what ties it to text: load the {whole.__name__} that it came from, and if the "
+        "tower was trained since, type model.vision_model.load_state_dict(tower.state_dict()) and save that model."
+    )
 
 
 def _view(model: PreTrainedModel, transform: PixelTransform | None) -> Any:

@@ -9,7 +9,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +41,11 @@ class SiglipEncoder(DualEncoder, SiglipModel):
         """As `DualEncoder.padding`."""
         # The last position is pooled, padding or not: a shorter sequence has another embedding.
         return {"padding": "max_length", "max_length": self.config.text_config.max_position_embeddings}
+
+    def tokenize(self, tokenizer: Any, prompts: Sequence[str], device: Any = None) -> dict[str, Tensor]:
+        """As `DualEncoder.tokenize`, in lower case."""
+        # Trained so. SigLIP's tokenizer sees to it; Gemma's, which is SigLIP 2's for a fixed image size, does not.
+        return super().tokenize(tokenizer, [prompt.lower() for prompt in prompts], device)
 
     def encode_prompts(self, prompts: Mapping[str, Tensor]) -> Tensor:
         """As `DualEncoder.encode_prompts`; a mask among the prompts is not read."""

@@ -78,8 +78,10 @@ def test_as_encoder_shares_weights_and_mode():
 
 
 def test_as_encoder_of_another_class():
-    with pytest.raises(TypeError, match="got CLIPVisionModel"):
+    with pytest.raises(TypeError, match=r"got CLIPVisionModel\. A bare CLIPVisionModel .*the CLIPModel that it came"):
         as_encoder(CLIPVisionModel(build_clip().config.vision_config))
+    with pytest.raises(TypeError, match=r"got BertModel\.$"):
+        as_encoder(BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)))
 
 
 def vision_folder(clip_folder, folder, kind):
@@ -140,7 +142,7 @@ class TestRefusals:
 
     def test_bare_vision_model(self, clip_folder, tmp_path):
         folder = vision_folder(clip_folder, tmp_path / "bare", CLIPVisionModel)
-        with pytest.raises(ValueError, match="no projection"):
+        with pytest.raises(ValueError, match="A bare CLIPVisionModel lacks.*load the CLIPModel that it came from"):
             load_encoder(folder)
 
     @pytest.mark.parametrize("with_config", [False, True])

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel
+from transformers import (
+    AutoProcessor,
+    GemmaTokenizer,
+    Siglip2Config,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
+)
 
 from hf_robust_vision import (
     FARETrainer,
@@ -29,15 +40,17 @@ from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.retrieval import RetrievalProtocol, evaluate_retrieval
 from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
 from hf_robust_vision.hub.release import prepare_release
+from hf_robust_vision.hub.usage import usage_block
 from hf_robust_vision.pipeline import parse, run
 from hf_robust_vision.sanity.check import check_sanity
 from hf_robust_vision.towers.base import Reads, freeze_unread, weights_sha256
 from hf_robust_vision.towers.dual import DualEncoder
+from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.siglip import SiglipEncoder
 from hf_robust_vision.towers.vlm import LanguageReader
 from hf_robust_vision.training.launchers import make_shardable
 from hf_robust_vision.training.layers import learning_rate_scales
-from tests.conftest import NAMES, TEMPLATE, build_siglip, build_tokenizer, make_dataset, picture
+from tests.conftest import NAMES, SIZE, TEMPLATE, build_siglip, build_tokenizer, make_dataset, picture
 from tests.towers.zoo import saved
 from tests.training.helpers import arguments, make_trainer, weights
 
@@ -288,8 +301,33 @@ def test_a_run_from_folder_to_card(siglip_folder, image_folder, tmp_path):
     assert 'SiglipModel.from_pretrained("me/robust")' in text
     code = text.split("```python\n")[1].split("```")[0].replace("me/robust", str(folder))
     exec(compile(code, "card", "exec"), {})
+    loud = replace(after[0], class_names=["Red", "BLUE"], templates=["A photo of {}"])
+    for family, prompts in {
+        "Siglip": '"a photo of red", "a photo of blue"',
+        "CLIP": '"A photo of Red", "A photo of BLUE"',
+    }.items():
+        assert f"[{prompts}]" in usage_block("model", "me/robust", loud, family=family)
     with pytest.raises(ValueError, match="push a SiglipModel whole"):
         prepare_release(folder, "tower", base_model="me/siglip")
+
+
+def test_siglip_2_of_a_fixed_size(tmp_path):
+    """A `SiglipModel` with Gemma's tokenizer, which minds the case."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyzR"]
+    tokenizer = GemmaTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[])
+    images = SiglipImageProcessor(size={"height": SIZE, "width": SIZE})
+    build_siglip().save_pretrained(tmp_path)
+    SiglipProcessor(images, tokenizer).save_pretrained(tmp_path)
+    encoder, loaded = load_encoder(tmp_path), load_tokenizer(tmp_path)
+    assert type(encoder) is SiglipEncoder
+    assert type(loaded) is GemmaTokenizer
+    texts = encoder.tokenize(loaded, ["a Red", "a red"])["input_ids"]
+    padded = tokenizer("a red", padding="max_length", max_length=12).input_ids
+    assert texts.tolist() == [padded, padded]
+    bank = make_text_bank(encoder, loaded, ["Red", "blue"], ["a {}"])
+    with torch.no_grad():
+        wanted = SiglipModel.from_pretrained(tmp_path).eval().get_text_features(torch.tensor([padded])).pooler_output
+    torch.testing.assert_close(bank.embeddings[:1], F.normalize(wanted))
 
 
 class TestRefusals:
@@ -320,7 +358,18 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"free image size \(NaFlex\).*of a fixed size"):
             load_encoder(tmp_path)
 
-    def test_bare_vision_tower(self, tmp_path):
-        build_siglip().vision_model.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="'siglip_vision_model' model.*or SiglipModel"):
+    def test_bare_vision_tower(self, siglip_folder, tmp_path):
+        tower = build_siglip().vision_model
+        with torch.no_grad():
+            tower.post_layernorm.bias += 1
+        tower.save_pretrained(tmp_path)
+        told = "bare SiglipVisionModel lacks .*load the SiglipModel that it came from"
+        with pytest.raises(ValueError, match=f"'siglip_vision_model' model.*or SiglipModel. A {told}") as refused:
             load_encoder(tmp_path)
+        with pytest.raises(TypeError, match=f"got SiglipVisionModel. A {told}"):
+            as_encoder(tower)
+        (typed,) = re.findall(r"type (model\..*\)) and save", str(refused.value))
+        model = SiglipModel.from_pretrained(siglip_folder)
+        exec(typed, {"model": model, "tower": tower})
+        embeds = as_encoder(model)(IMAGES).image_embeds
+        assert torch.equal(embeds, tower(as_encoder(model).transform.normalize(IMAGES)).pooler_output)
