@@ -54,7 +54,7 @@ class StartNoise:
         return noise.to(torch.promote_types(images.dtype, torch.float32))
 
     def uniform(self, shape: Sequence[int], *stream: int | str, device: torch.device | str = "cpu") -> Tensor:
-        """Uniform numbers of [0, 1) in float32, multiples of 2^-24, shape (len(ids), *shape).
+        """Uniform numbers of [0, 1) in float32, multiples of 2^-24, one row of `shape` per id.
 
         Another `stream`, which says what the numbers are for, gives other numbers.
         """

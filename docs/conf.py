@@ -1,0 +1,58 @@
+"""The documentation site: `sphinx-build -W docs outputs/site`, with the package and its extra `docs` installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_robust_vision import __version__ as release
+
+
+project = "hf-robust-vision"
+version = release
+project_copyright = "the authors of hf-robust-vision, Apache-2.0"
+language = "en"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+myst_heading_anchors = 3
+default_role = "py:obj"  # a public name in a docstring becomes a link, anything else stays code
+suppress_warnings = ["misc.highlighting_failure"]
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False
+autodoc_preserve_defaults = True
+napoleon_custom_sections = [("Reference", "notes_style"), ("Relations", "notes_style")]
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+
+html_theme = "furo"
+html_title = f"hf-robust-vision {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = html_show_sourcelink = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+def without_all_fields(app: Any, what: str, name: str, obj: Any, *_: Any) -> tuple[str, str] | None:
+    """Arguments are some hundred fields of transformers: what a class adds is listed instead."""
+    return ("", "") if what == "class" and issubclass(obj, TrainingArguments) else None
+
+
+def with_own_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Each field that a class of arguments adds, with its default and its help."""
+    if what != "class" or not issubclass(obj, TrainingArguments):
+        return
+    own = inspect.get_annotations(obj)
+    for field in dataclasses.fields(obj):
+        if field.name in own and "help" in field.metadata:
+            lines += ["", f"``{field.name}`` = ``{field.default!r}``", f"    {field.metadata['help']}"]
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-signature", without_all_fields)
+    app.connect("autodoc-process-docstring", with_own_fields)
