@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluation.tasks.zero_shot import evaluate_zero_shot, remeasure
     from .hub.load import load_robust_encoder
     from .hub.push import push_robust_encoder
+    from .methods.agft import AGFTArguments, AGFTTrainer
     from .methods.fare import FAREArguments, FARETrainer
     from .methods.pmg_aft import PMGAFTArguments, PMGAFTTrainer
     from .methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
@@ -39,14 +40,14 @@ __version__ = "0.1.0"
 
 # Written out once more, because type checkers take no other list for what a package exports.
 __all__ = [
-    "AdversarialTrainer", "AdversarialTrainingArguments", "AttackSuccessRate", "CaptionedImages", "FAREArguments",
-    "FARETrainer", "ImageSource", "L2Ball", "LabelledImages", "LinfBall", "PMGAFTArguments", "PMGAFTTrainer",
-    "RelativeRobustness", "RetrievalProtocol", "RobustAccuracy", "RobustnessProtocol", "RobustnessResult",
-    "SimCLIPArguments", "SimCLIPTrainer", "StartNoise", "TIMAArguments", "TIMATrainer", "TeCoAArguments",
-    "TeCoATrainer", "apgd", "as_encoder", "check_retrieval_sanity", "check_sanity", "evaluate_corruptions",
-    "evaluate_retrieval", "evaluate_zero_shot", "fab", "fgsm", "get_protocol", "load_encoder", "load_labelled_images",
-    "load_results", "load_robust_encoder", "make_text_bank", "merge_adapter", "pgd", "push_robust_encoder",
-    "remeasure", "remeasure_retrieval", "square", "swap_vision_encoder", "write_report",
+    "AGFTArguments", "AGFTTrainer", "AdversarialTrainer", "AdversarialTrainingArguments", "AttackSuccessRate",
+    "CaptionedImages", "FAREArguments", "FARETrainer", "ImageSource", "L2Ball", "LabelledImages", "LinfBall",
+    "PMGAFTArguments", "PMGAFTTrainer", "RelativeRobustness", "RetrievalProtocol", "RobustAccuracy",
+    "RobustnessProtocol", "RobustnessResult", "SimCLIPArguments", "SimCLIPTrainer", "StartNoise", "TIMAArguments",
+    "TIMATrainer", "TeCoAArguments", "TeCoATrainer", "apgd", "as_encoder", "check_retrieval_sanity", "check_sanity",
+    "evaluate_corruptions", "evaluate_retrieval", "evaluate_zero_shot", "fab", "fgsm", "get_protocol", "load_encoder",
+    "load_labelled_images", "load_results", "load_robust_encoder", "make_text_bank", "merge_adapter", "pgd",
+    "push_robust_encoder", "remeasure", "remeasure_retrieval", "square", "swap_vision_encoder", "write_report",
 ]  # fmt: skip
 
 

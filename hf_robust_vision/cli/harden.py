@@ -12,6 +12,7 @@ METHODS = {
     "tima": ("TIMATrainer", "with class names: margins between classes and from image to text (TIMA, reconstructed)"),
     "fare": ("FARETrainer", "unsupervised: adversarial embeddings stay where the original's clean ones were (FARE)"),
     "tecoa": ("TeCoATrainer", "with labels: cross-entropy of the zero-shot classifier (TeCoA)"),
+    "agft": ("AGFTTrainer", "with class names, no labels: the original's soft answers to the clean images (AGFT)"),
     "pmg-aft": ("PMGAFTTrainer", "with labels: as TeCoA, guided by the original model (PMG-AFT)"),
 }
 

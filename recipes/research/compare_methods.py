@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hf_robust_vision.attacks import Objective
+from hf_robust_vision.methods.agft import AGFTTrainer
 from hf_robust_vision.methods.fare import FARETrainer
 from hf_robust_vision.methods.pmg_aft import PMGAFTTrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
@@ -51,6 +52,8 @@ METHODS = {
     "sim-clip-paper": Method("Sim-CLIP, paper's form", SimCLIPTrainer, {"form": "paper"}),
     "fare": Method("FARE", FARETrainer),
     "tecoa": Method("TeCoA", TeCoATrainer),
+    "agft": Method("AGFT", AGFTTrainer),
+    "agft-half-label": Method("AGFT, half the label", AGFTTrainer, {"label_weight": 0.5}),
     "pmg-aft": Method("PMG-AFT", PMGAFTTrainer),
     "pmg-aft-code": Method("PMG-AFT, official code", PMGAFTTrainer, {"profile": "code"}),
     "tima": Method("TIMA", TIMATrainer),

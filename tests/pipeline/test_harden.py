@@ -22,6 +22,7 @@ from transformers import BertConfig, BertModel, CLIPModel
 from hf_robust_vision import pipeline
 from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.evaluation.results import load_results
+from hf_robust_vision.methods.agft import AGFTTrainer
 from hf_robust_vision.methods.fare import FARETrainer
 from hf_robust_vision.methods.pmg_aft import PMGAFTTrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
@@ -41,6 +42,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "sim_clip.py"
 CONFIGS = sorted((ROOT / "hf_robust_vision" / "configs").glob("*.yaml"))
 TRAINERS = {
+    "agft": AGFTTrainer,
     "fare": FARETrainer,
     "pmg_aft": PMGAFTTrainer,
     "sim_clip": SimCLIPTrainer,

@@ -34,10 +34,10 @@ def ids_of(output, result):
     ("name", "launcher"),
     [
         ("tecoa", TWO),
-        *(pytest.param(name, TWO, marks=pytest.mark.slow) for name in ("sim_clip", "tima", "fare", "pmg_aft")),
+        *(pytest.param(name, TWO, marks=pytest.mark.slow) for name in ("sim_clip", "tima", "fare", "agft", "pmg_aft")),
         pytest.param("sim_clip", TORCHRUN, marks=pytest.mark.slow),
     ],
-    ids=["tecoa", "sim_clip", "tima", "fare", "pmg_aft", "sim_clip-torchrun"],
+    ids=["tecoa", "sim_clip", "tima", "fare", "agft", "pmg_aft", "sim_clip-torchrun"],
 )
 def test_a_recipe_runs_in_two_processes(name, launcher, clip_folder, image_folder, tmp_path):
     """Of 5 test images one process measures 3, the other 2, and nobody measures one twice."""

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_robust_vision import (
+    AGFTTrainer,
     FARETrainer,
     PMGAFTTrainer,
     SimCLIPTrainer,
@@ -57,7 +58,7 @@ from tests.training.helpers import arguments, make_trainer, weights
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 PROMPTS = ["a red", "a photo of a blue"]
-TRAINERS = (SimCLIPTrainer, FARETrainer, TeCoATrainer, PMGAFTTrainer, TIMATrainer)
+TRAINERS = (SimCLIPTrainer, FARETrainer, TeCoATrainer, AGFTTrainer, PMGAFTTrainer, TIMATrainer)
 
 
 @pytest.fixture

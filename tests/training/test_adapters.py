@@ -12,6 +12,7 @@ import transformers.integrations.peft
 from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
 
 from hf_robust_vision import (
+    AGFTTrainer,
     FARETrainer,
     PMGAFTTrainer,
     SimCLIPTrainer,
@@ -29,7 +30,7 @@ from hf_robust_vision.towers.base import Reads, attack_mode, freeze_unread, weig
 from tests.training.helpers import largest_gap, make_trainer, weights
 
 
-TRAINERS = (SimCLIPTrainer, FARETrainer, TeCoATrainer, PMGAFTTrainer, TIMATrainer)
+TRAINERS = (SimCLIPTrainer, FARETrainer, TeCoATrainer, AGFTTrainer, PMGAFTTrainer, TIMATrainer)
 LORA = {"use_peft": True, "lora_r": 2, "lora_alpha": 4, "learning_rate": 1e-2}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
+from hf_robust_vision.methods.agft import AGFTTrainer
 from hf_robust_vision.methods.fare import FARETrainer
 from hf_robust_vision.methods.pmg_aft import PMGAFTTrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
@@ -16,7 +17,7 @@ from hf_robust_vision.methods.tima import TIMATrainer
 from tests.training.helpers import make_trainer, weights
 
 
-@pytest.mark.parametrize("kind", [FARETrainer, PMGAFTTrainer, SimCLIPTrainer, TeCoATrainer, TIMATrainer])
+@pytest.mark.parametrize("kind", [AGFTTrainer, FARETrainer, PMGAFTTrainer, SimCLIPTrainer, TeCoATrainer, TIMATrainer])
 def test_transformers_alone_loads_it(kind, clip_folder, tmp_path):
     trainer = make_trainer(clip_folder, tmp_path, kind=kind, max_steps=1, learning_rate=1e-3)
     start = weights(trainer)
