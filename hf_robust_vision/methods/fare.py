@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.attacks import Objective, squared_l2
 from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.training.base import Batch
 
-from .features import FeatureArguments, FeatureTrainer
+from .features import FeatureArguments, FeatureTrainer, split_output
 
 
 @dataclass
@@ -24,6 +25,7 @@ class FARETrainer(FeatureTrainer):
 
     Attacker and learner look at the same number, `|| phi(x') - phi0(x) ||^2`: embeddings not normalised, summed over
     their dimensions (a mean would be some hundred times smaller, which matters to plain SGD), averaged over the batch.
+    With `clean_drift_bound` (ours, after LORE) a weighted `|| phi(x) - phi0(x) ||^2` joins it.
 
     Relations:
         Sim-CLIP's form "frozen" is this with the cosine distance and half the gradient.
@@ -43,5 +45,9 @@ class FARETrainer(FeatureTrainer):
         return lambda images: self.distance(self.features(encoder, images), batch.original)
 
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
-        """The same distance, averaged over the batch."""
-        return self.distance(self.features(model, adversarial), batch.original).mean()
+        """The same distance, averaged over the batch; where the drift is bounded, with that of the clean images."""
+        if not self.holds_clean:
+            return self.distance(self.features(model, adversarial), batch.original).mean()
+        both = self.features(model, torch.cat([batch.images, adversarial]))
+        clean, attacked = split_output(both, len(adversarial))
+        return (self.distance(attacked, batch.original) + self.anchor(clean, batch)).mean()

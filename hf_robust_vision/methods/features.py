@@ -14,8 +14,10 @@ from torch import Tensor
 from hf_robust_vision.attacks import cosine_distance
 from hf_robust_vision.towers.base import FEATURES, EncoderOutput, Reads
 from hf_robust_vision.towers.reference import Reference
-from hf_robust_vision.training.base import AdversarialTrainer
-from hf_robust_vision.training.config import AdversarialTrainingArguments, one_of
+from hf_robust_vision.training.base import AdversarialTrainer, Batch
+from hf_robust_vision.training.config import AdversarialTrainingArguments, need_number, one_of
+
+from .drift import DualWeight
 
 
 @dataclass
@@ -27,16 +29,28 @@ class FeatureArguments(AdversarialTrainingArguments):
             reads, or "language_and_patch_tokens".
         token_layer: Entry of `hidden_states` that the patch tokens come from; -2 is what LLaVA reads.
         token_distance: Between tokens: "squared_l2", over their variance, or "cosine".
+        clean_drift_bound: How far clean images may drift from the original, relative to its features, see `DualWeight`:
+            the weight of their distance is then found while training. It costs a pass over the clean images where the
+            method makes none.
+        dual_step_size: What that weight gains in an update whose drift is twice the bound.
     """
 
     feature: str = field(default="pooled", metadata={"help": f"{', '.join(FEATURES)}."})
     token_layer: int = field(default=-2, metadata={"help": "Layer of the patch tokens; -2 is what LLaVA reads."})
     token_distance: str = field(default="squared_l2", metadata={"help": "squared_l2 or cosine."})
+    clean_drift_bound: float | None = field(
+        default=None, metadata={"help": "Most that clean images may drift, e.g. 0.05 (of 1); default: no bound."}
+    )
+    dual_step_size: float = field(default=0.1, metadata={"help": "Step of the weight that holds clean_drift_bound."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("feature", self.feature, tuple(FEATURES))
         one_of("token_distance", self.token_distance, ("squared_l2", "cosine"))
+        for name in ("clean_drift_bound", "dual_step_size"):
+            need_number(self, name)
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be above 0, got 0; leave it out for no bound on clean drift.")
 
 
 class FeatureTrainer(AdversarialTrainer):
@@ -53,6 +67,47 @@ class FeatureTrainer(AdversarialTrainer):
         super().__init__(*args, **kwargs)
         self.token_variances = token_variances(self.reference, self.train_dataset)
         self.distance = self.distance_by(self.pooled_distance)
+        bound, step_size = self.args.clean_drift_bound, self.args.dual_step_size
+        self.dual = None if bound is None else DualWeight(bound, self.anchor_weight, step_size)
+
+    @property
+    def anchor_weight(self) -> float:
+        """Weight of the clean images' distance to the original; with `clean_drift_bound` where it starts."""
+        return 0.0
+
+    @property
+    def holds_clean(self) -> bool:
+        """Whether the loss looks at where clean images go."""
+        return self.dual is not None or self.anchor_weight > 0
+
+    def anchor(self, clean: EncoderOutput, batch: Batch) -> Tensor:
+        """The weighted distance of clean images to the original, one value per image."""
+        distance = self.distance(clean, batch.original)
+        if self.dual is None:
+            return self.anchor_weight * distance
+        nothing = EncoderOutput(**{key: torch.zeros_like(value) for key, value in batch.original.items()})
+        self.dual.observe(distance, self.distance(batch.original, nothing))
+        return self.dual.weight * distance
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As ever; after the last part of an update the weight that holds the drift takes its step."""
+        loss = super().training_step(*args, **kwargs)
+        if self.dual is not None and self.accelerator.sync_gradients:
+            self.record("drift_weight", torch.tensor(self.dual.weight, device=loss.device))  # that of this update
+            drift = self.dual.update(self.accelerator.reduce)
+            self.record("clean_drift", torch.tensor(drift, device=loss.device))
+        return loss
+
+    def more_state(self) -> dict[str, Tensor]:
+        """With the weight that holds the drift."""
+        own = {} if self.dual is None else {"drift_weight": torch.tensor(self.dual.weight, dtype=torch.float64)}
+        return super().more_state() | own
+
+    def take_more_state(self, state: dict[str, Tensor]) -> None:
+        """With the weight that holds the drift."""
+        super().take_more_state(state)
+        if self.dual is not None:
+            self.dual.weight = state["drift_weight"].item()
 
     @classmethod
     def reads(cls, args: Any) -> Reads:

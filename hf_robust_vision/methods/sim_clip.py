@@ -28,7 +28,8 @@ class SimCLIPArguments(FeatureArguments):
     Args:
         form: "frozen" (default; the official code: the original's clean embedding is the target), "anchored" (the
             paper's loss, held to the original by `anchor_weight`) or "paper" (collapses, see `SimCLIPTrainer`).
-        anchor_weight: Strength of the anchor; more keeps clean accuracy, less gives robust accuracy.
+        anchor_weight: Strength of the anchor; more keeps clean accuracy, less gives robust accuracy. With
+            `clean_drift_bound` it is where the anchored form starts.
         attack_distance: What the attacker raises on the pooled embedding: "cosine" or "squared_l2" (official code).
     """
 
@@ -69,6 +70,8 @@ class SimCLIPTrainer(FeatureTrainer):
     - `anchored` (ours): the paper's loss plus `anchor_weight` times the distance of the clean embedding to the
       original's; the attack runs against the original's embedding.
 
+    With `clean_drift_bound` each form is held to the original by a weight that is found while training.
+
     Deviation: by default the attacker raises the cosine distance, the quantity that the loss lowers; the official
     code raises the squared Euclidean distance (`attack_distance="squared_l2"`).
 
@@ -84,6 +87,11 @@ class SimCLIPTrainer(FeatureTrainer):
 
     args: SimCLIPArguments
 
+    @property
+    def anchor_weight(self) -> float:
+        """As `FeatureTrainer.anchor_weight`."""
+        return self.args.anchor_weight if self.args.form == "anchored" else 0.0
+
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
         """Distance to the tuned clean embedding (`paper`) or to the original's (`frozen`, `anchored`)."""
         distance, target = self.distance_by(DISTANCES[self.args.attack_distance]), batch.original
@@ -93,12 +101,13 @@ class SimCLIPTrainer(FeatureTrainer):
 
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
         """The Siamese loss of the chosen form."""
-        if self.args.form == "frozen":
+        frozen = self.args.form == "frozen"
+        if frozen and not self.holds_clean:
             return siamese_loss(self.distance, batch.original, self.features(model, adversarial)).mean()
         # One pass through the wrapper: it is faster than two, and under FSDP2 the weights are gathered once.
         both = self.features(model, torch.cat([batch.images, adversarial]))
         clean, attacked = split_output(both, len(adversarial))
-        loss = siamese_loss(self.distance, clean, attacked)
-        if self.args.form == "anchored":  # the clean view alone is held: the adversarial one is drawn to it already
-            loss = loss + self.args.anchor_weight * self.distance(clean, batch.original)
+        loss = siamese_loss(self.distance, batch.original if frozen else clean, attacked)
+        if self.holds_clean:  # the clean view alone: the adversarial one is drawn to it, or to the original, already
+            loss = loss + self.anchor(clean, batch)
         return loss.mean()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
@@ -24,6 +25,9 @@ from hf_robust_vision.towers.weights import check_weights
 from . import checkpoints
 from .checkpoints import Setting, is_checkpoint
 from .config import AdversarialTrainingArguments
+
+
+MORE_STATE = "more_state.safetensors"  # of a checkpoint, where there is any
 
 
 class ResumableTrainer(Trainer):
@@ -50,6 +54,13 @@ class ResumableTrainer(Trainer):
         """The network that `save_model` writes: the model that trains or, with an adapter, a merged copy of it."""
         encoder = self.whole_encoder()
         return merged(encoder) if has_adapter(encoder) else encoder
+
+    def more_state(self) -> dict[str, Tensor]:
+        """What beside weights, optimizer and schedule decides how a run goes on; every process must ask."""
+        return {}
+
+    def take_more_state(self, state: dict[str, Tensor]) -> None:
+        """Go on with what `more_state` gave."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
@@ -111,6 +122,7 @@ class ResumableTrainer(Trainer):
     def _take_up(self, checkpoint: str, state: TrainerState) -> TrainOutput:
         """Load a run that had ended: `Trainer` would take one more step before it looks at `max_steps`."""
         self._load_from_checkpoint(checkpoint)
+        self._load_more_state(checkpoint)
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
@@ -123,6 +135,22 @@ class ResumableTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:  # which loads after it has shared the weights out
             check_weights(self.model.state_dict(), resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:  # the weights are loaded by now, whatever the launcher
+            self._load_more_state(checkpoint)
+
+    def _load_more_state(self, checkpoint: str) -> None:
+        wanted = self.more_state()
+        if not wanted:
+            return
+        file = Path(checkpoint) / MORE_STATE
+        found = load_file(file) if file.is_file() else {}
+        if set(found) != set(wanted):
+            lacking = ", ".join(sorted(set(wanted) - set(found))[:3])
+            raise ValueError(f"{file} does not hold what this run goes on with ({lacking}); start anew.")
+        self.take_more_state(found)
 
     def _load_best_model(self) -> None:
         if has_adapter(self.model):
@@ -162,6 +190,9 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        more = self.more_state()
+        if self.args.should_save and more:
+            save_file(more, folder / MORE_STATE)
         self.accelerator.wait_for_everyone()  # each writes its own state of the random numbers
         if self.args.should_save:
             checkpoints.mark_complete(folder, self._settings())

@@ -24,6 +24,7 @@ LORA = {"use_peft": True, "layer_decay": 0.5, "torch_compile": True, "torch_comp
 
 TIMA = {"kind": "tima", "variant": "v1"}  # all of its terms
 PMG_AFT = {"kind": "pmg_aft"}
+BOUNDED = {"feature": "both", "clean_drift_bound": 1e-6, "gradient_accumulation_steps": 2}
 PRECISION = SGD | {"learning_rate": 1e-3, "max_steps": 3, "measure": True, "measured": 64, **ANCHORED}
 
 
@@ -64,11 +65,11 @@ def flags(output):
 @pytest.mark.parametrize(
     ("settings", "fsdp2"),
     [
-        (ANCHORED, False), (ACCUMULATED, False), (LORA, False), (TIMA, False), (PMG_AFT, False),
+        (ANCHORED, False), (ACCUMULATED, False), (LORA, False), (TIMA, False), (PMG_AFT, False), (BOUNDED, False),
         (ANCHORED, True), (ACCUMULATED, True), (TIMA, True), (PMG_AFT, True),
     ],
     ids=[
-        "ddp", "ddp-accumulated-checkpointed", "ddp-lora-compiled", "ddp-tima", "ddp-pmg-aft",
+        "ddp", "ddp-accumulated-checkpointed", "ddp-lora-compiled", "ddp-tima", "ddp-pmg-aft", "ddp-bounded",
         "fsdp2", "fsdp2-accumulated-checkpointed", "fsdp2-tima", "fsdp2-pmg-aft",
     ],
 )  # fmt: skip
@@ -81,6 +82,7 @@ def test_two_processes_equal_one(settings, fsdp2, alone, clip_folder, tmp_path):
     gap = largest_gap(final(tmp_path), final(one))
     print(f"largest difference of a weight: {gap:.1e}")
     assert gap < 1e-10
+    assert logged(tmp_path, "drift_weight") == pytest.approx(logged(one, "drift_weight"), rel=1e-4)
     assert logged(tmp_path, "pairwise_cosine") == pytest.approx(logged(one, "pairwise_cosine"), abs=2e-6)
     assert flags(tmp_path) == flags(one)
     assert [row["id"] for row in records(tmp_path)[0]] == list(range(9))
