@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-robust-vision[demo]"]
+#
+# [tool.uv.sources]
+# hf-robust-vision = { path = "..", editable = true }
+# ///
 """Measure a CLIP on a list of datasets, and write one report of them all.
 
 The demo, offline:

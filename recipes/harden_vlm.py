@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-robust-vision[demo]"]
+#
+# [tool.uv.sources]
+# hf-robust-vision = { path = "..", editable = true }
+# ///
 """Harden the vision tower of a vision-language model in place, where its language model looks.
 
 The demo LLaVA, offline, asked under attack before and after:

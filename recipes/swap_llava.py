@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-robust-vision[demo]"]
+#
+# [tool.uv.sources]
+# hf-robust-vision = { path = "..", editable = true }
+# ///
 """Attack a LLaVA, swap in a hardened vision tower, attack it again.
 
 The demo, offline, with the tower that `recipes/sim_clip.py` left behind:

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from typing_extensions import Required, Unpack
+from typing_extensions import Unpack
 
 from hf_robust_vision import __version__
 from hf_robust_vision.processes import rank_and_world

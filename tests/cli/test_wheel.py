@@ -1,4 +1,4 @@
-"""The wheel alone: configs and demo checkpoints are in it, what measures us is not, and the demo runs from it."""
+"""What is released: the wheel holds all that the demo needs, and nothing that measures us; the sdist holds no photos."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -37,6 +38,30 @@ def test_what_is_in_it(wheel):
     for model in ("demo-clip", "demo-llava", "demo-smolvlm"):
         assert any(f"/{model}/" in name and name.endswith(".safetensors") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"hf_robust_vision"}
+    assert "hf_robust_vision/py.typed" in names
+    assert wheel.stat().st_size < 15e6
+
+
+@pytest.mark.slow
+def test_the_sdist_and_what_pypi_would_say(wheel, tmp_path):
+    for name in ("build", "twine"):
+        pytest.importorskip(name)
+    words = [sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "docs/conf.py", "recipes/sim_clip.py"} <= names
+    assert "tests/cli/test_wheel.py" in names
+    assert not [name for name in names if name.startswith("recipes/research/photo_clip")]
+    pictures = {name for name in names if name.endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))}
+    assert {name.rsplit("/", 1)[0] for name in pictures} <= {"docs/results"}
+    assert not [name for name in pictures if "photo" in name]
+    assert sdist.stat().st_size < 15e6
+    check = [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow

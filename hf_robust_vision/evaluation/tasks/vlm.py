@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Required
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Required, override
+from typing_extensions import override
 
 from hf_robust_vision.attacks import Attack, StartNoise
 from hf_robust_vision.attacks import Protocol as Attacks
