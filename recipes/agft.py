@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-robust-vision[demo]"]
+#
+# [tool.uv.sources]
+# hf-robust-vision = { path = "..", editable = true }
+# ///
 """Harden a CLIP with AGFT, and measure it before and after.
 
 The demo, offline, in minutes on two cores:
