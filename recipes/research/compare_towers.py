@@ -46,7 +46,9 @@ from hf_robust_vision.evaluation.results import (
     versions,
 )
 from hf_robust_vision.processes import run_alone
+from hf_robust_vision.report.tables import percent
 from hf_robust_vision.towers.base import FEATURES
+from hf_robust_vision.training.config import Radius
 
 
 EPS = tuple(step / 255 for step in (4, 8, 16))
@@ -72,10 +74,11 @@ def label(training: Training) -> str:
 
 
 def numbers(training: Training, results: Sequence[RobustnessResult]) -> str:
-    """Answers that are right, clean and at 8/255, for the terminal."""
-    answers = at(results, "vqa", DEMO_EPS)
-    found = f"{100 * answers.clean_accuracy:.1f} / {100 * answers.robust_accuracy:.1f}"
-    return f"answers on {answers.split} {found} % clean / 8/255"
+    """Answers that are right, clean and at each radius, for the terminal."""
+    answers = [result for result in results if result.task == "vqa"]
+    shares = [answers[0].clean_accuracy, *(result.robust_accuracy for result in answers)]
+    radii = ["clean", *(pretty_eps(result) for result in answers)]
+    return f"answers on {answers[0].split} {' / '.join(percent(x) for x in shares)} % {' / '.join(radii)}"
 
 
 def measured(
@@ -131,7 +134,7 @@ def pairs(done: Mapping[Training, Sequence[RobustnessResult]], measuring: Measur
         other = Row(one.method, "pooled")
         if not one.method or one == other or other not in {training.row for training in done}:
             continue
-        for eps, clean in ((EPS[0], True), *((eps, False) for eps in EPS)):
+        for eps, clean in ((measuring.eps[0], True), *((eps, False) for eps in measuring.eps)):
             mean, low, high = paired_interval(standing(one, eps, clean) - standing(other, eps, clean))
             row = {"one": one.label, "other": other.label, "eps": "clean" if clean else eps_text(eps, "linf")}
             rows.append(row | {"difference": mean, "low": low, "high": high})
@@ -143,7 +146,7 @@ def summary(done: Mapping[Training, Sequence[RobustnessResult]]) -> list[dict[st
     entries = []
     for row in dict.fromkeys(training.row for training in done):
         mine = sorted((training for training in done if training.row == row), key=lambda training: training.seed)
-        answers = [[at(done[training], "vqa", eps) for eps in EPS] for training in mine]
+        answers = [[result for result in done[training] if result.task == "vqa"] for training in mine]
         zero_shot = [result for training in mine for result in done[training] if result.task == "zero_shot"]
         records = [results[0].training or {} for results in answers]
         entries.append(
@@ -201,6 +204,7 @@ def main() -> None:
     parser.add_argument("--learning_rates", type=words(float), default=[1e-3, 2e-3], help="to choose from")
     parser.add_argument("--questions", type=int, default=250, help="colour and shape questions, on test")
     parser.add_argument("--choice_questions", type=int, default=150, help="the same, on validation")
+    parser.add_argument("--eps", type=words(Radius), default=EPS, help="of the attack on the answers")
     parser.add_argument("--attack_steps", type=int, default=20, help="of PGD on the VLM")
     parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--images", type=int, default=256, help="for zero-shot accuracy")
@@ -221,7 +225,7 @@ def main() -> None:
     shared = {"steps": args.steps, "batch_size": args.batch_size, "vlm": args.vlm}
     ways = {"attack_steps": args.attack_steps, "images": args.images, "zero_shot_steps": args.zero_shot_steps}
     ways |= {"vlm": args.asked or args.vlm}
-    test = Measuring(args.split, EPS, args.questions, restarts=args.restarts, **ways)
+    test = Measuring(args.split, tuple(map(float, args.eps)), args.questions, restarts=args.restarts, **ways)
     rate = {"learning_rate": args.learning_rates[0]} if len(args.learning_rates) == 1 else {}  # else not chosen yet
     told = {"max_steps": args.steps, "per_device_train_batch_size": args.batch_size} | rate
     settings = {"seeds": args.seeds, "training": told, "measuring": asdict(test)}
@@ -245,7 +249,7 @@ def main() -> None:
         "vlm": args.vlm,
         "training": trainings[0].arguments(),
         "measuring": asdict(test),
-        "attacks": at(done[trainings[0]], "vqa", DEMO_EPS).attacks,
+        "attacks": done[trainings[0]][0].attacks,
         "hashes": {
             "clip": sha256(demo_checkpoint()),
             "vlm": sha256(folder_of(test.vlm)),
@@ -253,7 +257,7 @@ def main() -> None:
         "versions": versions(),
         "rows": summary(done),
         "paired": pairs(done, test, args.output_dir),
-        "num_questions": at(done[trainings[0]], "vqa", DEMO_EPS).num_samples,
+        "num_questions": done[trainings[0]][0].num_samples,
         "num_images": next((r.num_samples for r in done[trainings[0]] if r.task == "zero_shot"), 0),
         "choice": choice,
         "choice_questions": args.choice_questions,
