@@ -77,9 +77,12 @@ def test_recipe_commands_parse(code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", blocks("bash"))
-def test_cli_commands_parse(code):
+def test_cli_commands_parse(code, tmp_path):
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        if words[:2] == ["hf-robust-vision", "harden"]:
+            recipe = f"recipes/{words[2].replace('-', '_')}.py"
+            pipeline.parse(trainer_of(recipe), [*words[3:], "--output_dir", str(tmp_path)])
         if words[:1] == ["hf-robust-vision"] and words[1] not in ("harden", "harden-vlm"):  # whose recipes read them
             make_parser().parse_args(words[1:])
 
