@@ -3,11 +3,10 @@
     python recipes/research/compare_towers.py --docs FOLDER    # Sim-CLIP, pooled against both
     python recipes/research/compare_towers.py --docs FOLDER --methods sim-clip,fare --features pooled,patch_tokens,both
     python recipes/research/compare_towers.py --name hardening-smolvlm --vlm demo-smolvlm --split validation \
-        --features pooled,patch_tokens,language_tokens --changes attack_eps=16/255+attack_step_size=10/255,attack_steps=5
+        --features pooled,patch_tokens,language_tokens,language_tokens+attack_eps=16/255+attack_step_size=10/255
 
 All towers share the demo's images, the updates, the steps of the attack and the seeds, and differ in the features that
-the distance is taken at; `--changes` adds rows at the last of the features, with other arguments of the trainer. A CLIP
-tower is swapped into the VLM, a tower of the VLM's own is hardened in place. The colour and shape questions are then
+the distance is taken at; a feature may be followed by other arguments of the trainer, each as +NAME=VALUE. A CLIP tower is swapped into the VLM, a tower of the VLM's own is hardened in place. The colour and shape questions are then
 attacked through the whole model, or through that of `--asked`, another VLM that a CLIP tower fits.
 The learning rate of each feature is chosen on validation questions with the first seed; test questions are asked once of
 each tower. What is trained or measured already is read back from its folder, so an interrupted command goes on when
@@ -168,23 +167,22 @@ def summary(done: Mapping[Training, Sequence[RobustnessResult]]) -> list[dict[st
     return entries
 
 
-def changes(word: str) -> tuple[tuple[str, str], ...]:
-    """Read "name=value+name=value"."""
-    pairs = [part.partition("=") for part in word.split("+")]
-    if not all(name and equals and value for name, equals, value in pairs):
-        raise argparse.ArgumentTypeError(f"{word!r} is not name=value[+name=value...].")
-    return tuple((name, value) for name, _, value in pairs)
-
-
-def check_changes(row: Row, parser: argparse.ArgumentParser) -> None:
-    """Refuse what the trainer would, before anything is trained."""
-    known = METHODS[row.method][1].args_class
-    if stray := [name for name, _ in row.changes if name not in {item.name for item in fields(known)}]:
-        parser.error(f"{METHODS[row.method][0]} has no argument {stray[0]!r}.")
+def read_row(method: str, text: str, parser: argparse.ArgumentParser) -> Row:
+    """Read "feature+name=value+name=value", and refuse what the trainer would, before anything is trained."""
+    feature, *words = text.split("+")
+    arguments = METHODS[method][1].args_class
+    if feature not in FEATURES:
+        parser.error(f"no feature {feature!r}; there are {', '.join(map(repr, FEATURES))}.")
+    pairs = tuple((name, value) for name, _, value in (word.partition("=") for word in words))
+    for name, value in pairs:
+        if not value or name not in {item.name for item in fields(arguments)}:
+            parser.error(f"wanted +NAME=VALUE with an argument of {METHODS[method][0]}, got {name!r} in {text!r}.")
+    row = Row(method, feature, pairs)
     try:
-        known(output_dir="unused", **Training(row, 0, 1e-3, 1, 1).arguments() | {"report_to": "none"})
+        arguments(output_dir="unused", **Training(row, 0, 1e-3, 1, 1).arguments() | {"report_to": "none"})
     except ValueError as error:
         parser.error(str(error))
+    return row
 
 
 def main() -> None:
@@ -192,8 +190,12 @@ def main() -> None:
     run_alone("research/compare_towers.py")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", type=words(str), default=["sim-clip"], help=f"some of {', '.join(METHODS)}")
-    parser.add_argument("--features", type=words(str), default=["pooled", "both"], help=f"of {', '.join(FEATURES)}")
-    parser.add_argument("--changes", type=words(changes), default=[], help="rows: name=value[+name=value...],...")
+    parser.add_argument(
+        "--features",
+        type=words(str),
+        default=["pooled", "both"],
+        help=f"of {', '.join(FEATURES)}; FEATURE[+NAME=VALUE...]",
+    )
     parser.add_argument("--vlm", default="demo-llava", help="a demo VLM or a folder: whose tower it is or will be")
     parser.add_argument("--asked", help="the VLM that is asked, if it is another")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="of the questions")
@@ -213,15 +215,11 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare-towers"), help="one folder a tower")
     parser.add_argument("--docs", type=Path, help="for results/towers.md; default docs, as in compare.py")
     args = parser.parse_args()
-    for kind, given, known in (("method", args.methods, METHODS), ("feature", args.features, FEATURES)):
-        if stray := [word for word in given if word not in known]:
-            parser.error(f"no {kind} {stray[0]!r}; there are {', '.join(map(repr, known))}.")
+    if stray := [word for word in args.methods if word not in METHODS]:
+        parser.error(f"no method {stray[0]!r}; there are {', '.join(map(repr, METHODS))}.")
     os.environ["OMP_NUM_THREADS"] = "1"
     start = time.time()
-    rows = [Row(method, feature) for method in args.methods for feature in args.features]
-    rows += [Row(args.methods[-1], args.features[-1], change) for change in args.changes]
-    for row in rows:
-        check_changes(row, parser)
+    rows = [read_row(method, words, parser) for method in args.methods for words in args.features]
     shared = {"steps": args.steps, "batch_size": args.batch_size, "vlm": args.vlm}
     ways = {"attack_steps": args.attack_steps, "images": args.images, "zero_shot_steps": args.zero_shot_steps}
     ways |= {"vlm": args.asked or args.vlm}

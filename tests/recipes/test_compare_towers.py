@@ -162,10 +162,10 @@ def test_the_command_writes_its_page_and_goes_on_from_what_is_there(tmp_path):
     ("words", "refused"),
     [
         (["--features", "cls"], "no feature 'cls'; there are 'pooled'"),
-        (["--changes", "attack_eps"], "'attack_eps' is not name=value[+name=value...]"),
-        (["--changes", "radius=1/255"], "Sim-CLIP has no argument 'radius'"),
-        (["--changes", "attack_steps=0"], "attack_steps must be at least 1"),
-        (["--changes", "token_distance=l3"], "token_distance"),
+        (["--features", "pooled+attack_eps"], "wanted +NAME=VALUE with an argument of Sim-CLIP, got 'attack_eps'"),
+        (["--features", "pooled+radius=1/255"], "got 'radius' in 'pooled+radius=1/255'"),
+        (["--features", "pooled+attack_steps=0"], "attack_steps must be at least 1"),
+        (["--features", "pooled+token_distance=l3"], "token_distance"),
     ],
 )
 def test_unknown_words_are_refused(recipe, words, refused, monkeypatch, capsys):
