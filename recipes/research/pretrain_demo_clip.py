@@ -8,7 +8,7 @@ comes out bit for bit on the same type of CPU with the same versions, and within
 
 from __future__ import annotations
 
-from small_clip import TRANSFORM, build_model, build_tokenizer, pretrain, training_parser
+from small_clip import TRANSFORM, build_model, build_processor, build_tokenizer, pretrain, training_parser
 from transformers import set_seed
 
 from hf_robust_vision.data.demo import CLASS_NAMES, load_demo
@@ -23,7 +23,7 @@ def main() -> None:
     tokenizer = build_tokenizer(TEMPLATES["demo"], CLASS_NAMES)
     encoder = as_encoder(build_model(tokenizer, patch=8, width=128, layers=4))
     splits = {split: load_demo(split, TRANSFORM) for split in ("train", "validation", "test")}
-    pretrain(encoder, tokenizer, splits, TEMPLATES["demo"], args, flip=True)
+    pretrain(encoder, build_processor(tokenizer), splits, TEMPLATES["demo"], args, flip=True)
 
 
 if __name__ == "__main__":

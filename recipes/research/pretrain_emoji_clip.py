@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 from prepare_emoji import concept
-from small_clip import TRANSFORM, build_model, build_tokenizer, pretrain, training_parser
+from small_clip import TRANSFORM, build_model, build_processor, build_tokenizer, pretrain, training_parser
 from transformers import set_seed
 
 from hf_robust_vision.data.sources import load_labelled_images
@@ -49,7 +49,7 @@ def main() -> None:
     names = splits["train"].class_names
     tokenizer = build_tokenizer(PROMPTS, names)
     encoder = as_encoder(build_model(tokenizer, patch=16, width=128, layers=3))
-    pretrain(encoder, tokenizer, splits, PROMPTS, args, flip=False)
+    pretrain(encoder, build_processor(tokenizer), splits, PROMPTS, args, flip=False)
     for kind, value in text_cosines(encoder, tokenizer, names).items():
         print(f"mean cosine of two class texts, {kind}: {value:.2f}")
 

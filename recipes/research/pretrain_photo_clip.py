@@ -29,9 +29,9 @@ from small_clip import (
     TRANSFORM,
     accuracy,
     build_model,
+    build_processor,
     build_tokenizer,
     contrastive_loss,
-    save,
     training_parser,
 )
 from torch import Tensor
@@ -314,7 +314,8 @@ def main() -> None:
     )
     pretraining.run(state, args.checkpoint_minutes)
     folder = args.output_dir / "model"
-    save(encoder.half(), tokenizer, folder)
+    encoder.half().save_pretrained(folder)
+    build_processor(tokenizer).save_pretrained(folder)
     pretraining.encoder = load_encoder(folder)  # what is tested is what lies on the disk
     test = Photos.load(args.data, "test", args.output_dir / "cache")
     print(

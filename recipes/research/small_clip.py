@@ -1,4 +1,4 @@
-"""A small CLIP from scratch: what the recipes `pretrain_*_clip.py` share.
+"""A small dual encoder from scratch: what the recipes `pretrain_*_clip.py` and `pretrain_demo_siglip.py` share.
 
 A genuine `CLIPModel` for images of 64x64 pixels, with a whole-word tokenizer over the words of its class names.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,19 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.towers.base import EncoderOutput
 from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
@@ -67,6 +75,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, patch: int, width: int, l
     return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=64))
 
 
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> CLIPProcessor:
+    """The stock processor of `build_model`."""
+    size = {"height": SIZE, "width": SIZE}
+    image_processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size)
+    return CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
     """Shift each image by up to SHIFT pixels, repeating its border, and flip half of them if left may be right."""
     count = len(images)
@@ -98,6 +113,13 @@ def contrastive_loss(logits: Tensor, image_classes: Tensor, text_classes: Tensor
     return (losses[0] + losses[1]) / 2
 
 
+def clip_loss(encoder: DualEncoder, output: EncoderOutput, labels: Tensor) -> Tensor:
+    """`contrastive_loss` of a batch of images with a caption each, at the encoder's own scale."""
+    scale = encoder.logit_scale.clamp(max=math.log(100)).exp()
+    logits = scale * F.normalize(output.image_embeds, dim=-1) @ F.normalize(output.text_embeds, dim=-1).T
+    return contrastive_loss(logits, labels, labels)
+
+
 @torch.no_grad()
 def accuracy(
     encoder: DualEncoder, tokenizer: Any, part: Mapping[str, Tensor], names: Sequence[str], templates: Sequence[str]
@@ -111,29 +133,31 @@ def accuracy(
 
 def pretrain(
     encoder: DualEncoder,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: ProcessorMixin,
     splits: Mapping[str, LabelledImages],
     templates: Sequence[str],
     args: argparse.Namespace,
     *,
     flip: bool,
+    loss_of: Callable[[DualEncoder, EncoderOutput, Tensor], Tensor] = clip_loss,
 ) -> None:
     """Train on "train", print the accuracies on "validation" and "test", save a stock folder.
 
     Args:
         encoder: Freshly initialised.
-        tokenizer: Knows the words of templates and class names.
+        processor: Saved beside it; its tokenizer knows the words of templates and class names.
         splits: The images of the three splits.
         templates: Prompts, one drawn for each image of a batch.
         args: As `training_parser` reads them.
         flip: Whether an image and its mirror image have one name.
+        loss_of: From the encoder, what it gives for images and their captions, and the classes of these.
 
     Raises:
         FileExistsError: If the output folder holds something.
     """
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise FileExistsError(f"{args.output_dir} is not empty; choose another --output_dir.")
-    names = splits["train"].class_names
+    names, tokenizer = splits["train"].class_names, processor.tokenizer
     train, validation, test = (collate_images(list(splits[split])) for split in ("train", "validation", "test"))
     generator = torch.Generator().manual_seed(args.seed)
     per_epoch = len(train["ids"]) // args.batch_size
@@ -152,9 +176,7 @@ def pretrain(
         drawn = torch.randint(0, len(templates), (len(rows),), generator=generator).tolist()
         captions = [templates[t].format(names[c]) for t, c in zip(drawn, labels.tolist())]
         output = encoder(images, encoder.tokenize(tokenizer, captions))
-        scale = encoder.logit_scale.clamp(max=math.log(100)).exp()
-        logits = scale * F.normalize(output.image_embeds, dim=-1) @ F.normalize(output.text_embeds, dim=-1).T
-        loss = contrastive_loss(logits, labels, labels)
+        loss = loss_of(encoder, output, labels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
@@ -168,12 +190,5 @@ def pretrain(
     encoder.eval()
     score = accuracy(encoder, tokenizer, test, names, templates)
     print(f"test accuracy {score:.3f}  {time.process_time() - cpu:.0f} CPU s", flush=True)
-    save(encoder, tokenizer, args.output_dir)
-
-
-def save(encoder: DualEncoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Model and processor in the stock format."""
-    encoder.save_pretrained(folder)
-    size = {"height": SIZE, "width": SIZE}
-    image_processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size)
-    CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    encoder.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
