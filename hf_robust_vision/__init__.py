@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .report.page import write_report
     from .sanity.check import check_retrieval_sanity, check_sanity
     from .swap.swap import swap_vision_encoder
+    from .towers.interpolate import interpolate, interpolate_encoders
     from .towers.load import as_encoder, load_encoder, merge_adapter
     from .towers.text_bank import make_text_bank
     from .training.base import AdversarialTrainer
@@ -45,9 +46,10 @@ __all__ = [
     "PMGAFTArguments", "PMGAFTTrainer", "RelativeRobustness", "RetrievalProtocol", "RobustAccuracy",
     "RobustnessProtocol", "RobustnessResult", "SimCLIPArguments", "SimCLIPTrainer", "StartNoise", "TIMAArguments",
     "TIMATrainer", "TeCoAArguments", "TeCoATrainer", "apgd", "as_encoder", "check_retrieval_sanity", "check_sanity",
-    "evaluate_corruptions", "evaluate_retrieval", "evaluate_zero_shot", "fab", "fgsm", "get_protocol", "load_encoder",
-    "load_labelled_images", "load_results", "load_robust_encoder", "make_text_bank", "merge_adapter", "pgd",
-    "push_robust_encoder", "remeasure", "remeasure_retrieval", "square", "swap_vision_encoder", "write_report",
+    "evaluate_corruptions", "evaluate_retrieval", "evaluate_zero_shot", "fab", "fgsm", "get_protocol", "interpolate",
+    "interpolate_encoders", "load_encoder", "load_labelled_images", "load_results", "load_robust_encoder",
+    "make_text_bank", "merge_adapter", "pgd", "push_robust_encoder", "remeasure", "remeasure_retrieval", "square",
+    "swap_vision_encoder", "write_report",
 ]  # fmt: skip
 
 

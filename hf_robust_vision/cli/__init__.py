@@ -1,4 +1,4 @@
-"""`hf-robust-vision`: measure, report, harden, convert, export and publish from the command line."""
+"""`hf-robust-vision`: measure, report, harden, interpolate, convert, export and publish from the command line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from hf_robust_vision import __version__
 from hf_robust_vision.terminal import Parser, user_errors
 
-from . import convert, evaluate, export, harden, harden_vlm, push, remeasure, report
+from . import convert, evaluate, export, harden, harden_vlm, interpolate, push, remeasure, report
 
 
-VERBS = (harden, harden_vlm, evaluate, report, remeasure, convert, export, push)
+VERBS = (harden, harden_vlm, evaluate, report, remeasure, interpolate, convert, export, push)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

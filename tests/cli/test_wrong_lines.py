@@ -22,7 +22,7 @@ RUN += " --validation_split validation"
 
 USAGE = [
     "", "nope", "--nope", "evaluate", "harden", "report", "remeasure", "remeasure demo-clip", "convert", "export", "push",
-    "push folder", "convert x.pt", "convert x.pt --base b", "convert x.pt --output o", "export m", "export m --to v4",
+    "push folder", "convert x.pt", "convert x.pt --base b", "convert x.pt --output o", "interpolate", "interpolate a b", "interpolate a b --weight x --output_dir o", "export m", "export m --to v4",
     "export m --output o", "export m --to v5 --output o", "evaluate a b", "report x --nope", "harden sim_clip",
     "harden SIM-CLIP", "harden nope", "harden --max_steps 2", "harden sim-clip extra", "harden sim-clip --nope 1",
     "harden sim-clip --config", "harden sim-clip --max_step 2", "push f me/x --what all", "push f me/x --dry-run",
@@ -70,7 +70,7 @@ HARDEN = [
     "--test_protocol nope", "--test_steps 0", "--test_steps -3", "--test_restarts 0", "--test_queries 5",
     "--test_protocol autoattack --test_queries 0", "--eval_protocol nope", "--eval_eps 4", "--templates nope",
     "--on_collapse go", "--cpu_threads -1", "--max_test_samples -1", "--max_validation_samples 0", "--validation_size 0",
-    "--lora_r 0", "--layer_decay 0", "--freeze_blocks -1", "--matmul_precision low", "--fp16 true", "--form nope",
+    "--lora_r 0", "--layer_decay 0", "--trainable_layers middle", "--trainable_layers first:9", "--freeze_blocks -1", "--matmul_precision low", "--fp16 true", "--form nope",
     "--feature nope", "--per_device_train_batch_size 0", "--gradient_accumulation_steps 0",
     "--learning_rate nan", "--learning_rate -1", "--config nope.yaml", "--config {out}", "--resume_from_checkpoint nope",
     "--resume_from_checkpoint true", "--class_names nope.txt", "--test_split train", "--test_split nope",
@@ -96,6 +96,10 @@ OTHERS = [
     "convert {clip}/model.safetensors --base nope --output new",
     "convert {clip}/model.safetensors --base {clip} --output new --hidden_act relu",
     "export nope --to v4 --output new", "export {out} --to v4 --output new", "export nope --to open_clip --output new.pt",
+    "interpolate {clip} nope --weight 0.5 --output_dir new", "interpolate {clip} {out} --weight 0.5 --output_dir new",
+    "interpolate {clip} {clip} --weight 1.5 --output_dir new", "interpolate {clip} {clip} --weight nan --output_dir new",
+    "interpolate {clip} {clip} --weight 0.5 --output_dir {out}",
+    "interpolate {clip} {clip} --weight 0.5 --output_dir {out}/precious.txt",
     "push nope me/x --dry_run", "push {out} me/x --dry_run", "push {out}/precious.txt me/x --dry_run",
     "push {clip} me/x --dry_run", "push {clip} a/b/c --dry_run", "push {clip} '' --dry_run", "push {clip} 'a b' --dry_run",
     "push {clip} me/x --device bogus", "push {clip} me/x --create_pr --revision dev", "push {broken} me/x --dry_run",
