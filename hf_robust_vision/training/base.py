@@ -33,7 +33,7 @@ from .checkpoints import Setting, complete_checkpoint
 from .collapse import check_collapse, mean_pairwise_cosine
 from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
-from .layers import decay_learning_rates, freeze_first_blocks, learning_rate_scales
+from .layers import decay_learning_rates, freeze_first_blocks, learning_rate_scales, train_layers
 from .publishing import PublishWhenMeasured
 from .resume import ResumableTrainer
 from .speed import compile_in_place, matmul_precision
@@ -104,6 +104,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         self.asked = reads.asked()
         freeze_unread(encoder, reads)
         freeze_first_blocks(encoder, args.freeze_blocks)
+        train_layers(encoder, args.trainable_layers)
         if parts.get("optimizers", (None,))[0] is None:
             _need_optimizer(args, encoder)
         elif args.layer_decay != 1:

@@ -19,6 +19,7 @@ from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.processes import PATIENCE, need_a_gpu_each
 
 from .checkpoints import Setting
+from .layers import which_layers
 
 
 # The least that a number may be. A NaN is below nothing, so it would pass every comparison that is written by hand.
@@ -69,6 +70,8 @@ class AdversarialTrainingArguments(TrainingArguments):
         lora_dropout: Off during attacks and evaluation.
         lora_target_modules: By their names, such as `q_proj v_proj`.
         freeze_blocks: Above 0, what lies before the vision tower's blocks does not train either.
+        trainable_layers: "first:N" (the vision tower's input and first N blocks) or "last:N" (its last N blocks and what
+            comes after them); an adapter goes on these layers alone. A text tower is not concerned.
         matmul_precision: "high" (TF32) or "medium" (bfloat16) inside float32 matrix products of a training step, by
             `torch.set_float32_matmul_precision`; measurements always run at the precision that is set outside.
         cache_targets_mb: MiB of memory of each process for the original's features of clean images, which then are
@@ -107,6 +110,9 @@ class AdversarialTrainingArguments(TrainingArguments):
     )
     layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a block over that of the next."})
     freeze_blocks: int = field(default=0, metadata={"help": "First blocks of the vision tower that do not train."})
+    trainable_layers: str = field(
+        default="all", metadata={"help": "all, first:N or last:N blocks of the vision tower."}
+    )
     matmul_precision: str = field(default="highest", metadata={"help": "highest, high or medium, in training steps."})
     cache_targets_mb: int = field(default=0, metadata={"help": "MiB for the original's features; 0: no cache."})
 
@@ -128,6 +134,7 @@ class AdversarialTrainingArguments(TrainingArguments):
         get_templates(self.templates)
         one_of("on_collapse", self.on_collapse, ("stop", "record"))
         one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
+        which_layers(self.trainable_layers)
         if self.parallel_mode.value == "not_distributed" and self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs in one process would use nn.DataParallel, which adversarial training does not "
@@ -180,7 +187,7 @@ class AdversarialTrainingArguments(TrainingArguments):
 
     def tuning_record(self) -> dict[str, Any]:
         """What is not plain tuning of all weights, for results and card."""
-        plain = {"matmul_precision": "highest", "layer_decay": 1.0, "freeze_blocks": 0}
+        plain = {"matmul_precision": "highest", "layer_decay": 1.0, "freeze_blocks": 0, "trainable_layers": "all"}
         record = {name: getattr(self, name) for name, value in plain.items() if getattr(self, name) != value}
         if self.use_peft:
             record |= {name: getattr(self, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}

@@ -1,4 +1,4 @@
-"""Where in a network training takes place: what the loss reads, less frozen first blocks, ever slower to the input."""
+"""Where in a network training takes place: what the loss reads, of some blocks only, ever slower to the input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def layers_of(tower: nn.Module) -> tuple[list[nn.Parameter], nn.ModuleList]:
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(
-            f"no blocks can be told apart in a {type(tower).__name__}: leave --freeze_blocks and --layer_decay out."
+            f"no blocks can be told apart in a {type(tower).__name__}: leave --trainable_layers, --freeze_blocks and --layer_decay out."
         )
     blocks = max(lists, key=len)
     inside = set(map(id, blocks.parameters()))
@@ -37,6 +37,41 @@ def freeze_first_blocks(encoder: Encoder, count: int) -> None:
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in encoder.parameters()):
         raise ValueError(f"freeze_blocks={count} leaves nothing to train: the loss reads no later block.")
+
+
+def which_layers(text: str) -> tuple[str, int] | None:
+    """Read "all" (None), "first:N" or "last:N"; a bare "first" or "last" is that of 1. Else a ValueError."""
+    end, _, count = text.partition(":")
+    if text == "all":
+        return None
+    if end not in ("first", "last") or not (count or "1").isdecimal() or int(count or 1) == 0 or text.endswith(":"):
+        raise ValueError(f"trainable_layers={text!r} is none of all, first:N and last:N, with N blocks, 1 or more.")
+    return end, int(count or 1)
+
+
+def train_layers(encoder: Encoder, text: str) -> None:
+    """Freeze, in place, what of the vision side is not among the layers asked for, as `which_layers` reads them.
+
+    "first:N" are the vision tower's input and its first N blocks, what `freeze_first_blocks` would freeze; "last:N" its
+    last N blocks and what comes after them, projections among it. What trains of a text tower is for the method to say.
+
+    Raises:
+        ValueError: If there are not so many blocks, or the loss reads none of them.
+    """
+    if (asked := which_layers(text)) is None:
+        return
+    end, count = asked
+    before, blocks = layers_of(encoder.tower)
+    if count > len(blocks):
+        raise ValueError(f"trainable_layers={text}, but the vision tower has {len(blocks)} blocks.")
+    first = len(blocks) - count if end == "last" else count
+    early = {id(parameter) for parameter in [*before, *blocks[:first].parameters()]}
+    vision = [parameter for part in encoder.trained_parts() for parameter in part.parameters()]
+    for parameter in vision:
+        if (id(parameter) in early) == (end == "last"):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in vision):
+        raise ValueError(f"trainable_layers={text} leaves nothing to train: the loss reads none of these layers.")
 
 
 def learning_rate_scales(encoder: Encoder, decay: float) -> dict[str, float]:

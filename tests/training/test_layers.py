@@ -8,10 +8,18 @@ from torch import nn
 
 from hf_robust_vision import TIMATrainer, as_encoder
 from hf_robust_vision.training import layers
-from hf_robust_vision.training.layers import freeze_first_blocks, layers_of, learning_rate_scales
+from hf_robust_vision.training.layers import (
+    freeze_first_blocks,
+    layers_of,
+    learning_rate_scales,
+    train_layers,
+    which_layers,
+)
 from tests.towers.zoo import tiny_vlm
 from tests.training.helpers import SGD, make_trainer, weights
 
+
+LORA = {"use_peft": True, "lora_r": 2}
 
 PLACE = {  # of a tower of two blocks: how many steps of decay
     "vision_model.embeddings.class_embedding": 3,
@@ -92,6 +100,73 @@ def test_frozen_blocks_stay(count, clip_folder, tmp_path):
     assert moved == {name for name in vision if not name.startswith(tuple(frozen))}
 
 
+INPUT = ("vision_model.embeddings.", "vision_model.pre_layrnorm.")
+BLOCKS = ("vision_model.encoder.layers.0.", "vision_model.encoder.layers.1.")
+OUTPUT = ("vision_model.post_layernorm.", "visual_projection.")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("text", "trains"),
+    [("first", (*INPUT, BLOCKS[0])), ("first:2", (*INPUT, *BLOCKS)), ("last:1", (BLOCKS[1], *OUTPUT))],
+)
+def test_only_the_layers_asked_for_move(text, trains, lora, clip_folder, tmp_path):
+    options = {"trainable_layers": text, "learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 2} | (
+        LORA if lora else {}
+    )
+    trainer = make_trainer(clip_folder, tmp_path, **options)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    among = {name for name in before if name.startswith(trains)}
+    if lora:  # on the linear layers alone, and B starts at zero as A does not
+        assert moved == {name for name in among if ".lora_" in name}
+        assert {name.split(".lora_")[0] for name in moved} >= {f"{BLOCKS[0 if text == 'first' else 1]}mlp.fc1"}
+    else:
+        assert moved == among - {"vision_model.embeddings.position_ids"}
+    assert trainer.training_record()["trainable_layers"] == text
+
+
+def test_last_layers_are_what_frozen_first_blocks_leave(clip_folder, tmp_path):
+    trainers = [
+        make_trainer(clip_folder, tmp_path, **how) for how in ({"freeze_blocks": 1}, {"trainable_layers": "last"})
+    ]
+    left = [{name for name, p in trainer.model.named_parameters() if p.requires_grad} for trainer in trainers]
+    assert left[0] == left[1]
+
+
+def test_a_text_tower_is_not_concerned(clip_folder, tmp_path):
+    trainer = make_trainer(clip_folder, tmp_path, kind=TIMATrainer, trainable_layers="first")
+    trains = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    texts = {
+        name for name, _ in trainer.model.named_parameters() if name.startswith(("text_model.", "text_projection."))
+    }
+    assert texts <= trains
+    assert all(name.startswith((*INPUT, BLOCKS[0])) for name in trains - texts)
+
+
+def test_a_run_goes_on_with_the_layers_that_it_had(clip_folder, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "trainable_layers": "first"}
+    whole = make_trainer(clip_folder, tmp_path, **settings)
+    whole.train()
+    again = make_trainer(clip_folder, tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
+    other = make_trainer(clip_folder, tmp_path, **settings | {"trainable_layers": "all"})
+    with pytest.raises(
+        ValueError, match="trained with --trainable_layers first, and this run has --trainable_layers all"
+    ):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "none", "first:", "first:0", "last:-1", "last:x", "all:2", "middle:1", "first:1.5"]
+)
+def test_layers_that_are_none(text):
+    with pytest.raises(ValueError, match="is none of all, first:N and last:N"):
+        which_layers(text)
+
+
 def test_frozen_blocks_with_gradient_checkpointing(clip_folder, tmp_path):
     settings = {"double": True, "freeze_blocks": 1, "learning_rate": 1e-2}
     plain, saving = (
@@ -109,6 +184,10 @@ def test_too_many_frozen_blocks(clip_folder, tmp_path):
         make_trainer(clip_folder, tmp_path, freeze_blocks=3)
     with pytest.raises(ValueError, match="freeze_blocks=1 leaves nothing to train"):
         make_trainer(clip_folder, tmp_path, freeze_blocks=1, feature="patch_tokens")
+    with pytest.raises(ValueError, match="trainable_layers=first:3, but the vision tower has 2 blocks"):
+        make_trainer(clip_folder, tmp_path, trainable_layers="first:3")
+    with pytest.raises(ValueError, match="trainable_layers=last leaves nothing to train"):
+        make_trainer(clip_folder, tmp_path, trainable_layers="last", feature="patch_tokens")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +213,10 @@ def test_layers_of_a_vlm(family, inputs, blocks, after):
     assert frozen == {name for name, scale in scales.items() if scale <= 0.5**3}
     with pytest.raises(ValueError, match="freeze_blocks=4, but the vision tower has 3 blocks"):
         freeze_first_blocks(encoder, 4)
+    encoder.requires_grad_(True)
+    train_layers(encoder, "first:1")
+    trains = {name for name, parameter in encoder.tower.named_parameters() if parameter.requires_grad}
+    assert trains == {name.removeprefix(start) for name in frozen}
 
 
 def test_a_tower_without_blocks_is_refused(encoder, clip_folder, tmp_path, monkeypatch):
@@ -143,7 +226,7 @@ def test_a_tower_without_blocks_is_refused(encoder, clip_folder, tmp_path, monke
         with pytest.raises(ValueError, match="no blocks can be told apart in a CLIPVision"):
             refused()
     monkeypatch.setattr(layers, "layers_of", lambda tower: layers_of(nn.Linear(1, 1)))
-    for name, value in {"freeze_blocks": 1, "layer_decay": 0.5}.items():
+    for name, value in {"freeze_blocks": 1, "trainable_layers": "first", "layer_decay": 0.5}.items():
         with pytest.raises(ValueError, match="no blocks can be told apart in a Linear"):
             make_trainer(clip_folder, tmp_path, **{name: value})
 
