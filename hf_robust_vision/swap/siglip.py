@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_robust_vision.towers.siglip import refuse_free_size
+
 from .open_clip import check_keys, clip_keys, clip_state, count, find_below, unwrap
 
 
@@ -33,13 +35,15 @@ def vision_state(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The vision weights of a CLIP or SigLIP state dict, whatever stands before their keys.
 
     Raises:
-        ValueError: If there is no whole tower of either in it.
+        ValueError: If there is no whole tower of either in it, or it is of free image size.
     """
     whole = unwrap(state_dict)
     if not any(key.endswith(_ANCHOR) for key in whole):
         return clip_state(whole)
     state = find_below(whole, _ANCHOR)
     state.pop("embeddings.position_ids", None)
+    if state["embeddings.patch_embedding.weight"].ndim == 2:  # a linear layer over patches that somebody else cut out
+        refuse_free_size("siglip2", "the source")
     check_keys(state, siglip_keys(count(state, "encoder.layers.")), optional=set(HEAD), wanted="a SiglipVisionModel")
     if 0 < len(HEAD & set(state)) < len(HEAD):
         raise ValueError(f"the head of this SigLIP is not whole: it lacks {sorted(HEAD - set(state))[:3]}.")

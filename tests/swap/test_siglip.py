@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_vlms import make_clip, make_vlm, randomise
-from transformers import AutoModelForImageTextToText, SiglipConfig, SiglipModel
+from transformers import AutoModelForImageTextToText, Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel
 
 from hf_robust_vision import as_encoder, load_encoder, swap_vision_encoder
 from hf_robust_vision.swap import SwapReport, find_towers, load_source
@@ -178,6 +178,24 @@ def test_refusals_leave_the_vlm_as_it_was(case):
         swap_vision_encoder(vlm, source())
     assert weights_sha256(vlm) == before
     assert not hasattr(vlm.config, "robust_vision_swap")
+
+
+@pytest.mark.parametrize("form", ["model", "vision tower", "state dict", "folder", "folder of the tower"])
+def test_a_source_of_free_image_size_is_refused_by_name(form, tmp_path):
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = small | {"vocab_size": 40, "bos_token_id": 2, "eos_token_id": 3}
+    vision = small | {"num_patches": 16, "patch_size": 8}
+    model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
+    sources = {"model": model, "vision tower": model.vision_model, "state dict": model.state_dict()}
+    if form not in sources:
+        (model if form == "folder" else model.vision_model).save_pretrained(tmp_path)
+    vlm = tiny_vlm("paligemma")[0]
+    before = weights_sha256(vlm)
+    in_memory = form in ("model", "vision tower")
+    message = "no CLIP or SigLIP vision tower in Siglip2" if in_memory else r"SigLIP 2 of free image size \(NaFlex\)"
+    with pytest.raises(ValueError, match=message):
+        swap_vision_encoder(vlm, sources.get(form, tmp_path))
+    assert weights_sha256(vlm) == before
 
 
 def test_an_activation_is_switched_in_the_head_too():
