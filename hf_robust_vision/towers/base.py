@@ -102,7 +102,7 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
     can be touched. The flags of every sub-module are restored one by one.
     """
     training = [module for module in model.modules() if module.training]
-    _show_shards(model)
+    show_shards(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for module in training:
         module.training = False
@@ -115,10 +115,10 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
-        _show_shards(model)  # or the learner's pass would find the gathered weights as the attack left them: frozen
+        show_shards(model)  # or the learner's pass would find the gathered weights as the attack left them: frozen
 
 
-def _show_shards(model: nn.Module) -> None:
+def show_shards(model: nn.Module) -> None:
     """Make the parameters of a model under FSDP2 its shards, whose flags count, and not what was gathered from them."""
     for module in model.modules():
         if callable(reshard := getattr(module, "reshard", None)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -28,6 +29,7 @@ from hf_robust_vision.towers.reference import Reference, TargetCache
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 from hf_robust_vision.towers.weights import check_weights
 
+from .average import WeightAverage
 from .batch import Batch
 from .checkpoints import Setting, complete_checkpoint
 from .collapse import check_collapse, mean_pairwise_cosine
@@ -122,7 +124,10 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         # Ours is a mean over one batch of an update, which `Trainer` has to divide by the accumulation steps. As a CLIP's
         # forward accepts loss kwargs, it would take it for divided already.
         self.model_accepts_loss_kwargs = False
-        check_launcher(self.accelerator, adapter=args.use_peft)
+        check_launcher(self.accelerator, adapter=args.use_peft, average=args.ema_decay > 0)
+        self.average = WeightAverage(args.ema_decay) if args.ema_decay else None
+        if self.average is not None:
+            self.add_callback(self.average)
         if self.is_fsdp_enabled:
             make_shardable(encoder)
         compile_in_place(encoder, self.accelerator)
@@ -258,6 +263,21 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
                 original = self.reference(self._last_images).image_embeds
             self._check_spread(embeds, original)
 
+    def more_state(self) -> dict[str, Tensor]:
+        """The average of the weights, where there is one."""
+        return super().more_state() | ({} if self.average is None else self.average.state(self.model))
+
+    def take_more_state(self, state: dict[str, Tensor]) -> None:
+        """The average of the weights, where there is one."""
+        super().take_more_state(state)
+        if self.average is not None:
+            self.average.take(self.model, state)
+
+    def conclude(self) -> None:
+        """What was trained is now the average of the weights, where there is one."""
+        if self.average is not None:
+            self.average.settle()
+
     def _way_out(self, typed: str) -> str:
         last = complete_checkpoint(self.args.output_dir)
         return f"type {typed}a smaller --learning_rate. Last good checkpoint: {last}."
@@ -288,6 +308,8 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     ) -> dict[str, float]:
         """Clean and robust accuracy over the whole validation split, shared out over the processes.
 
+        With `ema_decay` they are those of the average of the weights.
+
         Returns:
             `<prefix>_clean_accuracy` and `<prefix>_robust_accuracy` as fractions, `<prefix>_runtime` in seconds. With
             several `eval_eps` the robust accuracy is that of the first, and each has its own, such as
@@ -300,10 +322,15 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         radii = tuple(float(eps) for eps in self.args.eval_eps or [self.args.attack_eps])
         size, seed = self.args.eval_batch_size, self.args.seed
         how = RobustnessProtocol(protocol, radii, self.args.attack_norm, batch_size=size, seed=seed)
-        encoder = self.whole_encoder()
-        bank, name, quiet = self.text_bank(dataset, encoder), f"step {self.state.global_step}", self.args.disable_tqdm
-        device = self.args.device
-        results = evaluate_zero_shot(encoder, bank, dataset, how, model_name=name, device=device, progress=not quiet)
+        with nullcontext() if self.average is None else self.average.put_in():
+            encoder = self.whole_encoder()
+            bank, name, loud = (
+                self.text_bank(dataset, encoder),
+                f"step {self.state.global_step}",
+                not self.args.disable_tqdm,
+            )
+            device = self.args.device
+            results = evaluate_zero_shot(encoder, bank, dataset, how, model_name=name, device=device, progress=loud)
         named = {"clean_accuracy": results[0].clean_accuracy}
         named["robust_accuracy"] = next(result.robust_accuracy for result in results if result.eps == radii[0])
         named |= {result.robust_name: result.robust_accuracy for result in results if len(results) > 1}

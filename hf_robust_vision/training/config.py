@@ -72,6 +72,8 @@ class AdversarialTrainingArguments(TrainingArguments):
         freeze_blocks: Above 0, what lies before the vision tower's blocks does not train either.
         trainable_layers: "first:N" (the vision tower's input and first N blocks) or "last:N" (its last N blocks and what
             comes after them); an adapter goes on these layers alone. A text tower is not concerned.
+        ema_decay: Above 0, the model that is measured and saved is an exponential average of the weights, see
+            `WeightAverage`; training goes on from the latest ones.
         matmul_precision: "high" (TF32) or "medium" (bfloat16) inside float32 matrix products of a training step, by
             `torch.set_float32_matmul_precision`; measurements always run at the precision that is set outside.
         cache_targets_mb: MiB of memory of each process for the original's features of clean images, which then are
@@ -112,6 +114,9 @@ class AdversarialTrainingArguments(TrainingArguments):
     freeze_blocks: int = field(default=0, metadata={"help": "First blocks of the vision tower that do not train."})
     trainable_layers: str = field(
         default="all", metadata={"help": "all, first:N or last:N blocks of the vision tower."}
+    )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of an average of the weights, e.g. 0.999; 0: none."}
     )
     matmul_precision: str = field(default="highest", metadata={"help": "highest, high or medium, in training steps."})
     cache_targets_mb: int = field(default=0, metadata={"help": "MiB for the original's features; 0: no cache."})
@@ -164,6 +169,8 @@ class AdversarialTrainingArguments(TrainingArguments):
             raise ValueError("no update would be made, and the model saved as it was; type --max_steps 1 or more.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout:g}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay:g}.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay:g}.")
 
@@ -187,7 +194,9 @@ class AdversarialTrainingArguments(TrainingArguments):
 
     def tuning_record(self) -> dict[str, Any]:
         """What is not plain tuning of all weights, for results and card."""
-        plain = {"matmul_precision": "highest", "layer_decay": 1.0, "freeze_blocks": 0, "trainable_layers": "all"}
+        plain = {
+            "matmul_precision": "highest", "layer_decay": 1.0, "freeze_blocks": 0, "trainable_layers": "all", "ema_decay": 0.0,
+        }  # fmt: skip
         record = {name: getattr(self, name) for name, value in plain.items() if getattr(self, name) != value}
         if self.use_peft:
             record |= {name: getattr(self, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}

@@ -11,8 +11,8 @@ from torch import nn
 from hf_robust_vision.towers.load import Encoder
 
 
-def check_launcher(accelerator: Accelerator, *, adapter: bool) -> None:
-    """Refuse FSDP1, ZeRO-3, fp16, fp8, and FSDP2 with an adapter or settings that lose weights."""
+def check_launcher(accelerator: Accelerator, *, adapter: bool, average: bool = False) -> None:
+    """Refuse FSDP1, ZeRO-3, fp16, fp8, FSDP2 with an adapter or settings that lose weights, ZeRO with an average."""
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed_precision={accelerator.mixed_precision} lets the attack's gradients underflow to zero unseen; set "
@@ -23,6 +23,10 @@ def check_launcher(accelerator: Accelerator, *, adapter: bool) -> None:
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("DeepSpeed ZeRO-3 shards what the attack must read; use zero_stage: 2, or DDP.")
+    if deepspeed is not None and average:
+        raise ValueError(
+            "ema_decay and DeepSpeed do not go together: its optimizer holds the weights; use DDP or FSDP2."
+        )
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None:
         _check_fsdp(fsdp, adapter)

@@ -62,6 +62,9 @@ class ResumableTrainer(Trainer):
     def take_more_state(self, state: dict[str, Tensor]) -> None:
         """Go on with what `more_state` gave."""
 
+    def conclude(self) -> None:
+        """After the last update: make the model what is to be measured and saved; every process must ask."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end."""
         found, state = self.need_resumable(resume_from_checkpoint) if resume_from_checkpoint else (None, None)
@@ -71,6 +74,7 @@ class ResumableTrainer(Trainer):
             output = super().train(resume_from_checkpoint=found, **kwargs)
         if self.state.global_step == 0:
             raise ValueError("no update was made, so there is nothing to save.")
+        self.conclude()
         self.check_health()
         return output
 
@@ -157,6 +161,7 @@ class ResumableTrainer(Trainer):
             load_adapter(self.model, str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+        self._load_more_state(str(self.state.best_model_checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))

@@ -57,6 +57,8 @@ def test_zero_3_is_refused_and_zero_2_is_not():
     check_launcher(launched(deepspeed=DeepSpeedPlugin(zero_stage=2)), adapter=False)
     with pytest.raises(ValueError, match="zero_stage: 2"):
         check_launcher(launched(deepspeed=DeepSpeedPlugin(zero_stage=3)), adapter=False)
+    with pytest.raises(ValueError, match="ema_decay and DeepSpeed do not go together"):
+        check_launcher(launched(deepspeed=DeepSpeedPlugin(zero_stage=2)), adapter=False, average=True)
 
 
 def test_fp16_of_the_launcher_is_refused():

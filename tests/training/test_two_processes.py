@@ -24,6 +24,7 @@ LORA = {"use_peft": True, "layer_decay": 0.5, "torch_compile": True, "torch_comp
 
 TIMA = {"kind": "tima", "variant": "v1"}  # all of its terms
 PMG_AFT = {"kind": "pmg_aft"}
+AVERAGED = {"ema_decay": 0.5}
 BOUNDED = {"feature": "both", "clean_drift_bound": 1e-6, "gradient_accumulation_steps": 2}
 PRECISION = SGD | {"learning_rate": 1e-3, "max_steps": 3, "measure": True, "measured": 64, **ANCHORED}
 
@@ -65,12 +66,12 @@ def flags(output):
 @pytest.mark.parametrize(
     ("settings", "fsdp2"),
     [
-        (ANCHORED, False), (ACCUMULATED, False), (LORA, False), (TIMA, False), (PMG_AFT, False), (BOUNDED, False),
-        (ANCHORED, True), (ACCUMULATED, True), (TIMA, True), (PMG_AFT, True),
+        (ANCHORED, False), (ACCUMULATED, False), (LORA, False), (TIMA, False), (PMG_AFT, False), (BOUNDED, False), (AVERAGED, False),
+        (ANCHORED, True), (ACCUMULATED, True), (TIMA, True), (PMG_AFT, True), (AVERAGED, True),
     ],
     ids=[
-        "ddp", "ddp-accumulated-checkpointed", "ddp-lora-compiled", "ddp-tima", "ddp-pmg-aft", "ddp-bounded",
-        "fsdp2", "fsdp2-accumulated-checkpointed", "fsdp2-tima", "fsdp2-pmg-aft",
+        "ddp", "ddp-accumulated-checkpointed", "ddp-lora-compiled", "ddp-tima", "ddp-pmg-aft", "ddp-bounded", "ddp-averaged",
+        "fsdp2", "fsdp2-accumulated-checkpointed", "fsdp2-tima", "fsdp2-pmg-aft", "fsdp2-averaged",
     ],
 )  # fmt: skip
 def test_two_processes_equal_one(settings, fsdp2, alone, clip_folder, tmp_path):
