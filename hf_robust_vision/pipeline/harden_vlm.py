@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.processes import announce, part, usable_cores
 from hf_robust_vision.report.tables import comparison_text
 from hf_robust_vision.terminal import user_errors
-from hf_robust_vision.towers.base import attack_mode, weights_sha256
+from hf_robust_vision.towers.base import EncoderOutput, attack_mode, weights_sha256
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.vlm import VLMEncoder, path_of
 from hf_robust_vision.training.config import Radius
@@ -329,18 +330,21 @@ def compare(trainer: VLMTrainer, hardened: Any, name: str, rest: str, steps: int
     distance = FeatureDistance(
         "language_tokens", variances=token_variances(reference, [{"images": one} for one in images.cpu()])
     )
-    target = reference(images)
+    batches = torch.arange(len(images)).split(args.train_batch_size)  # what training has room for
 
     def attacked(encoder: Any) -> float:
-        ball = make_ball(args.attack_norm, args.attack_eps)
-        noise = StartNoise(args.seed, list(range(len(images))), 0)
+        ball, total = make_ball(args.attack_norm, args.attack_eps), 0.0
         with attack_mode(encoder):
-            found = pgd(lambda x: distance(encoder(x), target), images, ball, steps=steps, noise=noise)
-            with torch.no_grad():
-                return float(distance(encoder(found), target).mean())
+            for rows in batches:
+                far = partial(_distance_of, encoder, distance, reference(images[rows]))
+                found = pgd(far, images[rows], ball, steps=steps, noise=StartNoise(args.seed, rows.tolist(), 0))
+                with torch.no_grad():
+                    total += float(far(found).sum())
+        return total / len(images)
 
     with torch.no_grad():
-        cosine = F.cosine_similarity(hardened(images).language_tokens, target.language_tokens, dim=-1).mean()
+        seen = [(hardened(images[rows]).language_tokens, reference(images[rows]).language_tokens) for rows in batches]
+        cosine = torch.cat([F.cosine_similarity(*pair, dim=-1) for pair in seen]).mean()
     before, after = original.state_dict(), hardened.state_dict()
     path = Path(name)
     return HardenReport(
@@ -360,3 +364,7 @@ def compare(trainer: VLMTrainer, hardened: Any, name: str, rest: str, steps: int
         training=trainer.training_record(),
         versions=versions(),
     )
+
+
+def _distance_of(encoder: Any, distance: FeatureDistance, target: EncoderOutput, images: torch.Tensor) -> torch.Tensor:
+    return distance(encoder(images), target)

@@ -1,8 +1,12 @@
-"""A VLM's folder with another tower in it: everything else stays, bit for bit; one file of it is in memory at a time."""
+"""A VLM's folder with another tower in it: everything else stays, bit for bit, and is not loaded into memory.
+
+Its files are copied, and the tower's weights written into their places in the copies: shapes and dtypes are as they were.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -21,6 +24,7 @@ from .base import tensor_sha256
 
 # What describes a model or its numbers is of the original, and would be untrue of the result.
 _NOT_OURS = ("README.md", "robustness.json", "swap_report.json", "harden_report.json", "training_args.bin")
+_CHUNK = 2**24  # bytes that are read at a time
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Origin:
         Raises:
             ValueError: If transformers would write a weight under another name than the one that it was read from.
         """
-        there = {name for file in self.files for name in _names(file)}
+        there = {name for file in self.files for name in _places(file)}
         if strange := sorted(set(revert_weight_conversion(encoder, encoder.state_dict())) - there):
             raise ValueError(
                 f"{self.name} names its weights in another way than transformers writes them: {strange[0]}."
@@ -78,8 +82,7 @@ class Origin:
 
         Over their values, not their names: a model in memory has other ones than its file, and a tied head twice.
         """
-        hashes = sorted({tensor_sha256(value) for value in self._rest(encoder)})
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return hashlib.sha256("".join(sorted(set(self._rest(encoder)))).encode()).hexdigest()
 
     def save_with(self, encoder: Any, state: Mapping[str, Tensor], folder: Path, **kwargs: Any) -> None:
         """Write the whole VLM with the weights of an encoder, in the precision that its files have.
@@ -91,7 +94,7 @@ class Origin:
             kwargs: For `save_pretrained` of a model in memory.
 
         Raises:
-            ValueError: If a weight has no place in the original files; then nothing is written.
+            ValueError: If a weight has no place in the original files, or one of another shape; then nothing is written.
         """
         if self.whole is not None:
             own = self.whole.state_dict()
@@ -101,7 +104,7 @@ class Origin:
             self.whole.save_pretrained(folder, **kwargs)
             return
         new = revert_weight_conversion(encoder, dict(state))
-        if missing := sorted(set(new) - {name for file in self.files for name in _names(file)}):
+        if missing := sorted(set(new) - {name for file in self.files for name in _places(file)}):
             raise ValueError(f"{missing[0]} is in none of the weights of {self.name}.")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as place:
@@ -116,31 +119,45 @@ class Origin:
             if beside and file.name not in _NOT_OURS and not file.name.startswith("samples-"):
                 shutil.copyfile(file, folder / file.name)
 
-    def _rest(self, encoder: Any) -> Iterator[Tensor]:
+    def _rest(self, encoder: Any) -> Iterator[str]:
+        """Hashes of the weights that are not the encoder's."""
         own = encoder.state_dict()
         if self.whole is not None:
-            yield from (value for name, value in self.whole.state_dict().items() if name not in own)
+            yield from (tensor_sha256(value) for name, value in self.whole.state_dict().items() if name not in own)
             return
         ours = set(revert_weight_conversion(encoder, own))
         for file in self.files:
-            with safe_open(file, "pt") as content:
-                yield from (content.get_tensor(name) for name in _names(file) if name not in ours)
+            yield from (_sha256(file, *place) for name, place in _places(file).items() if name not in ours)
 
 
-def _names(file: Path) -> list[str]:
-    with safe_open(file, "pt") as content:
-        return list(content.keys())
+def _places(file: Path) -> dict[str, tuple[int, int]]:
+    """Names of the weights in a `.safetensors` file, and where the bytes of each begin and end."""
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(length))
+    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in offsets.items()}
+
+
+def _sha256(file: Path, begin: int, end: int) -> str:
+    """As `tensor_sha256`, of bytes of a file: pages that are mapped would count as memory of the process."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        content.seek(begin)
+        for at in range(begin, end, _CHUNK):
+            digest.update(content.read(min(_CHUNK, end - at)))
+    return digest.hexdigest()
 
 
 def _write_shard(file: Path, new: Mapping[str, Tensor], target: Path) -> None:
-    """A file of weights with those of `new` in it, in the dtype that they had."""
-    with safe_open(file, "pt") as content:
-        names, metadata = list(content.keys()), content.metadata()
-        if not set(names) & set(new):
-            shutil.copyfile(file, target)
-            return
-        tensors = {}
-        for name in names:
+    """A copy of a file of weights with those of `new` in it, in the dtype that they had."""
+    shutil.copyfile(file, target)
+    with safe_open(file, "pt") as content, target.open("r+b") as copy:
+        for name, (begin, _) in _places(file).items():
+            if name not in new:
+                continue
             old = content.get_tensor(name)
-            tensors[name] = new[name].detach().to("cpu", old.dtype).contiguous() if name in new else old
-    save_file(tensors, target, metadata=metadata)
+            if new[name].shape != old.shape:
+                raise ValueError(f"{name} has shape {tuple(new[name].shape)}, in {file} it has {tuple(old.shape)}.")
+            copy.seek(begin)
+            copy.write(new[name].detach().to("cpu", old.dtype).contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -8,7 +8,7 @@ before anything is trained or measured.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,19 +103,30 @@ OTHERWISE = "For another model write a VLMInputs and pass it in place of the pro
 
 
 def refuse_unlike(vlm: nn.Module) -> None:
-    """Refuse a VLM that no gradient passes, or not on one device.
+    """Refuse a VLM that no gradient passes, or not whole on one device.
 
     Raises:
-        ValueError: If it is offloaded, quantised, or spread over devices, or has no hook for image features.
+        ValueError: If it is offloaded, quantised, sharded, or spread over devices, or has no hook for image features.
     """
     name, tensors = type(vlm).__name__, list(vlm.parameters())
     need_hook(vlm, name)
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError(f"parts of the {name} are offloaded: load it without device_map, or name its folder instead.")
-    if odd := next((t.dtype for t in tensors if t.dtype not in FLOATS), None):
+    if odd := _quantised(vlm, tensors):
         raise ValueError(f"the {name} is quantised ({odd}): load the original in bfloat16 or float32.")
+    if any(hasattr(tensor, "device_mesh") for tensor in tensors):
+        raise ValueError(f"the {name} is sharded over processes: load it whole, without tp_plan or device_mesh.")
     if len(devices := {str(tensor.device) for tensor in tensors}) > 1:
         raise ValueError(f"the {name} is spread over {', '.join(sorted(devices))}: load it on one device.")
+
+
+def _quantised(vlm: nn.Module, tensors: Sequence[Tensor]) -> str | None:
+    """What tells that a model is quantised; its whole numbers may be no parameters, and its layers still floats."""
+    if getattr(getattr(vlm, "config", None), "quantization_config", None) is not None:
+        return "its config has a quantization_config"
+    layers = (type(module) for module in vlm.modules())
+    kinds = (f"{kind.__module__}.{kind.__name__}" for kind in layers if ".quantized." in kind.__module__)
+    return next((str(tensor.dtype) for tensor in tensors if tensor.dtype not in FLOATS), next(kinds, None))
 
 
 def need_hook(vlm: Any, name: str, *more: str) -> None:
@@ -131,8 +142,8 @@ def need_hook(vlm: Any, name: str, *more: str) -> None:
 
 def need_gradient(
     model: nn.Module, read: Callable[[Tensor], Tensor], images: Tensor, names: tuple[str, str]
-) -> Tensor:
-    """What a model reads of images, with a gradient to them.
+) -> tuple[Tensor, Tensor]:
+    """What a model reads of images, and the gradient of its square to them.
 
     Args:
         model: Whose modules are looked at.
@@ -143,18 +154,6 @@ def need_gradient(
     Raises:
         ValueError: If the model can not read them, or no gradient comes back: with the module that cuts it.
     """
-    cut: list[str] = []
-
-    def look(path: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
-            reaches = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-            if reaches and isinstance(tensor, Tensor) and not tensor.requires_grad:
-                cut.append(path)
-
-        return hook
-
-    hooks = [module.register_forward_hook(look(path)) for path, module in model.named_modules() if path]
     try:
         with torch.enable_grad(), attack_mode(model):
             output = read(images.requires_grad_())
@@ -164,9 +163,46 @@ def need_gradient(
         raise ValueError(
             f"{names[0]} can not read what {names[1]} makes, which is another model's: {error}"
         ) from error
+    gradient = _gradient(output, images)
+    if gradient is None:
+        cut = _cut(model, read, images) or names[1]
+        raise ValueError(f"no gradient reaches the pixels of {names[0]}: {cut} cuts it.")
+    return output, gradient
+
+
+def _gradient(output: Tensor, images: Tensor) -> Tensor | None:
+    """Of the output's square to the images; None if there is none."""
+    if not output.requires_grad:
+        return None
+    try:
+        with torch.enable_grad():
+            total = output.float().square().sum()
+        return torch.autograd.grad(total, images, retain_graph=True, allow_unused=True)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # an operation without a derivative
+        return None
+
+
+def _cut(model: nn.Module, read: Callable[[Tensor], Tensor], images: Tensor) -> str | None:
+    """Path of the first module that a gradient goes into and does not come out of."""
+    seen: list[tuple[str, Tensor]] = []
+
+    def look(path: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+            reaches = any(isinstance(value, Tensor) and value.requires_grad for value in (*inputs, *named.values()))
+            if reaches and isinstance(tensor, Tensor):
+                seen.append((path, tensor))
+
+        return hook
+
+    modules = [(path, module) for path, module in model.named_modules() if path]
+    hooks = [module.register_forward_hook(look(path), with_kwargs=True) for path, module in modules]
+    try:
+        with torch.enable_grad(), attack_mode(model):
+            read(images)
     finally:
         for handle in hooks:
             handle.remove()
-    if not output.requires_grad:
-        raise ValueError(f"no gradient reaches the pixels of {names[0]}: {(cut or names[1:])[0]} cuts it.")
-    return output
+    return next((path for path, tensor in seen if _gradient(tensor, images) is None), None)

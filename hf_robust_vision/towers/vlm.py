@@ -216,7 +216,8 @@ def load_vlm(
     """See `load_encoder`: the tower and projector of a VLM's folder or Hub id; the language model is not read.
 
     Raises:
-        ValueError: If it is no VLM of a supported kind, is quantised, or a weight of tower or projector is missing.
+        ValueError: If it is no VLM of a supported kind, is quantised, or a weight of tower or projector is missing or
+            offloaded.
     """
     config = config or AutoConfig.from_pretrained(name, revision=revision)
     named = (getattr(config, "architectures", None) or ("",))[0]
@@ -234,6 +235,7 @@ def load_vlm(
     encoder, info = seeing(kind).from_pretrained(
         place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
+    refuse_unlike(encoder)  # a device_map may have spread it
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if lacking:
         raise ValueError(
@@ -349,15 +351,15 @@ def _compare_with_stock(encoder: Any) -> None:
         ours = encoder.image_inputs(images.to(encoder.device))
     compare(ours, stock, max(encoder.transform.std), processor)
     images = encoder.probe()
-    tokens = need_gradient(encoder, lambda pixels: encoder(pixels).language_tokens, images, (name, processor))
+    tokens, gradient = need_gradient(
+        encoder, lambda pixels: encoder(pixels).language_tokens, images, (name, processor)
+    )
     width = encoder.config.get_text_config().hidden_size
     if tokens.shape[-1] != width:
         raise ValueError(
             f"get_image_features() of {name} gives vectors of {tokens.shape[-1]}, and its language model reads {width}: "
             "what it reads is not known."
         )
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(tokens.float().square().sum(), images)
     if not bool(gradient.any()):
         raise ValueError(
             f"the gradient of what {name} reads is zero at every pixel: its projector or its tower holds weights that "

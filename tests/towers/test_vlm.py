@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -15,12 +16,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
+from hf_robust_vision.towers import graft
 from hf_robust_vision.towers.base import Reads, freeze_unread, weights_sha256
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.vlm import Absent, load_vlm, view_vlm
+from hf_robust_vision.towers.vlm_inputs import vlm_inputs
 
-from .zoo import FAMILIES, NAMES, saved, tiny_vlm
+from .zoo import FAMILIES, NAMES, saved, tiny_processor, tiny_vlm
 
 
 READS = Reads("language_tokens")
@@ -190,6 +195,23 @@ class TestSaving:
         assert kept == {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
                         "chat_template.jinja"}  # fmt: skip
 
+    def test_a_weight_of_another_shape_writes_nothing(self, tmp_path):
+        """It would be written over its neighbours."""
+        saved("llava", tmp_path / "vlm")
+        encoder = load_vlm(str(tmp_path / "vlm"))
+        state = encoder.state_dict()
+        state["model.multi_modal_projector.linear_1.bias"] = torch.zeros(3)
+        with pytest.raises(ValueError, match=r"linear_1.bias has shape \(3,\), in .* it has \(48,\)"):
+            encoder.save_pretrained(tmp_path / "again", state_dict=state)
+        assert not list((tmp_path / "again").iterdir())
+
+    def test_the_rest_is_hashed_alike_in_files_and_in_memory(self, tmp_path, monkeypatch):
+        vlm, processor = saved("llava", tmp_path)
+        monkeypatch.setattr(graft, "_CHUNK", 1000)
+        encoder = load_vlm(str(tmp_path))
+        whole = view_vlm(vlm, processor)
+        assert encoder.origin.rest_sha256(encoder) == whole.origin.rest_sha256(whole)
+
     def test_a_weight_without_a_place_writes_nothing(self, tmp_path):
         saved("llava", tmp_path / "vlm")
         encoder = load_vlm(str(tmp_path / "vlm"))
@@ -202,6 +224,18 @@ def test_the_table_of_the_guide_is_the_families_tested_here():
     page = (Path(__file__).parents[2] / "docs" / "how-to-harden-a-vlm.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|", page.split("## What is supported")[1], re.MULTILINE)
     assert rows == [NAMES[family] for family in FAMILIES]
+
+
+class Wall(torch.autograd.Function):
+    """The same values; nothing comes back."""
+
+    @staticmethod
+    def forward(context, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return None
 
 
 class TestRefusals:
@@ -223,10 +257,52 @@ class TestRefusals:
         with pytest.raises(TypeError, match="wanted the processor of a VLM or its image processor, got int"):
             view_vlm(tiny_vlm("llava")[0], 3)
 
-    def test_offloaded(self):
+    @pytest.mark.parametrize("part", ["the whole in memory", "the whole on disk", "the language model on disk"])
+    def test_offloaded(self, part, tmp_path):
+        """By accelerate itself."""
         vlm, processor = tiny_vlm("llava")
-        vlm.model.language_model.to("meta")
-        with pytest.raises(ValueError, match="offloaded"):
+        if part == "the whole in memory":
+            accelerate.cpu_offload(vlm, execution_device="cpu")
+        elif part == "the whole on disk":
+            accelerate.disk_offload(vlm, str(tmp_path), execution_device="cpu")
+        else:
+            places = dict.fromkeys(["model.language_model", "lm_head"], "disk")
+            places |= dict.fromkeys(["model.vision_tower", "model.multi_modal_projector"], "cpu")
+            accelerate.dispatch_model(vlm, places, main_device="cpu", offload_dir=str(tmp_path))
+        for refused in (lambda: view_vlm(vlm, processor), lambda: vlm_inputs(vlm, tiny_processor("llava", processor))):
+            with pytest.raises(ValueError, match="parts of the LlavaForConditionalGeneration are offloaded: load it"):
+                refused()
+
+    def test_offloaded_as_it_is_loaded(self, tmp_path):
+        saved("llava", tmp_path / "vlm")
+        places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "disk"}
+        with pytest.raises(ValueError, match="are offloaded"):
+            load_encoder(tmp_path / "vlm", device_map=places, offload_folder=str(tmp_path / "offload"))
+        assert load_encoder(tmp_path / "vlm", device_map="cpu").device.type == "cpu"
+
+    def test_sharded(self):
+        """Over a mesh of one process, as tensor parallelism leaves the weights."""
+        vlm, processor = tiny_vlm("llava")
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = torch.distributed.init_device_mesh("cpu", (1,))
+            layer = vlm.model.language_model.layers[0].mlp.up_proj
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh))
+            with pytest.raises(ValueError, match="LlavaForConditionalGeneration is sharded over processes"):
+                view_vlm(vlm, processor)
+        finally:
+            torch.distributed.destroy_process_group()
+
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+    def test_quantised_layers_that_hold_no_parameter(self):
+        """torch's own packed weights, and the whole numbers of GPTQ and AWQ, which only the config tells."""
+        vlm, processor = tiny_vlm("llava")
+        vlm.model.language_model.layers[0].mlp.up_proj = torch.ao.nn.quantized.dynamic.Linear(48, 64)
+        with pytest.raises(ValueError, match=r"is quantised \(torch.ao.nn.quantized.dynamic"):
+            view_vlm(vlm, processor)
+        vlm, processor = tiny_vlm("llava")
+        vlm.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+        with pytest.raises(ValueError, match=r"is quantised \(its config has a quantization_config\)"):
             view_vlm(vlm, processor)
 
     def test_quantised(self, tmp_path):
@@ -240,11 +316,17 @@ class TestRefusals:
         with pytest.raises(ValueError, match="is quantised"):
             load_vlm(str(tmp_path))
 
-    def test_a_tower_that_cuts_the_gradient_is_told_by_name(self):
+    @pytest.mark.parametrize("wall", [torch.Tensor.detach, lambda tensor: Wall.apply(tensor)])
+    @pytest.mark.parametrize("path", ["vision_tower.pre_layrnorm", "vision_tower.encoder.layers.1",
+                                      "multi_modal_projector.linear_1"])  # fmt: skip
+    def test_a_module_that_cuts_the_gradient_is_told_by_name(self, path, wall):
+        """Also one whose output says that it has a gradient."""
         vlm, processor = tiny_vlm("llava")
-        vlm.model.vision_tower.pre_layrnorm.register_forward_hook(lambda module, inputs, output: output.detach())
-        with pytest.raises(ValueError, match=r"no gradient reaches the pixels .*pre_layrnorm cuts it"):
+        vlm.model.get_submodule(path).register_forward_hook(lambda module, inputs, output: wall(output))
+        with pytest.raises(ValueError, match=f"no gradient reaches the pixels of .*: model.{path} cuts it"):
             view_vlm(vlm, processor)
+        with pytest.raises(ValueError, match=f"no gradient reaches the pixels of .*: model.{path} cuts it"):
+            vlm_inputs(vlm, tiny_processor("llava", processor))
 
     def test_a_projector_of_zeros(self):
         vlm, processor = tiny_vlm("gemma3")

@@ -30,7 +30,7 @@ from hf_robust_vision.towers.stock import need_hook
 from hf_robust_vision.towers.vlm_inputs import OwnSize, vlm_inputs
 
 from .tiny_processors import make_processor, make_speaker
-from .zoo import FAMILIES, IMAGE, tiny_processor, tiny_vlm
+from .zoo import FAMILIES, IMAGE, NAMES, tiny_processor, tiny_vlm
 
 
 # PaliGemmaProcessor makes numpy arrays of tensors.
@@ -268,6 +268,21 @@ def test_the_how_to_lists_what_is_tested():
         expected[type(vlm).__name__.removesuffix("ForConditionalGeneration")] = how
     assert listed.keys() == expected.keys()
     assert all(listed[name].startswith(how) for name, how in expected.items())
+
+
+def test_the_how_to_says_where_the_beginning_is_read_once():
+    page = (Path(__file__).parents[2] / "docs" / "how-to-evaluate-a-vlm.md").read_text()
+    table = page.split("| what stands before the image is read |")[1].split("\n\n")[0].splitlines()[2:]
+    listed = {name: row.startswith("| once a batch |") for row in table for name in re.findall(r"`(\w+)`", row)}
+    expected = {}
+    for name in FAMILIES:
+        vlm, processor = speaker(name)
+        inputs = vlm_inputs(vlm, processor)
+        prompt = " ".join(["w20"] * 60 + [processor.image_token])
+        text = inputs.padded(inputs.encode([prompt], tuple(inputs.fit(cells(1)).shape[-2:])))
+        kept = inputs.begun(text)["input_ids"].shape[1]
+        expected[NAMES[name]] = kept < text["input_ids"].shape[1]
+    assert listed == expected
 
 
 def test_a_wrapped_model_reads_what_the_stock_model_reads():
