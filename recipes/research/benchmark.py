@@ -11,6 +11,10 @@ Parts, ViT-B/32 at 224 px with random weights and Sim-CLIP's frozen form with PG
 - `options`: (c) with each option that makes a step cheaper.
 - `forwards`: the anchored form with one forward pass of clean and adversarial images, and with two.
 - `scaling`: two processes against one, as a ratio, with two that share nothing as the ceiling.
+- `vlm_update`: an update at what a language model reads, `feature: language_tokens` through projector and stock image
+  processor, against `patch_tokens` of the same tower; PGD-2, processor time.
+- `vlm_memory`: peak memory of an update with and without the language model in memory, VLMs of real dimensions with
+  random weights. Only if it is named: it needs 13 GiB of memory and 15 GB of disk.
 - `robustness`, on the demo: seconds until validation robust accuracy reaches what the published setting (10 attack
   steps, float32) reaches, for several numbers of attack steps.
 """
@@ -28,6 +32,7 @@ import torch
 from benchmark_page import section, update
 from benchmark_scaling import scaling_table
 from benchmark_steps import options_table, steps_table
+from benchmark_vlm import cost_table, memory_table
 from comparison import command_line
 from transformers import AutoProcessor
 
@@ -44,6 +49,8 @@ PARTS = {
     "options": "Options of the step",
     "forwards": "Clean and adversarial images",
     "scaling": "Two processes",
+    "vlm_update": "An update through a VLM",
+    "vlm_memory": "Memory of a VLM",
     "robustness": "Time to robustness",
 }
 
@@ -124,7 +131,7 @@ def main() -> None:
     """Measure, print, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "vlm_memory"])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
@@ -140,6 +147,8 @@ def main() -> None:
         "options": (setting, lambda: options_table("options", *shape)),
         "forwards": (setting, lambda: options_table("forwards", *shape)),
         "scaling": (f"{setting} each, one thread each", lambda: scaling_table(*shape)),
+        "vlm_update": ("Sim-CLIP `frozen`, PGD-2", lambda: cost_table(args.rounds)),
+        "vlm_memory": ("one image, PGD-2, float32 tower", memory_table),
         "robustness": (
             "the demo, Sim-CLIP `frozen`, pooled, eps 8/255, PGD-10 on validation",
             lambda: robustness_table(args.robustness_seconds),

@@ -180,16 +180,18 @@ def variants(images: Tensor, steps: int) -> dict[str, dict[str, Callable[[], Ste
     }
 
 
-def interleaved(builders: dict[str, Callable[[], Step]], rounds: int) -> dict[str, float]:
+def interleaved(
+    builders: dict[str, Callable[[], Step]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each step; one of each in turn, so that a busy machine slows all alike."""
     steps = {name: build() for name, build in builders.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):  # the first round warms up
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
         print(f"round {turn} of {rounds}", file=sys.stderr)
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.towers.zoo import tiny_vlm
 
 
 ROOT = Path(__file__).parents[2]
@@ -67,3 +70,13 @@ def test_scaling_refuses_a_world_of_another_size(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "1 processes train together, not 2" in done.stderr
+
+
+def test_a_folder_of_random_weights_is_read_with_and_without_its_language_model(recipe, tmp_path):
+    benchmark, (vlm, processor) = recipe("benchmark_vlm"), tiny_vlm("smolvlm")
+    benchmark.write_random(type(vlm), vlm.config, processor, tmp_path)
+    alone, whole = (benchmark.loaded(str(tmp_path), way) for way in (False, True))
+    images = alone.probe()
+    assert torch.equal(alone(images).language_tokens, whole(images).language_tokens)
+    assert whole.origin.whole.lm_head.weight.dtype == torch.bfloat16
+    assert {value.dtype for value in whole.parameters()} == {torch.float32}
