@@ -173,6 +173,8 @@ def loaded(folder: str, whole: bool) -> nn.Module:
     if not whole:
         return load_encoder(folder)
     vlm = tf.AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+    for value in vlm.parameters():  # transformers maps the file: what is not read yet would not count
+        value.data = value.data.clone()
     encoder = as_encoder(vlm, tf.AutoImageProcessor.from_pretrained(folder))
     return encoder.float()  # of tower and projector, which it shares with the VLM
 
