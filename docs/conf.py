@@ -19,7 +19,6 @@ language = "en"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_heading_anchors = 3
 default_role = "py:obj"  # a public name in a docstring becomes a link, anything else stays code
-suppress_warnings = ["misc.highlighting_failure"]
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False
