@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from hf_robust_vision.attacks import Objective
 from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.training.base import Batch
-from hf_robust_vision.training.config import AdversarialTrainingArguments, need_number
+from hf_robust_vision.training.config import need_number
 
 from .classes import ClassTrainer
+from .drift import DriftArguments, DriftTrainer
 
 
 @dataclass
-class AGFTArguments(AdversarialTrainingArguments):
+class AGFTArguments(DriftArguments):
     """Arguments of `AGFTTrainer`; only the added fields are listed.
 
     Args:
@@ -48,13 +49,13 @@ def soft_target(original: Tensor, labels: Tensor, label_weight: float = 0.0) -> 
     return (1 - label_weight) * target + label_weight * F.one_hot(labels, target.shape[1]).to(target)
 
 
-class AGFTTrainer(ClassTrainer):
+class AGFTTrainer(DriftTrainer, ClassTrainer):
     """Fine-tune the vision tower so that a perturbed image gets the original's soft answer to the clean one.
 
     Attacker and learner look at the same number, the cross-entropy of `softmax(s cos(phi(x'), T0))` to the target
     `softmax(r s cos(phi0(x), T0))`, with the class embeddings T0 of the original text tower, s the model's own frozen
     scale times `student_scale`, and r the `target_ratio`: sharper than the model's answers the one, softer the other.
-    The text tower does not train. With `label_weight=1` and `student_scale=1` it is TeCoA.
+    The text tower does not train. With `clean_drift_bound` (ours) clean images are held to the original. With `label_weight=1` and `student_scale=1` it is TeCoA.
 
     Deviation: `label_weight` mixes the true label into the target; the paper has none.
 
@@ -84,5 +85,6 @@ class AGFTTrainer(ClassTrainer):
         return lambda images: F.cross_entropy(self.logits(encoder(images).image_embeds), target, reduction="none")
 
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
-        """The same cross-entropy on the adversarial images, averaged over the batch."""
-        return F.cross_entropy(self.logits(model(adversarial).image_embeds), self.target(batch))
+        """The same cross-entropy, averaged over the batch; where the drift is bounded, with that of the clean images."""
+        attacked, anchor = self.attacked_and_anchor(model, batch, adversarial)
+        return F.cross_entropy(self.logits(attacked.image_embeds), self.target(batch)) + anchor

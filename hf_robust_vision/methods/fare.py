@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.attacks import Objective, squared_l2
 from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.training.base import Batch
 
-from .features import FeatureArguments, FeatureTrainer, split_output
+from .features import FeatureArguments, FeatureTrainer
 
 
 @dataclass
@@ -46,8 +45,5 @@ class FARETrainer(FeatureTrainer):
 
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:
         """The same distance, averaged over the batch; where the drift is bounded, with that of the clean images."""
-        if not self.holds_clean:
-            return self.distance(self.features(model, adversarial), batch.original).mean()
-        both = self.features(model, torch.cat([batch.images, adversarial]))
-        clean, attacked = split_output(both, len(adversarial))
-        return (self.distance(attacked, batch.original) + self.anchor(clean, batch)).mean()
+        attacked, anchor = self.attacked_and_anchor(model, batch, adversarial)
+        return self.distance(attacked, batch.original).mean() + anchor

@@ -14,14 +14,13 @@ from torch import Tensor
 from hf_robust_vision.attacks import cosine_distance
 from hf_robust_vision.towers.base import FEATURES, EncoderOutput, Reads
 from hf_robust_vision.towers.reference import Reference
-from hf_robust_vision.training.base import AdversarialTrainer, Batch
-from hf_robust_vision.training.config import AdversarialTrainingArguments, need_number, one_of
+from hf_robust_vision.training.config import one_of
 
-from .drift import DualWeight
+from .drift import DriftArguments, DriftTrainer
 
 
 @dataclass
-class FeatureArguments(AdversarialTrainingArguments):
+class FeatureArguments(DriftArguments):
     """Arguments of `FeatureTrainer`; only the added fields are listed.
 
     Args:
@@ -29,31 +28,19 @@ class FeatureArguments(AdversarialTrainingArguments):
             reads, or "language_and_patch_tokens".
         token_layer: Entry of `hidden_states` that the patch tokens come from; -2 is what LLaVA reads.
         token_distance: Between tokens: "squared_l2", over their variance, or "cosine".
-        clean_drift_bound: How far clean images may drift from the original, relative to its features, see `DualWeight`:
-            the weight of their distance is then found while training. It costs a pass over the clean images where the
-            method makes none.
-        dual_step_size: What that weight gains in an update whose drift is twice the bound.
     """
 
     feature: str = field(default="pooled", metadata={"help": f"{', '.join(FEATURES)}."})
     token_layer: int = field(default=-2, metadata={"help": "Layer of the patch tokens; -2 is what LLaVA reads."})
     token_distance: str = field(default="squared_l2", metadata={"help": "squared_l2 or cosine."})
-    clean_drift_bound: float | None = field(
-        default=None, metadata={"help": "Most that clean images may drift, e.g. 0.05 (of 1); default: no bound."}
-    )
-    dual_step_size: float = field(default=0.1, metadata={"help": "Step of the weight that holds clean_drift_bound."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("feature", self.feature, tuple(FEATURES))
         one_of("token_distance", self.token_distance, ("squared_l2", "cosine"))
-        for name in ("clean_drift_bound", "dual_step_size"):
-            need_number(self, name)
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be above 0, got 0; leave it out for no bound on clean drift.")
 
 
-class FeatureTrainer(AdversarialTrainer):
+class FeatureTrainer(DriftTrainer):
     """Base of the methods that draw the features of an adversarial image to those of the clean one.
 
     A method names its distance of pooled embeddings; `distance` is then that on the features that were asked for.
@@ -67,47 +54,14 @@ class FeatureTrainer(AdversarialTrainer):
         super().__init__(*args, **kwargs)
         self.token_variances = token_variances(self.reference, self.train_dataset)
         self.distance = self.distance_by(self.pooled_distance)
-        bound, step_size = self.args.clean_drift_bound, self.args.dual_step_size
-        self.dual = None if bound is None else DualWeight(bound, self.anchor_weight, step_size)
 
-    @property
-    def anchor_weight(self) -> float:
-        """Weight of the clean images' distance to the original; with `clean_drift_bound` where it starts."""
-        return 0.0
+    def drift_distance(self, clean: EncoderOutput, original: EncoderOutput) -> Tensor:
+        """The method's own, on the features that were asked for."""
+        return self.distance(clean, original)
 
-    @property
-    def holds_clean(self) -> bool:
-        """Whether the loss looks at where clean images go."""
-        return self.dual is not None or self.anchor_weight > 0
-
-    def anchor(self, clean: EncoderOutput, batch: Batch) -> Tensor:
-        """The weighted distance of clean images to the original, one value per image."""
-        distance = self.distance(clean, batch.original)
-        if self.dual is None:
-            return self.anchor_weight * distance
-        nothing = EncoderOutput(**{key: torch.zeros_like(value) for key, value in batch.original.items()})
-        self.dual.observe(distance, self.distance(batch.original, nothing))
-        return self.dual.weight * distance
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As ever; after the last part of an update the weight that holds the drift takes its step."""
-        loss = super().training_step(*args, **kwargs)
-        if self.dual is not None and self.accelerator.sync_gradients:
-            self.record("drift_weight", torch.tensor(self.dual.weight, device=loss.device))  # that of this update
-            drift = self.dual.update(self.accelerator.reduce)
-            self.record("clean_drift", torch.tensor(drift, device=loss.device))
-        return loss
-
-    def more_state(self) -> dict[str, Tensor]:
-        """With the weight that holds the drift."""
-        own = {} if self.dual is None else {"drift_weight": torch.tensor(self.dual.weight, dtype=torch.float64)}
-        return super().more_state() | own
-
-    def take_more_state(self, state: dict[str, Tensor]) -> None:
-        """With the weight that holds the drift."""
-        super().take_more_state(state)
-        if self.dual is not None:
-            self.dual.weight = state["drift_weight"].item()
+    def encode(self, model: Any, images: Tensor) -> EncoderOutput:
+        """As `features`."""
+        return self.features(model, images)
 
     @classmethod
     def reads(cls, args: Any) -> Reads:
@@ -175,12 +129,6 @@ def token_variances(reference: Reference, dataset: Any, images: int = 64) -> tup
     sample = torch.stack([item["images"] for item in islice(dataset, images)])
     output = reference(sample.to(next(reference.encoder.parameters()).device))
     return tuple(float(tokens.double().flatten(0, 1).var(0).mean()) for tokens in token_layers(output, feature))
-
-
-def split_output(output: EncoderOutput, size: int) -> tuple[EncoderOutput, EncoderOutput]:
-    """The first `size` images of an output, and the rest."""
-    first = {key: value[:size] for key, value in output.items()}
-    return EncoderOutput(**first), EncoderOutput(**{key: value[size:] for key, value in output.items()})
 
 
 def detached(output: EncoderOutput) -> EncoderOutput:

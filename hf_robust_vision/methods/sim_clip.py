@@ -14,7 +14,8 @@ from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.training.base import Batch
 from hf_robust_vision.training.config import need_number, one_of
 
-from .features import FeatureArguments, FeatureDistance, FeatureTrainer, detached, split_output
+from .drift import split_output
+from .features import FeatureArguments, FeatureDistance, FeatureTrainer, detached
 
 
 FORMS = ("frozen", "anchored", "paper")

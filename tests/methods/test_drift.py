@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_robust_vision import FARETrainer, SimCLIPTrainer
+from hf_robust_vision import AGFTTrainer, FARETrainer, SimCLIPTrainer
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.methods.drift import DualWeight
 from hf_robust_vision.towers.load import load_encoder
@@ -52,8 +52,11 @@ def test_parts_and_processes_do_not_matter():
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(FARETrainer, {}), (SimCLIPTrainer, {}), (SimCLIPTrainer, {"form": "paper"}), (SimCLIPTrainer, {"form": "anchored"})],
-    ids=["fare", "frozen", "paper", "anchored"],
+    [
+        (FARETrainer, {}), (SimCLIPTrainer, {}), (SimCLIPTrainer, {"form": "paper"}), (SimCLIPTrainer, {"form": "anchored"}),
+        (AGFTTrainer, {"label_weight": 0.5}),
+    ],
+    ids=["fare", "frozen", "paper", "anchored", "agft"],
 )  # fmt: skip
 def test_loss_and_drift_are_the_formula(kind, options, clip_folder, tmp_path):
     """With the weight w: the loss without a bound, plus w times the mean distance of the clean images."""

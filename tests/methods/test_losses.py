@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_robust_vision.attacks import cosine_distance, squared_l2
-from hf_robust_vision.methods.features import FeatureDistance, detached, split_output, token_variances
+from hf_robust_vision.methods.drift import split_output
+from hf_robust_vision.methods.features import FeatureDistance, detached, token_variances
 from hf_robust_vision.methods.sim_clip import siamese_loss
 from hf_robust_vision.towers.base import EncoderOutput, Reads
 from hf_robust_vision.towers.reference import Reference
