@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from benchmarks import Benchmark, demo_benchmark, emoji_benchmark
-from compare_methods import ABLATION, EMOJI_METHODS, METHODS, RIVALS, SWEEP, Method
+from compare_methods import ABLATION, EMOJI_METHODS, METHODS, ON_REQUEST, RIVALS, SWEEP, Method
 from comparison import TITLES, command_line, docs_folder, paired_interval, write_page
 from pool import QUIET, digest, perform_all, words
 from transformers import AutoProcessor, PrinterCallback
@@ -310,7 +310,7 @@ def main() -> None:
         mode, rows = ("emoji", EMOJI_METHODS) if mode == "compare" else (f"emoji-{mode}", rows)
     if stray := [word for word in args.methods or () if word not in rows]:
         parser.error(f"no method {stray[0]!r}; there are {', '.join(map(repr, rows))}.")
-    rows = {word: rows[word] for word in args.methods or rows}
+    rows = {word: rows[word] for word in args.methods or [name for name in rows if name not in ON_REQUEST]}
     os.environ["OMP_NUM_THREADS"] = "1"
     eps, split = benchmark.eps, "test"
     if args.ablation or args.sweep:  # a choice is made on validation, at the training radius and an unseen one

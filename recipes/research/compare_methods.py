@@ -59,6 +59,7 @@ METHODS = {
     "tima": Method("TIMA", TIMATrainer),
     "tima-v1": Method("TIMA, 2024 form", TIMATrainer, {"variant": "v1"}),
 }
+ON_REQUEST = ("agft", "agft-half-label")  # newer than the published tables, which a bare command repeats
 
 
 def tima_with(*settings: tuple[str, dict[str, Any]]) -> dict[str, Method]:

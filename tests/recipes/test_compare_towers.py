@@ -242,6 +242,7 @@ def test_other_checkpoints_have_folders_of_their_own(recipe, monkeypatch, tmp_pa
         monkeypatch.setattr(
             "hardened_tower.demo_checkpoint", lambda name="demo-clip", at=place: tmp_path / str(at) / name
         )
+        monkeypatch.setattr("hardened_tower.sees_by_clip", lambda vlm: True)
         folders.append((training.folder(tmp_path), measuring.folder(tmp_path)))
     (first, other_clip, other_llava, again) = folders
     assert again == first
