@@ -134,9 +134,12 @@ def cell(row, kind):
     return f"{100 * row[f'{kind}_accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def test_readme_table_is_the_run_of_its_first_command():
-    results = json.loads((ROOT / "docs" / "results" / "sim_clip_demo.json").read_text())["results"]
-    readme = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("name", "page"), [("sim_clip_demo", "README.md"), ("sim_clip_demo_siglip", "docs/quickstart.md")]
+)
+def test_tables_of_the_demo_are_runs_of_their_commands(name, page):
+    results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())["results"]
+    readme = (ROOT / page).read_text()
 
     before, after = ([row for row in results if row["model"] == model] for model in ("before", "after"))
     assert f"| clean | {cell(before[0], 'clean')} | {cell(after[0], 'clean')} |" in readme
