@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "processes": set(),
     "configs": set(),
     "terminal": set(),
+    "doctor": {"processes"},
     "towers": {"pixels"},
     "data": {"files", "processes", "pixels", "towers"},  # towers for class names only
     "swap": {"towers", "pixels"},

@@ -29,6 +29,7 @@ USAGE = [
     "remeasure m r --dtype float16", "remeasure m r extra", "evaluate m --norm l3", "evaluate m --norm",
     "evaluate m --dtype float16", "evaluate m --step 3", "evaluate m --eps", "evaluate m --sanity yes",
     "evaluate m --dataset", "evaluate m --output_dir", "evaluate m --nope", "evaluate m --Steps 3", "evaluate -m x",
+    "doctor x", "doctor --nope", "doctor --json yes",
     *(
         f"evaluate m --{flag} {value}"
         for flag in ("max_samples", "steps", "restarts", "queries", "batch_size", "resolution", "samples")
