@@ -23,6 +23,7 @@ from .templates import TEMPLATES
 
 
 DEMO_NAME = "easy-vqa"
+DEMO_MODELS = ("demo-clip", "demo-llava", "demo-smolvlm")
 DEMO_EPS = 8 / 255
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -40,6 +41,11 @@ def demo_checkpoint(name: str = "demo-clip") -> Path:
     if not folder.is_dir():
         raise ValueError(f"no demo checkpoint {name!r}; there are {sorted(p.name for p in folder.parent.iterdir())}.")
     return folder
+
+
+def shipped(model: str) -> str:
+    """The folder of a checkpoint that the package ships, by its name; a folder here and any other name as it is."""
+    return str(demo_checkpoint(model)) if model in DEMO_MODELS and not Path(model).is_dir() else model
 
 
 def load_demo(split: str, transform: PixelTransform) -> LabelledImages:

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.data.demo import demo_checkpoint, load_demo, refuse_ignored
+from hf_robust_vision.data.demo import load_demo, refuse_ignored, shipped
 from hf_robust_vision.data.sources import ImageSource, load_labelled_images
 from hf_robust_vision.data.splits import seeded_subset, without_corrupt
 from hf_robust_vision.data.templates import get_templates, read_class_names
@@ -218,7 +218,7 @@ def load_model(
 
 def read_model(model: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Encoder, str]:
     """An encoder with or without a text tower, and the folder or Hub id that the rest of it is read from."""
-    folder = str(demo_checkpoint()) if model == DEMO_MODEL and not Path(model).is_dir() else model
+    folder = shipped(model)
     try:
         return load_encoder(folder, revision=revision, dtype=dtype), folder
     except OSError as error:

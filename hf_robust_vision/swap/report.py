@@ -58,6 +58,13 @@ class SwapReport:
         hashes = ("path", "sha256_before", "sha256_after")
         return {tower.path: {name: getattr(tower, name) for name in hashes} | kept for tower in self.towers}
 
+    def __str__(self) -> str:
+        lines = [f"{self.model}: tower of {self.source}, {self.image_size} px; checked: {', '.join(self.checks)}"]
+        for tower in self.towers:
+            drift = "" if tower.drift is None else f"; clean patch tokens, old to new: mean cosine {tower.drift:.3f}"
+            lines.append(f"{tower.path}: {tower.changed:,} of {tower.parameters:,} weights changed{drift}")
+        return "\n".join(lines)
+
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: without the way back, which would lead to copies of the towers, and leave the VLM as it is."""
         return vars(self) | {"_journal": None}

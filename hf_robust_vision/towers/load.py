@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -131,6 +132,33 @@ def load_stock(name: str | Path, kinds: Sequence[Any] = STOCK, *, revision: str 
         )
     unread = _REST if stock in _WHOLE else ()
     return load_pretrained(kind, place, revision=revision, unread=unread, **kwargs)
+
+
+def load_named(
+    name: str | Path, *, revision: str | None = None, dtype: torch.dtype | str = torch.float32
+) -> PreTrainedModel:
+    """Load a folder or Hub id whole, as the class of transformers that its config names.
+
+    Raises:
+        ValueError: If it is an adapter, transformers has no such class, or not the whole of one; see `load_pretrained`.
+    """
+    place = local_or_hub(name)
+    refuse_adapter(place)
+    try:
+        config = AutoConfig.from_pretrained(place, revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"{name} is neither a model folder nor a model of the Hub that can be read: {error}"
+        ) from error
+    named = (getattr(config, "architectures", None) or ("",))[0]
+    kind = getattr(transformers, named, None)
+    if kind is None:
+        raise ValueError(
+            f"{name} holds a {config.model_type!r} model ({named or 'no architecture named'}), for which transformers "
+            "has no class."
+        )
+    model: PreTrainedModel = load_pretrained(kind, place, revision=revision, dtype=dtype)
+    return model.eval()
 
 
 def merge_adapter(source: str | Path, *, base: Any = None) -> Encoder:

@@ -29,7 +29,9 @@ USAGE = [
     "remeasure m r --dtype float16", "remeasure m r extra", "evaluate m --norm l3", "evaluate m --norm",
     "evaluate m --dtype float16", "evaluate m --step 3", "evaluate m --eps", "evaluate m --sanity yes",
     "evaluate m --dataset", "evaluate m --output_dir", "evaluate m --nope", "evaluate m --Steps 3", "evaluate -m x",
-    "doctor x", "doctor --nope", "doctor --json yes",
+    "doctor x", "doctor --nope", "doctor --json yes", "swap", "swap v",
+    "swap v t", "swap v t --output_dir", "swap v t --output_dir o --resize crop", "swap v t --output_dir o --num_attention_heads 0",
+    "swap v t --output o", "swap v t extra --output_dir o",
     *(
         f"evaluate m --{flag} {value}"
         for flag in ("max_samples", "steps", "restarts", "queries", "batch_size", "resolution", "samples")
@@ -101,6 +103,12 @@ OTHERS = [
     "interpolate {clip} {clip} --weight 1.5 --output_dir new", "interpolate {clip} {clip} --weight nan --output_dir new",
     "interpolate {clip} {clip} --weight 0.5 --output_dir {out}",
     "interpolate {clip} {clip} --weight 0.5 --output_dir {out}/precious.txt",
+    "swap nope {clip} --output_dir new", "swap ./nope {clip} --output_dir new", "swap demo-llava nope --output_dir new",
+    "swap demo-llava {clip} --output_dir new", "swap demo-llava {out} --output_dir new", "swap {out} {clip} --output_dir new",
+    "swap demo-llava demo-clip --output_dir {out}", "swap demo-llava demo-clip --output_dir {out}/precious.txt",
+    "swap demo-llava demo-clip --output_dir {out}/precious.txt/in", "swap demo-llava {out}/pickled.pt --output_dir new",
+    "swap demo-llava demo-clip --output_dir new --towers nope", "swap demo-llava demo-smolvlm --output_dir new",
+    "swap demo-llava demo-clip --output_dir new --hidden_act nope",
     "push nope me/x --dry_run", "push {out} me/x --dry_run", "push {out}/precious.txt me/x --dry_run",
     "push {clip} me/x --dry_run", "push {clip} a/b/c --dry_run", "push {clip} '' --dry_run", "push {clip} 'a b' --dry_run",
     "push {clip} me/x --device bogus", "push {clip} me/x --create_pr --revision dev", "push {broken} me/x --dry_run",
