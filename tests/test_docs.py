@@ -211,6 +211,19 @@ def test_towers_page_is_what_its_numbers_say():
     assert f"paired interval {low:+.1f} to {high:+.1f}]" in readme
 
 
+def test_what_moves_the_hardening_of_a_vlm_is_what_was_measured():
+    content = json.loads((ROOT / "docs" / "results" / "hardening-llava.json").read_text())
+    assert (ROOT / "docs" / "results" / "hardening-llava.md").read_text() == towers_page(content, "hardening-llava")
+    page = (ROOT / "docs" / "how-to-harden-a-vlm.md").read_text().split("## What moves it")[1].split("\n## ")[0]
+    table = [line.split(" | ", 1)[1] for line in page.splitlines() if line.startswith("| ")][1:]
+    measured = []
+    for row in content["rows"]:
+        shares = [row["answers_clean"], row["answers"]["8/255"], row["answers"]["16/255"], row["zero_shot_clean"]]
+        seconds = f"{row['cpu_seconds'][0]:.0f} |" if row["learning_rate"] else "|"
+        measured.append(" | ".join([*(f"{100 * share[0]:.0f} %" for share in shares), seconds]))
+    assert sorted(table) == sorted(measured)
+
+
 def test_the_table_of_hardened_vlms_is_that_of_its_files():
     """docs/how-to-harden-a-vlm.md and README.md against what was measured."""
     page = (ROOT / "docs" / "how-to-harden-a-vlm.md").read_text()

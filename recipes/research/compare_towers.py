@@ -77,7 +77,7 @@ def numbers(training: Training, results: Sequence[RobustnessResult]) -> str:
     answers = [result for result in results if result.task == "vqa"]
     shares = [answers[0].clean_accuracy, *(result.robust_accuracy for result in answers)]
     radii = ["clean", *(pretty_eps(result) for result in answers)]
-    return f"answers on {answers[0].split} {' / '.join(percent(x) for x in shares)} % {' / '.join(radii)}"
+    return f"answers on {answers[0].split} {' / '.join(percent(x) for x in shares)} {' / '.join(radii)}"
 
 
 def measured(
