@@ -8,10 +8,36 @@ from collections.abc import Sequence
 from hf_robust_vision import __version__
 from hf_robust_vision.terminal import Parser, user_errors
 
-from . import convert, doctor, evaluate, export, harden, harden_vlm, interpolate, push, remeasure, report, swap
+from . import (
+    convert,
+    doctor,
+    evaluate,
+    evaluate_vlm,
+    export,
+    harden,
+    harden_vlm,
+    interpolate,
+    push,
+    remeasure,
+    report,
+    swap,
+)
 
 
-VERBS = (harden, harden_vlm, swap, evaluate, report, remeasure, interpolate, convert, export, push, doctor)
+VERBS = (
+    harden,
+    harden_vlm,
+    swap,
+    evaluate,
+    evaluate_vlm,
+    report,
+    remeasure,
+    interpolate,
+    convert,
+    export,
+    push,
+    doctor,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

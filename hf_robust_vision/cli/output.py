@@ -31,3 +31,17 @@ def working(args: argparse.Namespace) -> Iterator[None]:
         datasets.disable_progress_bars()
     with redirect_stdout(sys.stderr if args.json else sys.stdout):
         yield
+
+
+def answer_with_report(args: argparse.Namespace, results: Any, examples: int) -> None:
+    """Print what was measured and write its report into `--output_dir`, in the first process; then part."""
+    from hf_robust_vision.processes import part, rank_and_world
+    from hf_robust_vision.report.page import write_report
+    from hf_robust_vision.report.tables import results_text
+
+    # The others already wait in `part`: nothing in this branch may talk to them.
+    if rank_and_world()[0] == 0:
+        pages = [str(page) for page in write_report([args.output_dir], args.output_dir, examples=examples)]
+        values = {"schema": 1, "results": [result.to_dict() for result in results], "pages": pages}
+        answer(args, values, "\n".join([results_text(results), *pages]))
+    part()

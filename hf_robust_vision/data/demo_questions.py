@@ -6,12 +6,9 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+from hf_robust_vision.pixels import PixelTransform
 
-from hf_robust_vision.files import file_sha256
-from hf_robust_vision.pixels import Fitting, PixelTransform
-
-from .decode import decode_image
+from . import questions
 from .demo import demo_folder, demo_rows, demo_source, load_demo
 from .splits import seeded_places
 
@@ -20,23 +17,10 @@ PROMPT = "user : <image> {} assistant :"  # of the shipped LLaVA
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question about one image."""
+class Question(questions.Question):
+    """One question about one image, whose id is its place in the source of the split, and whose answer is one word."""
 
-    id: int  # its place in the source of the split
-    image: str  # a path
-    text: str
-    answer: str  # one word
     yes_no: bool  # answered by yes or no; such questions are answerable without looking: a blank image scores 79 %
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the image's file."""
-        return file_sha256(self.image)[:16]
-
-    def pixels(self, transform: Fitting) -> torch.Tensor:
-        """The image in [0, 1], shape (3, height, width)."""
-        return transform.fit(decode_image(self.image, self.image)[None])[0]
 
 
 def load_questions(split: str, *, yes_no: bool | None = None, limit: int | None = None) -> list[Question]:
@@ -44,10 +28,10 @@ def load_questions(split: str, *, yes_no: bool | None = None, limit: int | None 
 
     `yes_no` gives only such questions, or only those of colour and shape; `limit` a seeded subset of at most so many.
     """
-    questions = [q for q in _all(split) if yes_no is None or q.yes_no == yes_no]
-    if limit is None or limit >= len(questions):
-        return questions
-    return [questions[place] for place in seeded_places(len(questions), limit, seed=0)]
+    found = [q for q in _all(split) if yes_no is None or q.yes_no == yes_no]
+    if limit is None or limit >= len(found):
+        return found
+    return [found[place] for place in seeded_places(len(found), limit, seed=0)]
 
 
 @lru_cache(maxsize=3)

@@ -32,6 +32,13 @@ USAGE = [
     "doctor x", "doctor --nope", "doctor --json yes", "swap", "swap v",
     "swap v t", "swap v t --output_dir", "swap v t --output_dir o --resize crop", "swap v t --output_dir o --num_attention_heads 0",
     "swap v t --output o", "swap v t extra --output_dir o",
+    "evaluate-vlm", "evaluate-vlm a b", "evaluate-vlm m --algorithm fgsm", "evaluate-vlm m --norm l3", "evaluate-vlm m --eps",
+    "evaluate-vlm m --question q.csv", "evaluate-vlm m --dtype float16",
+    *(
+        f"evaluate-vlm m --{flag} {value}"
+        for flag in ("max_samples", "steps", "restarts", "batch_size")
+        for value in ("0", "x")
+    ),
     *(
         f"evaluate m --{flag} {value}"
         for flag in ("max_samples", "steps", "restarts", "queries", "batch_size", "resolution", "samples")
@@ -109,6 +116,12 @@ OTHERS = [
     "swap demo-llava demo-clip --output_dir {out}/precious.txt/in", "swap demo-llava {out}/pickled.pt --output_dir new",
     "swap demo-llava demo-clip --output_dir new --towers nope", "swap demo-llava demo-smolvlm --output_dir new",
     "swap demo-llava demo-clip --output_dir new --hidden_act nope",
+    "evaluate-vlm nope", "evaluate-vlm {out}", "evaluate-vlm {clip}", "evaluate-vlm demo-clip", "evaluate-vlm ./nope",
+    "evaluate-vlm demo-llava --eps 4", "evaluate-vlm demo-llava --eps four", "evaluate-vlm demo-llava --eps 4/255 4/255",
+    "evaluate-vlm demo-llava --questions nope.csv", "evaluate-vlm demo-llava --questions {out}/precious.txt",
+    "evaluate-vlm demo-llava --captions nope.jsonl", "evaluate-vlm demo-llava --questions a.csv --captions b.csv",
+    "evaluate-vlm demo-llava --questions a.csv --prompt what", "evaluate-vlm demo-llava --device bogus",
+    "evaluate-vlm demo-llava --output_dir {out}/precious.txt", "evaluate-vlm demo-llava --output_dir {broken}",
     "push nope me/x --dry_run", "push {out} me/x --dry_run", "push {out}/precious.txt me/x --dry_run",
     "push {clip} me/x --dry_run", "push {clip} a/b/c --dry_run", "push {clip} '' --dry_run", "push {clip} 'a b' --dry_run",
     "push {clip} me/x --device bogus", "push {clip} me/x --create_pr --revision dev", "push {broken} me/x --dry_run",
