@@ -125,6 +125,12 @@ def test_links_to_files_resolve(page):
     assert not missing
 
 
+@pytest.mark.parametrize("log", sorted((ROOT / "docs" / "results").glob("*.log")), ids=lambda log: log.name)
+def test_logs_are_what_their_recipe_printed(log):
+    """Neither warnings of a library nor its progress bars."""
+    assert not re.findall(r"^\[transformers\].*|.*(?:it/s|s/it)\].*", log.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_results_page_is_what_its_numbers_say():
     assert (ROOT / "docs" / "results.md").read_text() == make_page(ROOT / "docs")
 

@@ -62,6 +62,7 @@ def interpolate(original: str | Path, hardened: str | Path, output_dir: str | Pa
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; name another --output_dir.")
     first, last = (load_encoder(name, dtype="auto") for name in (original, hardened))
+    _need_alike(first, last)
     if isinstance(last, VLMEncoder) and first.origin.rest_sha256(first) != last.origin.rest_sha256(last):
         raise ValueError(f"the language models of {original} and {hardened} differ: name the VLM that was hardened.")
     mixed = interpolate_encoders(first, last, weight)

@@ -114,6 +114,21 @@ def test_a_vlm_and_the_one_that_was_hardened(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_classes_one_of_them_a_vlm(turned, clip_folder, tmp_path):
+    """Before their language models are asked for: a CLIP has none, and those of two classes are no question."""
+    for family in ("llava", "smolvlm"):
+        saved(family, tmp_path / family)
+    for others, names in (((clip_folder, tmp_path / "llava"), ("CLIPModel", "LlavaForConditionalGeneration")),
+                          ((tmp_path / "smolvlm", tmp_path / "llava"),
+                           ("SmolVLMForConditionalGeneration", "LlavaForConditionalGeneration"))):  # fmt: skip
+        step = -1 if turned else 1
+        one, other = names[::step]
+        with pytest.raises(ValueError, match=f"nothing between a {one} and a {other}; name the model that"):
+            interpolate(*others[::step], tmp_path / "never", weight=0.5)
+    assert not (tmp_path / "never").exists()
+
+
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan"), float("inf")])
 def test_no_share(weight, encoder):
     with pytest.raises(ValueError, match="weight must be at least 0"):
