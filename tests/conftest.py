@@ -41,6 +41,13 @@ NAMES = ("red", "green", "blue")
 TEMPLATE = ("a photo of a {}",)
 
 
+def pytest_xdist_auto_num_workers(config):
+    """The whole suite shares out the cores; some files, or one whose prints are wanted, run in this process."""
+    if config.args_source is config.ArgsSource.TESTPATHS and config.option.capture != "no":
+        return None  # as xdist counts
+    return 0
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.set_num_threads(1)

@@ -21,17 +21,18 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from comparison import command_line, docs_folder, paired_interval
-from hardened_tower import METHODS, Measuring, Row, Training, folder_of, harden, measure, sha256
+from hardened_tower import METHODS, Measuring, Row, Training, folder_of, harden, measure, sees_by_clip
 from pool import perform_all, words
 from torch import Tensor
 from towers_page import write_towers
+from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from hf_robust_vision.data.demo import DEMO_EPS, demo_checkpoint
@@ -46,7 +47,8 @@ from hf_robust_vision.evaluation.results import (
 )
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.report.tables import percent
-from hf_robust_vision.towers.base import FEATURES
+from hf_robust_vision.towers.base import FEATURES, weights_sha256
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.training.config import Radius
 
 
@@ -167,19 +169,28 @@ def summary(done: Mapping[Training, Sequence[RobustnessResult]]) -> list[dict[st
     return entries
 
 
+def hashes(vlm: str, asked: str) -> dict[str, str]:
+    """Of the weights of what is hardened, of the VLM that it is hardened for, and of another one that is asked."""
+    found = {"clip": weights_sha256(load_encoder(demo_checkpoint()))} if sees_by_clip(vlm) else {}
+    for name, one in {"vlm": vlm, "asked": asked}.items():
+        if name == "vlm" or one != vlm:
+            found[name] = weights_sha256(AutoModelForImageTextToText.from_pretrained(folder_of(one)))
+    return found
+
+
 def read_row(method: str, text: str, parser: argparse.ArgumentParser) -> Row:
     """Read "feature+name=value+name=value", and refuse what the trainer would, before anything is trained."""
     feature, *words = text.split("+")
-    arguments = METHODS[method][1].args_class
     if feature not in FEATURES:
         parser.error(f"no feature {feature!r}; there are {', '.join(map(repr, FEATURES))}.")
     pairs = tuple((name, value) for name, _, value in (word.partition("=") for word in words))
-    for name, value in pairs:
-        if not value or name not in {item.name for item in fields(arguments)}:
-            parser.error(f"wanted +NAME=VALUE with an argument of {METHODS[method][0]}, got {name!r} in {text!r}.")
+    if not all(value for _, value in pairs):
+        parser.error(f"wanted FEATURE+NAME=VALUE, got {text!r}.")
     row = Row(method, feature, pairs)
     try:
-        arguments(output_dir="unused", **Training(row, 0, 1e-3, 1, 1).arguments() | {"report_to": "none"})
+        METHODS[method][1].args_class(
+            output_dir="unused", **Training(row, 0, 1e-3, 1, 1).arguments() | {"report_to": "none"}
+        )
     except ValueError as error:
         parser.error(str(error))
     return row
@@ -220,6 +231,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     start = time.time()
     rows = [read_row(method, words, parser) for method in args.methods for words in args.features]
+    if args.asked and not (sees_by_clip(args.vlm) and sees_by_clip(args.asked)):
+        parser.error(f"a tower goes from {args.vlm} to {args.asked} only if both see by a CLIP; leave out --asked.")
     shared = {"steps": args.steps, "batch_size": args.batch_size, "vlm": args.vlm}
     ways = {"attack_steps": args.attack_steps, "images": args.images, "zero_shot_steps": args.zero_shot_steps}
     ways |= {"vlm": args.asked or args.vlm}
@@ -245,13 +258,11 @@ def main() -> None:
         "command": command_line("recipes/research/compare_towers.py", sys.argv[1:]),
         "seeds": args.seeds,
         "vlm": args.vlm,
-        "training": trainings[0].arguments(),
+        "in_place": not sees_by_clip(args.vlm),
+        "training": replace(trainings[0], row=replace(rows[0], changes=())).arguments(),
         "measuring": asdict(test),
         "attacks": done[trainings[0]][0].attacks,
-        "hashes": {
-            "clip": sha256(demo_checkpoint()),
-            "vlm": sha256(folder_of(test.vlm)),
-        },
+        "hashes": hashes(args.vlm, test.vlm),
         "versions": versions(),
         "rows": summary(done),
         "paired": pairs(done, test, args.output_dir),

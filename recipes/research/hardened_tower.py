@@ -36,12 +36,15 @@ from hf_robust_vision.towers.base import EncoderOutput, Reads
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 from hf_robust_vision.towers.vlm import LanguageReader, VLMEncoder
+from hf_robust_vision.training.config import Radius
 
 
 METHODS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "sim-clip": ("Sim-CLIP", SimCLIPTrainer, {"form": "frozen"}),
     "fare": ("FARE", FARETrainer, {}),
 }
+
+SET_BY_ALL = ("feature", "learning_rate", "output_dir", "seed")  # of all rows, or elsewhere
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,26 @@ class Row:
         return ", ".join(
             [METHODS[self.method][0], f"`{self.feature}`", *(f"{name} {to}" for name, to in self.changes)]
         )
+
+    def value(self, name: str, text: str) -> Any:
+        """What an argument of the trainer is given, by the type of its default.
+
+        Raises:
+            ValueError: If there is no such argument, a row does not set it, or the text is not of its type.
+        """
+        arguments = METHODS[self.method][1].args_class
+        defaults = {item.name: item.default for item in fields(arguments)}
+        if name not in defaults or name in SET_BY_ALL:
+            raise ValueError(f"{name} is no argument of {METHODS[self.method][0]} that a row may set.")
+        default = defaults[name]
+        if isinstance(default, bool):
+            if text not in ("true", "false"):
+                raise ValueError(f"{name} is true or false, got {text!r}.")
+            return text == "true"
+        try:
+            return int(text) if isinstance(default, int) else text if isinstance(default, str) else Radius(text)
+        except ValueError as error:
+            raise ValueError(f"{name} is a number, got {text!r}.") from error
 
 
 @dataclass(frozen=True)
@@ -89,9 +112,7 @@ class Training:
             "templates": "demo",
             "on_collapse": "record",
         }
-        kinds = {item.name: type(item.default) for item in fields(METHODS[self.row.method][1].args_class)}
-        numbers = {name: int(to) if kinds[name] is int else to for name, to in self.row.changes}
-        return shared | numbers
+        return shared | {name: self.row.value(name, text) for name, text in self.row.changes}
 
     def folder(self, root: Path) -> Path:
         """Named by a hash of every setting and of the model it starts from: a tower is only used again for the same."""

@@ -63,13 +63,13 @@ seed {first}:
     return text
 
 
-_HASHED = {"clip": "start checkpoint", "llava": "LLaVA", "vlm": "VLM"}
+_HASHED = {"clip": "start checkpoint", "llava": "LLaVA", "vlm": "VLM", "asked": "VLM that is asked"}
 
 
 def _vlms(content: Mapping[str, Any]) -> str:
     asked = content["measuring"].get("vlm", "demo-llava")
     through = content.get("vlm", asked)
-    if not content["num_images"]:
+    if content.get("in_place"):
         return f"The tower of `{asked}`, hardened in place"
     return f"Towers swapped into `{asked}`" + (f", hardened for `{through}`" if through != asked else "")
 

@@ -162,10 +162,14 @@ def test_the_command_writes_its_page_and_goes_on_from_what_is_there(tmp_path):
     ("words", "refused"),
     [
         (["--features", "cls"], "no feature 'cls'; there are 'pooled'"),
-        (["--features", "pooled+attack_eps"], "wanted +NAME=VALUE with an argument of Sim-CLIP, got 'attack_eps'"),
-        (["--features", "pooled+radius=1/255"], "got 'radius' in 'pooled+radius=1/255'"),
+        (["--features", "pooled+attack_eps"], "wanted FEATURE+NAME=VALUE, got 'pooled+attack_eps'"),
+        (["--features", "pooled+radius=1/255"], "radius is no argument of Sim-CLIP that a row may set"),
         (["--features", "pooled+attack_steps=0"], "attack_steps must be at least 1"),
         (["--features", "pooled+token_distance=l3"], "token_distance"),
+        (["--features", "pooled+seed=7"], "seed is no argument of Sim-CLIP that a row may set"),
+        (["--features", "pooled+attack_random_start=no"], "attack_random_start is true or false, got 'no'"),
+        (["--features", "pooled+attack_steps=2.5"], "attack_steps is a number, got '2.5'"),
+        (["--asked", "demo-smolvlm"], "only if both see by a CLIP; leave out --asked"),
     ],
 )
 def test_unknown_words_are_refused(recipe, words, refused, monkeypatch, capsys):
@@ -197,16 +201,30 @@ def test_a_tower_of_the_vlms_own_is_hardened_in_place(recipe, feature, tmp_path)
     assert answers.training["eps"] == record["eps"]
 
 
+def test_what_a_row_says_is_of_its_type(recipe):
+    words = {"attack_random_start": "false", "attack_steps": "5", "ema_decay": "0.9", "attack_eps": "16/255"}
+    row = recipe.Row("sim-clip", "pooled", tuple((words | {"token_distance": "cosine"}).items()))
+    said = recipe.Training(row, 0, 1e-3, 1, 2).arguments()
+    assert said["attack_random_start"] is False
+    assert (said["attack_steps"], said["ema_decay"], said["token_distance"]) == (5, 0.9, "cosine")
+    assert said["attack_eps"] == pytest.approx(16 / 255)
+
+
 def test_a_clip_is_hardened_as_a_vlm_reads_it(recipe, tmp_path):
     """Another projector is another training; patch tokens know nothing of it."""
-    for feature, same in (("language_tokens", False), ("patch_tokens", True)):
+    other = tmp_path / "other"
+    shutil.copytree(recipe.folder_of("demo-llava"), other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, other / "model.safetensors")
+    for feature, same in (("patch_tokens", True), ("language_tokens", False)):
         mine = recipe.Training(recipe.Row("sim-clip", feature), 0, 1e-3, 1, 2)
-        other = tmp_path / "other"
-        shutil.copytree(recipe.folder_of("demo-llava"), other, dirs_exist_ok=True)
-        weights = load_file(other / "model.safetensors")
-        save_file({name: value + 1 for name, value in weights.items()}, other / "model.safetensors")
         assert (mine.folder(tmp_path) == replace(mine, vlm=str(other)).folder(tmp_path)) == same
-    assert recipe.harden(mine, tmp_path / "tower")["feature"] == "patch_tokens"
+    assert recipe.harden(mine, tmp_path / "tower")["feature"] == "language_tokens"
+    old, new = (
+        load_file(recipe.demo_checkpoint() / "model.safetensors"),
+        load_file(tmp_path / "tower/model.safetensors"),
+    )
+    assert any(not torch.equal(old[name], new[name].to(old[name])) for name in old)
 
 
 @pytest.mark.parametrize(
