@@ -35,8 +35,9 @@ class AGFTArguments(DriftArguments):
         super().__post_init__()
         for name in ("student_scale", "target_ratio", "label_weight"):
             need_number(self, name)
-        if self.student_scale == 0:
-            raise ValueError("student_scale=0 makes all classes alike; type --student_scale 1.8.")
+        for name, usual in (("student_scale", 1.8), ("target_ratio", 0.4)):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}=0 makes all classes alike; type --{name} {usual}.")
         if self.label_weight > 1:
             raise ValueError(f"label_weight is a share, at most 1, got {self.label_weight:g}.")
 

@@ -34,10 +34,10 @@ class DriftArguments(AdversarialTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("clean_drift_bound", "dual_step_size"):
+        for name, without in {"clean_drift_bound": "no bound on clean drift", "dual_step_size": "the default"}.items():
             need_number(self, name)
             if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be above 0, got 0; leave it out for no bound on clean drift.")
+                raise ValueError(f"{name} must be above 0, got 0; leave it out for {without}.")
 
 
 class DualWeight:

@@ -28,7 +28,10 @@ WHOLE = {
     "gradient_accumulation_steps": 1, "attack_steps": 1, "eval_attack_steps": 1, "lora_r": 1, "lora_alpha": 1,
     "freeze_blocks": 0, "cache_targets_mb": 0,
 }  # fmt: skip
-REAL = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "adam_epsilon")
+REAL = (
+    "learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "adam_epsilon",
+    "lora_dropout", "layer_decay", "ema_decay",
+)  # fmt: skip
 MAY_CHANGE = ("eval_protocol", "eval_attack_steps", "eval_eps", "on_collapse", "matmul_precision", "cache_targets_mb")
 OPTIMISATION = (
     "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "weight_decay", "max_grad_norm",
@@ -232,9 +235,9 @@ def _typed(value: Any) -> str:
 
 
 def need_number(holder: Any, name: str, least: float = 0, *, whole: bool = False) -> None:
-    """Refuse an attribute that is no finite number of at least `least`; None is left alone."""
+    """Refuse an attribute that is no finite number of at least `least`; None is left alone where it is the default."""
     value = getattr(holder, name)
-    if value is None:
+    if value is None and getattr(type(holder), name) is None:
         return
     # True is 1 in Python, and YAML reads `yes` and `on` as True.
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):

@@ -41,7 +41,7 @@ def freeze_first_blocks(encoder: Encoder, count: int) -> None:
 
 def which_layers(text: str) -> tuple[str, int] | None:
     """Read "all" (None), "first:N" or "last:N"; a bare "first" or "last" is that of 1. Else a ValueError."""
-    end, _, count = text.partition(":")
+    end, _, count = str(text).partition(":")  # YAML may hold a number
     if text == "all":
         return None
     if end not in ("first", "last") or not (count or "1").isdecimal() or int(count or 1) == 0 or text.endswith(":"):

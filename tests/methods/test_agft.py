@@ -115,7 +115,12 @@ def test_the_target_carries_no_gradient_and_moves_with_nobody(build):
         ({"label_weight": 1.5}, "label_weight is a share, at most 1, got 1.5"),
         ({"label_weight": -0.1}, "label_weight must be at least 0"),
         ({"target_ratio": float("nan")}, "target_ratio must be finite"),
-        ({"student_scale": 0.0}, "student_scale=0 makes all classes alike"),
+        ({"student_scale": 0.0}, "student_scale=0 makes all classes alike; type --student_scale 1.8"),
+        ({"target_ratio": 0.0}, "target_ratio=0 makes all classes alike; type --target_ratio 0.4"),
+        ({"label_weight": None}, "label_weight must be a number, got None"),
+        ({"student_scale": None}, "student_scale must be a number, got None"),
+        ({"target_ratio": None}, "target_ratio must be a number, got None"),
+        ({"dual_step_size": None}, "dual_step_size must be a number, got None"),
     ],
 )
 def test_refuses_what_has_no_meaning(options, said, tmp_path):

@@ -11,7 +11,7 @@ from hf_robust_vision.methods.drift import DualWeight
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.training.checkpoints import mark_complete
 from hf_robust_vision.training.resume import MORE_STATE
-from tests.training.helpers import largest_gap, make_trainer, weights
+from tests.training.helpers import arguments, largest_gap, make_trainer, weights
 
 
 STRONG = {"learning_rate": 3e-3, "attack_eps": "8/255", "attack_steps": 1, "lr_scheduler_type": "constant"}
@@ -125,6 +125,16 @@ def test_a_resumed_run_is_the_unbroken_one(clip_folder, tmp_path):
     mark_complete(tmp_path / "checkpoint-4", again._settings())
     with pytest.raises(ValueError, match=f"{MORE_STATE} does not hold what this run goes on with .drift_weight."):
         make_trainer(clip_folder, tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "without"), [("clean_drift_bound", "no bound on clean drift"), ("dual_step_size", "the default.$")]
+)
+def test_what_leaving_it_out_means(name, without, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be above 0, got 0; leave it out for {without}"):
+        arguments(tmp_path, **{name: 0.0})
+    usual = arguments(tmp_path)
+    assert (usual.clean_drift_bound, usual.dual_step_size) == (None, 0.1)
 
 
 @pytest.mark.parametrize("name", ["clean_drift_bound", "dual_step_size"])
