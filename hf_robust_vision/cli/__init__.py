@@ -9,6 +9,7 @@ from hf_robust_vision import __version__
 from hf_robust_vision.terminal import Parser, user_errors
 
 from . import (
+    attack,
     convert,
     doctor,
     evaluate,
@@ -30,6 +31,7 @@ VERBS = (
     swap,
     evaluate,
     evaluate_vlm,
+    attack,
     report,
     remeasure,
     interpolate,

@@ -9,10 +9,23 @@ from typing import Any
 from hf_robust_vision.terminal import at_least
 
 
+EPS = ("1/255", "2/255", "4/255")
+
+
 def add(commands: Any) -> None:
     """Its words."""
     parser = commands.add_parser("evaluate", help="clean and robust zero-shot accuracy of a CLIP model, and a report")
     parser.set_defaults(run=run)
+    add_data(parser)
+    add_attack(parser)
+    parser.add_argument("--eps", nargs="+", default=EPS, help=f"radii; default: {' '.join(EPS)}")
+    parser.add_argument("--save_adversarial", action="store_true", help="keep the images of all samples")
+    parser.add_argument("--output_dir", default="outputs/evaluate", help="results are added to what it holds")
+    add_measuring(parser)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The words that name a labelled dataset, for `data`."""
     parser.add_argument("--dataset", help="folder or Hub name; default: the demo")
     parser.add_argument("--config", help="configuration of a Hub dataset")
     parser.add_argument("--split", default="test", help="of the dataset")
@@ -27,19 +40,17 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--max_samples", type=at_least(1), help="seeded subset; default: all")
     parser.add_argument("--skip_corrupt", action="store_true", help="leave out images that can not be decoded")
+
+
+def add_attack(parser: argparse.ArgumentParser) -> None:
+    """The words that say how is attacked, but the radii."""
     parser.add_argument("--protocol", default="robustvlm", help="named attacks; a wrong name lists them")
     parser.add_argument("--steps", type=at_least(1), help="of every attack; default: the protocol's")
     parser.add_argument("--restarts", type=at_least(1), help="of every attack; default: the protocol's")
     parser.add_argument("--queries", type=at_least(1), help="of a black-box attack; default: the protocol's")
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the perturbation")
-    parser.add_argument(
-        "--eps", nargs="+", default=["1/255", "2/255", "4/255"], help="radii; default: 1/255 2/255 4/255"
-    )
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="images attacked at once")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the random starts")
-    parser.add_argument("--save_adversarial", action="store_true", help="keep the images of all samples")
-    parser.add_argument("--output_dir", default="outputs/evaluate", help="results are added to what it holds")
-    add_measuring(parser)
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
@@ -66,12 +77,18 @@ def measuring(args: argparse.Namespace) -> Any:
     return values | {"dtype": getattr(torch, args.dtype), "examples": args.save_examples}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, report."""
-    from hf_robust_vision.pipeline.measure import EvaluationSet, measure_model, protocol_of, report_and_part
+def data(args: argparse.Namespace) -> Any:
+    """What `add_data` read, as an `EvaluationSet`."""
+    from hf_robust_vision.pipeline.measure import EvaluationSet
 
     names = {field.name for field in fields(EvaluationSet)} - {"name", "revision"}
-    data = EvaluationSet(**{name: value for name, value in vars(args).items() if name in names})
-    results = measure_model(args.model, [data], protocol_of(vars(args)), args.output_dir, **measuring(args))
+    return EvaluationSet(**{name: value for name, value in vars(args).items() if name in names})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, report."""
+    from hf_robust_vision.pipeline.measure import measure_model, protocol_of, report_and_part
+
+    results = measure_model(args.model, [data(args)], protocol_of(vars(args)), args.output_dir, **measuring(args))
     report_and_part(results, args.output_dir, args.save_examples)
     return 0

@@ -126,6 +126,7 @@ class Measuring(TypedDict, total=False):
     samples: int | None  # that those checks look at
     surrogate: str | None  # folder or Hub id of the model whose adversarial images they carry over, or "demo-clip"
     corruptions: bool  # measure accuracy on corrupted images, too (`evaluate_corruptions`)
+    progress: bool  # show bars; by default yes
 
 
 def measure_model(
@@ -165,6 +166,7 @@ def measure_model(
         count = len(images) if whole else min(settings.get("examples", 0), len(images))
         kept = {images.ids[place * len(images) // count] for place in range(count)}
         shared: dict[str, Any] = {"model_name": label, "samples_dir": output_dir}
+        shared["progress"] = settings.get("progress", True)
         attacked = evaluate(task, how, save_images=kept, **shared)
         corrupted = []
         if settings.get("corruptions"):
