@@ -20,11 +20,15 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from .base import tensor_sha256
+from .weights import check_weights
 
 
 # What describes a model or its numbers is of the original, and would be untrue of the result.
 _NOT_OURS = ("README.md", "robustness.json", "swap_report.json", "harden_report.json", "training_args.bin")
 _CHUNK = 2**24  # bytes that are read at a time
+_DRAFT = ".writing-"
+_CONFIG = "config.json"
+_NAME = "the encoder"  # in errors
 
 
 @dataclass
@@ -87,6 +91,8 @@ class Origin:
     def save_with(self, encoder: Any, state: Mapping[str, Tensor], folder: Path, **kwargs: Any) -> None:
         """Write the whole VLM with the weights of an encoder, in the precision that its files have.
 
+        A save that is killed leaves what was in the folder, or a folder that does not load; the next one clears it up.
+
         Args:
             encoder: Without its language model.
             state: Its weights under their names in the module.
@@ -94,30 +100,31 @@ class Origin:
             kwargs: For `save_pretrained` of a model in memory.
 
         Raises:
-            ValueError: If a weight has no place in the original files, or one of another shape; then nothing is written.
+            ValueError: If the folder is the original's, or a weight has no place in the original files, one of another
+                shape, or one that it does not fit in as a finite number; then nothing is written.
         """
         if self.whole is not None:
-            own = self.whole.state_dict()
-            with torch.no_grad():
-                for name, value in state.items():
-                    own[name].copy_(value)
+            _fill(self.whole.state_dict(), state)
             self.whole.save_pretrained(folder, **kwargs)
             return
+        source = self.files[0].parent
+        if folder.exists() and folder.samefile(source):
+            raise ValueError(f"{folder} is where the VLM was loaded from, which stays as it is: name another folder.")
         new = revert_weight_conversion(encoder, dict(state))
         if missing := sorted(set(new) - {name for file in self.files for name in _places(file)}):
             raise ValueError(f"{missing[0]} is in none of the weights of {self.name}.")
+        for file in self.files:
+            _check_fit(file, new)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as place:
+        for stale in folder.glob(f"{_DRAFT}*"):  # of a save that was killed
+            shutil.rmtree(stale)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_DRAFT) as place:
             for file in self.files:
                 _write_shard(file, new, Path(place) / file.name)
-            for file in Path(place).iterdir():  # all or none
-                file.replace(folder / file.name)
-        for file in self.files[0].parent.iterdir():
-            beside = (
-                file.is_file() and not file.name.startswith(".") and file.suffix not in (".safetensors", ".bin", ".pt")
-            )
-            if beside and file.name not in _NOT_OURS and not file.name.startswith("samples-"):
-                shutil.copyfile(file, folder / file.name)
+            for file in source.iterdir():
+                if _belongs(file):
+                    shutil.copyfile(file, Path(place) / file.name)
+            _move(Path(place), folder)
 
     def _rest(self, encoder: Any) -> Iterator[str]:
         """Hashes of the weights that are not the encoder's."""
@@ -149,6 +156,26 @@ def _sha256(file: Path, begin: int, end: int) -> str:
     return digest.hexdigest()
 
 
+def _fill(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Write a state into that of a model in memory, unless it does not fit in there as finite numbers."""
+    for name, value in state.items():
+        if own[name].is_floating_point():
+            check_weights({name: value}, _NAME, own[name].dtype)
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def _check_fit(file: Path, new: Mapping[str, Tensor]) -> None:
+    """Refuse those of `new` that have another shape in a file of weights, or are not finite in its dtype."""
+    with safe_open(file, "pt") as content:
+        for name in sorted(new.keys() & _places(file).keys()):
+            old = content.get_tensor(name)
+            if new[name].shape != old.shape:
+                raise ValueError(f"{name} has shape {tuple(new[name].shape)}, in {file} it has {tuple(old.shape)}.")
+            check_weights({name: new[name]}, _NAME, old.dtype)
+
+
 def _write_shard(file: Path, new: Mapping[str, Tensor], target: Path) -> None:
     """A copy of a file of weights with those of `new` in it, in the dtype that they had."""
     shutil.copyfile(file, target)
@@ -156,8 +183,21 @@ def _write_shard(file: Path, new: Mapping[str, Tensor], target: Path) -> None:
         for name, (begin, _) in _places(file).items():
             if name not in new:
                 continue
-            old = content.get_tensor(name)
-            if new[name].shape != old.shape:
-                raise ValueError(f"{name} has shape {tuple(new[name].shape)}, in {file} it has {tuple(old.shape)}.")
+            dtype = content.get_tensor(name).dtype
             copy.seek(begin)
-            copy.write(new[name].detach().to("cpu", old.dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            copy.write(new[name].detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _belongs(file: Path) -> bool:
+    """Whether a file beside the weights is part of the model, and still true of it."""
+    hidden, weights = file.name.startswith("."), file.suffix in (".safetensors", ".bin", ".pt")
+    ours = file.name not in _NOT_OURS and not file.name.startswith("samples-")
+    return file.is_file() and ours and not hidden and not weights
+
+
+def _move(draft: Path, folder: Path) -> None:
+    """Put the files of a draft into their folder, which can be loaded before and after, and not in between."""
+    for name in (_CONFIG, "model.safetensors", "model.safetensors.index.json"):  # what a reader begins with
+        (folder / name).unlink(missing_ok=True)
+    for file in sorted(draft.iterdir(), key=lambda file: file.name == _CONFIG):  # the config is last
+        file.replace(folder / file.name)

@@ -134,6 +134,9 @@ class VLMEncoder:
         """Write the whole VLM as the stock folder of its own class: this tower, and the rest of where it came from.
 
         Of one with an adapter the adapter alone.
+
+        Raises:
+            ValueError: If it is the folder of the original, or a weight is not finite in the precision of its file.
         """
         if has_adapter(self):
             if is_main_process:

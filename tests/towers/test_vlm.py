@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import accelerate
@@ -140,6 +142,28 @@ def train(encoder):
     optimizer.step()
 
 
+def killed(encoder, folder, moved):
+    """Exit status of a process that saves, and is killed when so many files are moved; -1: while it copies a shard."""
+    child = os.fork()
+    if child == 0:
+        replace, left = Path.replace, [moved]
+
+        def counted(self, target):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return replace(self, target)
+
+        Path.replace = counted
+        if moved < 0:
+            graft._write_shard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            encoder.save_pretrained(folder)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 class TestSaving:
     def test_the_projector_trains_if_asked(self):
         encoder = view_vlm(*tiny_vlm("llava"))
@@ -203,7 +227,77 @@ class TestSaving:
         state["model.multi_modal_projector.linear_1.bias"] = torch.zeros(3)
         with pytest.raises(ValueError, match=r"linear_1.bias has shape \(3,\), in .* it has \(48,\)"):
             encoder.save_pretrained(tmp_path / "again", state_dict=state)
-        assert not list((tmp_path / "again").iterdir())
+        assert not (tmp_path / "again").exists()
+
+    @pytest.mark.parametrize(("value", "said"), [(1e6, "overflows in torch.float16"), (float("nan"), "NaN or inf")])
+    def test_a_weight_that_the_file_can_not_hold_writes_nothing(self, value, said, tmp_path):
+        """It would be infinite there, silently."""
+        vlm, processor = tiny_vlm("llava")
+        vlm.half().save_pretrained(tmp_path / "vlm")
+        processor.save_pretrained(tmp_path / "vlm")
+        encoder = load_vlm(str(tmp_path / "vlm"))
+        bias = "model.multi_modal_projector.linear_1.bias"
+        encoder.state_dict()[bias][0] = value
+        with pytest.raises(ValueError, match=rf"multi_modal_projector.linear_1.bias.*{said}|{said}.*linear_1.bias"):
+            encoder.save_pretrained(tmp_path / "again")
+        whole = view_vlm(vlm.float(), processor)
+        vlm.half()
+        with pytest.raises(ValueError, match=rf"linear_1.bias.*{said}|{said}.*linear_1.bias"):
+            whole.save_pretrained(tmp_path / "again", state_dict=encoder.state_dict())
+        assert vlm.state_dict()[bias].isfinite().all()
+        assert not (tmp_path / "again").exists()
+
+    def test_the_folder_it_was_loaded_from_stays(self, tmp_path, monkeypatch):
+        saved("llava", tmp_path / "vlm")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "vlm").iterdir()}
+        encoder = load_vlm(str(tmp_path / "vlm"))
+        train(encoder)
+        monkeypatch.chdir(tmp_path)
+        for name in (tmp_path / "vlm", "vlm", "vlm/../vlm"):
+            with pytest.raises(
+                ValueError, match="is where the VLM was loaded from, which stays as it is: name another"
+            ):
+                encoder.save_pretrained(name)
+        assert before == {path.name: path.read_bytes() for path in (tmp_path / "vlm").iterdir()}
+
+    def test_a_killed_save_is_whole_or_does_not_load(self, tmp_path):
+        """SIGKILL while a shard is copied, and before and after each file is moved, over an older save."""
+        vlm, processor = tiny_vlm("llava")
+        vlm.save_pretrained(tmp_path / "vlm", max_shard_size="200KB")
+        processor.save_pretrained(tmp_path / "vlm")
+        encoder = load_vlm(str(tmp_path / "vlm"))
+        encoder.save_pretrained(tmp_path / "out")
+        old = weights_sha256(encoder)
+        train(encoder)
+        new, loads = weights_sha256(encoder), []
+        files = len(list((tmp_path / "out").iterdir()))
+        assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+        for moved in range(-1, files + 1):
+            folder = shutil.copytree(tmp_path / "out", tmp_path / f"out{moved}")
+            for start in (folder, tmp_path / f"new{moved}"):
+                assert killed(encoder, start, moved) == (-signal.SIGKILL if moved < files else 0)
+                try:
+                    loads.append((moved, start is folder, weights_sha256(load_vlm(str(start)))))
+                except (ValueError, OSError):
+                    assert moved < files
+            assert (len(list(folder.glob(".writing-*"))) == 1) == (moved < files)
+        assert loads == [(-1, True, old), (files, True, new), (files, False, new)]
+        encoder.save_pretrained(folder := tmp_path / "out-1")
+        assert not list(folder.glob(".writing-*"))
+        assert weights_sha256(load_vlm(str(folder))) == new
+
+    def test_an_older_save_of_other_files_is_not_read(self, tmp_path):
+        """transformers would read `model.safetensors` before it looks for shards."""
+        vlm, processor = tiny_vlm("llava")
+        for name, size in (("whole", "1GB"), ("shards", "50KB")):
+            vlm.save_pretrained(tmp_path / name, max_shard_size=size)
+            processor.save_pretrained(tmp_path / name)
+        for updates, name in enumerate(("whole", "shards", "whole")):
+            encoder = load_vlm(str(tmp_path / name))
+            for _ in range(updates):
+                train(encoder)
+            encoder.save_pretrained(tmp_path / "out")
+            assert weights_sha256(load_vlm(str(tmp_path / "out"))) == weights_sha256(encoder)
 
     def test_the_rest_is_hashed_alike_in_files_and_in_memory(self, tmp_path, monkeypatch):
         vlm, processor = saved("llava", tmp_path)
