@@ -18,6 +18,7 @@ from . import (
     harden,
     harden_vlm,
     interpolate,
+    load_check,
     push,
     remeasure,
     report,
@@ -39,6 +40,7 @@ VERBS = (
     export,
     push,
     doctor,
+    load_check,
 )
 
 
