@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -273,6 +273,10 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         if self.average is not None:
             self.average.take(self.model, state)
 
+    def as_measured(self) -> AbstractContextManager[None]:
+        """With the average of the weights, where there is one."""
+        return super().as_measured() if self.average is None else self.average.put_in()
+
     def conclude(self) -> None:
         """What was trained is now the average of the weights, where there is one."""
         if self.average is not None:
@@ -322,7 +326,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         radii = tuple(float(eps) for eps in self.args.eval_eps or [self.args.attack_eps])
         size, seed = self.args.eval_batch_size, self.args.seed
         how = RobustnessProtocol(protocol, radii, self.args.attack_norm, batch_size=size, seed=seed)
-        with nullcontext() if self.average is None else self.average.put_in():
+        with self.as_measured():
             encoder = self.whole_encoder()
             bank, name, loud = (
                 self.text_bank(dataset, encoder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,6 +62,10 @@ class ResumableTrainer(Trainer):
 
     def take_more_state(self, state: dict[str, Tensor]) -> None:
         """Go on with what `more_state` gave."""
+
+    def as_measured(self) -> AbstractContextManager[None]:
+        """With the weights that are to be measured and saved in the place of those that train, where they differ."""
+        return nullcontext()
 
     def conclude(self) -> None:
         """After the last update: make the model what is to be measured and saved; every process must ask."""
@@ -162,6 +167,13 @@ class ResumableTrainer(Trainer):
         else:
             super()._load_best_model()
         self._load_more_state(str(self.state.best_model_checkpoint))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what is measured, of a run that was interrupted too; a checkpoint holds the weights that train."""
+        folder = output_dir if output_dir is not None else str(self.args.output_dir)
+        # Here and not in `_save`: under FSDP the weights are gathered in between.
+        with nullcontext() if is_checkpoint(folder) else self.as_measured():
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))

@@ -58,6 +58,31 @@ def test_the_saved_model_is_the_average(decay, options, clip_folder, tmp_path):
     assert trainer.training_record()["ema_decay"] == decay
 
 
+@pytest.mark.parametrize("options", [{}, {"use_peft": True, "lora_r": 2}], ids=["full", "lora"])
+def test_what_is_saved_of_an_interrupted_run_is_the_average(options, clip_folder, tmp_path):
+    """As its record says; the weights that train stay where they were."""
+
+    class Interrupt(Watch):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    watch = Interrupt()
+    trainer = make_trainer(clip_folder, tmp_path, ema_decay=0.5, callbacks=[watch], **STEPS, **options)
+    found = dict(trainer.model.named_parameters())
+    start = {name: value.detach().clone() for name, value in found.items()}
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    assert trainer.training_record()["ema_decay"] == 0.5
+    with torch.no_grad():
+        assert largest_gap(found, watch.seen[1]) == 0
+        for name, value in average(start, watch.seen, 0.5).items():
+            found[name].copy_(value)
+    saved = CLIPModel.from_pretrained(tmp_path / "model", dtype=torch.float64).state_dict()
+    assert largest_gap(saved, trainer.hardened_encoder().state_dict()) < 1e-12
+
+
 def test_evaluations_are_of_the_average_and_training_goes_on(clip_folder, tmp_path, monkeypatch):
     measured = []
     watch = Watch()
@@ -107,10 +132,11 @@ def test_a_resumed_run_is_the_unbroken_one(options, clip_folder, tmp_path):
 def test_the_best_average_is_loaded_at_the_end(clip_folder, tmp_path):
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "ema_decay": 0.5, "learning_rate": 1e-3}
     settings |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": False}
-    trainer = make_trainer(clip_folder, tmp_path, metric_for_best_model="runtime", **settings)
+    trainer = make_trainer(clip_folder, tmp_path, metric_for_best_model="distance", **settings)
     evaluate = trainer.evaluate
-    trainer.evaluate = lambda *args, **more: evaluate(*args, **more)
+    trainer.evaluate = lambda *args, **more: evaluate(*args, **more) | {"eval_distance": trainer.state.global_step}
     trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
     best = load_file(f"{trainer.state.best_model_checkpoint}/{MORE_STATE}")
     found = dict(trainer.model.named_parameters())
     assert all(torch.equal(found[name.removeprefix(PREFIX)], value) for name, value in best.items())
