@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from hf_robust_vision import __version__
+from hf_robust_vision.cli.harden import METHODS
 
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,10 @@ def test_the_version_stands_in_one_place():
     assert (ROOT / PROJECT["tool"]["hatch"]["version"]["path"]).read_text().count(f'"{__version__}"') == 1
     for name in ("pyproject.toml", "CITATION.cff", "docs/conf.py"):
         assert __version__ not in (ROOT / name).read_text(), name
+
+
+def test_the_keywords_name_every_method():
+    assert set(METHODS) <= {word.lower() for word in PROJECT["project"]["keywords"]}
 
 
 def test_no_dependency_needs_a_newer_python_than_promised():

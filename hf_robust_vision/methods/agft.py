@@ -56,7 +56,8 @@ class AGFTTrainer(DriftTrainer, ClassTrainer):
     Attacker and learner look at the same number, the cross-entropy of `softmax(s cos(phi(x'), T0))` to the target
     `softmax(r s cos(phi0(x), T0))`, with the class embeddings T0 of the original text tower, s the model's own frozen
     scale times `student_scale`, and r the `target_ratio`: sharper than the model's answers the one, softer the other.
-    The text tower does not train. With `clean_drift_bound` (ours) clean images are held to the original. With `label_weight=1` and `student_scale=1` it is TeCoA.
+    The text tower does not train. With `clean_drift_bound` (ours) clean images are held to the original. With
+    `label_weight=1` and `student_scale=1` it is TeCoA.
 
     Deviation: `label_weight` mixes the true label into the target; the paper has none.
 

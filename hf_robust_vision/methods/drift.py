@@ -21,9 +21,10 @@ class DriftArguments(AdversarialTrainingArguments):
     """Arguments of `DriftTrainer`; only the added fields are listed.
 
     Args:
-        clean_drift_bound: How far clean images may drift from the original, relative to its features, see `DualWeight`:
-            the weight of their distance is then found while training. It costs a pass over the clean images where the
-            method makes none.
+        clean_drift_bound: How far clean images may drift from the original on average, relative to its features, see
+            `DualWeight`; it is aimed at, and a short run may end above it. The weight
+            of their distance is then found while training. It costs a pass over the clean images where the method makes
+            none.
         dual_step_size: What that weight gains in an update whose drift is twice the bound.
     """
 
@@ -66,7 +67,7 @@ class DualWeight:
         """Take a step by all images since the last, and return their drift; `total` sums a tensor over the processes.
 
         Raises:
-            ValueError: If the drift is not finite: a weight made of it would look like one.
+            ValueError: If the drift is not finite, since a weight made of it would look like one, or the weight is not.
         """
         # Of sums: the images of an update may lie on any number of processes, and come in any number of parts.
         distance, size = total(torch.stack(self._seen).sum(0))
@@ -74,7 +75,13 @@ class DualWeight:
         drift = float(distance / size)
         if not math.isfinite(drift):
             raise ValueError("the drift of clean images is not finite; type a smaller --learning_rate.")
-        self.weight = max(0.0, self.weight + self.step_size * (drift / self.bound - 1))
+        weight = max(0.0, self.weight + self.step_size * (drift / self.bound - 1))
+        if not math.isfinite(weight):
+            raise ValueError(
+                f"the weight that holds clean_drift_bound={self.bound:g} is not finite; type a larger "
+                "--clean_drift_bound or a smaller --dual_step_size."
+            )
+        self.weight = weight
         return drift
 
 
@@ -116,15 +123,18 @@ class DriftTrainer(AdversarialTrainer):
         self.dual.observe(distance, self.drift_distance(batch.original, nothing))
         return self.dual.weight * distance
 
+    def clean_and_attacked(self, model: Any, batch: Batch, adversarial: Tensor) -> tuple[EncoderOutput, EncoderOutput]:
+        """Features of the clean images and of the adversarial ones."""
+        # One pass through the wrapper: it is faster than two, and under FSDP2 the weights are gathered once.
+        return split_output(self.encode(model, torch.cat([batch.images, adversarial])), len(adversarial))
+
     def attacked_and_anchor(
         self, model: Any, batch: Batch, adversarial: Tensor
     ) -> tuple[EncoderOutput, Tensor | float]:
         """Of a method whose own loss reads adversarial images only: their features, and the mean `anchor` to be added."""
         if not self.holds_clean:
             return self.encode(model, adversarial), 0.0
-        # One pass through the wrapper: it is faster than two, and under FSDP2 the weights are gathered once.
-        both = self.encode(model, torch.cat([batch.images, adversarial]))
-        clean, attacked = split_output(both, len(adversarial))
+        clean, attacked = self.clean_and_attacked(model, batch, adversarial)
         return attacked, self.anchor(clean, batch).mean()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

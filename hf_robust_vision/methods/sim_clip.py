@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from hf_robust_vision.attacks import Objective, cosine_distance, squared_l2
@@ -14,7 +13,6 @@ from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.training.base import Batch
 from hf_robust_vision.training.config import need_number, one_of
 
-from .drift import split_output
 from .features import FeatureArguments, FeatureDistance, FeatureTrainer, detached
 
 
@@ -90,7 +88,7 @@ class SimCLIPTrainer(FeatureTrainer):
 
     @property
     def anchor_weight(self) -> float:
-        """As `FeatureTrainer.anchor_weight`."""
+        """As `DriftTrainer.anchor_weight`."""
         return self.args.anchor_weight if self.args.form == "anchored" else 0.0
 
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
@@ -105,9 +103,7 @@ class SimCLIPTrainer(FeatureTrainer):
         frozen = self.args.form == "frozen"
         if frozen and not self.holds_clean:
             return siamese_loss(self.distance, batch.original, self.features(model, adversarial)).mean()
-        # One pass through the wrapper: it is faster than two, and under FSDP2 the weights are gathered once.
-        both = self.features(model, torch.cat([batch.images, adversarial]))
-        clean, attacked = split_output(both, len(adversarial))
+        clean, attacked = self.clean_and_attacked(model, batch, adversarial)
         loss = siamese_loss(self.distance, batch.original if frozen else clean, attacked)
         if self.holds_clean:  # the clean view alone: the adversarial one is drawn to it, or to the original, already
             loss = loss + self.anchor(clean, batch)

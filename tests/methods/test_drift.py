@@ -38,6 +38,14 @@ def test_dual_ascent_by_hand():
         dual.update()
 
 
+def test_a_weight_that_is_not_finite_is_no_weight():
+    dual = DualWeight(bound=1e-310, weight=0.5, step_size=0.1)
+    dual.observe(torch.tensor([0.1]), torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"weight that holds clean_drift_bound=1e-310 is not finite; type a larger"):
+        dual.update()
+    assert dual.weight == 0.5
+
+
 def test_parts_and_processes_do_not_matter():
     """Of sums, not a mean of means: parts of other sizes give the same drift."""
     distances, sizes = torch.rand(7).double(), torch.rand(7).double() + 1
