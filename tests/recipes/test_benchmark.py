@@ -80,3 +80,14 @@ def test_a_folder_of_random_weights_is_read_with_and_without_its_language_model(
     assert torch.equal(alone(images).language_tokens, whole(images).language_tokens)
     assert whole.origin.whole.lm_head.weight.dtype == torch.bfloat16
     assert {value.dtype for value in whole.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_the_peak_of_a_vlm_in_memory_leaves_out_how_it_was_read(recipe, tmp_path):
+    """The mapped file and its copy together are no memory that a user needs."""
+    benchmark, (vlm, processor) = recipe("benchmark_vlm"), tiny_vlm("smolvlm")
+    benchmark.write_random(type(vlm), vlm.config, processor, tmp_path)
+    torch.ones(2**27)  # half a GiB, and gone
+    above = benchmark.peak()
+    benchmark.loaded(str(tmp_path), True)
+    assert benchmark.peak() < above - 0.2
