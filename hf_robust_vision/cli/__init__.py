@@ -1,4 +1,4 @@
-"""`hf-robust-vision`: measure, report, harden, interpolate, convert, export and publish from the command line."""
+"""`hf-robust-vision`: measure, compare, attack, harden, swap, convert and publish vision towers from the command line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hf_robust_vision.terminal import Parser, user_errors
 
 from . import (
     attack,
+    compare,
     convert,
     doctor,
     evaluate,
@@ -33,6 +34,7 @@ VERBS = (
     evaluate,
     evaluate_vlm,
     attack,
+    compare,
     report,
     remeasure,
     interpolate,

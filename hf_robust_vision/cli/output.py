@@ -33,8 +33,11 @@ def working(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def answer_with_report(args: argparse.Namespace, results: Any, examples: int) -> None:
-    """Print what was measured and write its report into `--output_dir`, in the first process; then part."""
+def answer_with_report(args: argparse.Namespace, results: Any, examples: int, text: Any = None) -> None:
+    """Print what was measured and write its report into `--output_dir`, in the first process; then part.
+
+    `text` says the results in words, by default `results_text`.
+    """
     from hf_robust_vision.processes import part, rank_and_world
     from hf_robust_vision.report.page import write_report
     from hf_robust_vision.report.tables import results_text
@@ -43,5 +46,5 @@ def answer_with_report(args: argparse.Namespace, results: Any, examples: int) ->
     if rank_and_world()[0] == 0:
         pages = [str(page) for page in write_report([args.output_dir], args.output_dir, examples=examples)]
         values = {"schema": 1, "results": [result.to_dict() for result in results], "pages": pages}
-        answer(args, values, "\n".join([results_text(results), *pages]))
+        answer(args, values, "\n".join([(text or results_text)(results), *pages]))
     part()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from transformers import AutoConfig
 from typing_extensions import Unpack
 
 from hf_robust_vision.attacks import get_protocol
@@ -31,6 +32,7 @@ from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import Encoder, load_encoder
 from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import make_text_bank
+from hf_robust_vision.towers.weights import local_or_hub
 from hf_robust_vision.training.config import Radius
 
 from .estimate import say_cost
@@ -216,6 +218,16 @@ def load_model(
         raise ValueError(f"{model} has no text tower to classify with; name the whole CLIPModel.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return encoder.to(device), load_tokenizer(folder, revision=revision)
+
+
+def check_model(model: str) -> None:
+    """Refuse a name that is no model's, by a look at its config alone."""
+    try:
+        AutoConfig.from_pretrained(local_or_hub(shipped(model)))
+    except OSError as error:
+        raise ValueError(
+            f"{model} is neither a model folder nor a model of the Hub that can be read: {error}"
+        ) from error
 
 
 def read_model(model: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Encoder, str]:

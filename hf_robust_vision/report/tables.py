@@ -90,6 +90,15 @@ def results_text(results: Sequence[RobustnessResult]) -> str:
     )
 
 
+def models_text(results: Sequence[RobustnessResult]) -> str:
+    """Clean and robust accuracy of models that were measured alike, one line a model, for a terminal."""
+    radii = list(dict.fromkeys(pretty_eps(row) for row in results))
+    lines: dict[str, list[Any]] = {}
+    for row in results:
+        lines.setdefault(row.model, [row.model, point(row, "clean")]).append(point(row, "robust"))
+    return text_table(("model", "clean", *radii), list(lines.values()))
+
+
 def comparison_text(results: Sequence[RobustnessResult]) -> str:
     """Clean and robust accuracy before and after, one line a radius, for a terminal."""
     before, after = ([row for row in results if row.model == model] for model in ("before", "after"))
