@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 
@@ -23,14 +23,27 @@ def answer(args: argparse.Namespace, values: Any, text: str) -> None:
 @contextmanager
 def working(args: argparse.Namespace) -> Iterator[None]:
     """While a verb works: bars only where a person looks, and nothing beside the answer where JSON is wanted."""
-    if not sys.stderr.isatty():
-        import datasets
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-    with redirect_stdout(sys.stderr if args.json else sys.stdout):
+    bars = nullcontext() if sys.stderr.isatty() else _no_bars()
+    with bars, redirect_stdout(sys.stderr if args.json else sys.stdout):
         yield
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars of datasets and transformers; afterwards as it was, for a verb may run inside a notebook."""
+    import datasets
+    from transformers.utils import logging
+
+    shown = not datasets.utils.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown[0]:
+            datasets.enable_progress_bars()
+        if shown[1]:
+            logging.enable_progress_bar()
 
 
 def answer_with_report(args: argparse.Namespace, results: Any, examples: int, text: Any = None) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, LlavaForConditionalGeneration
+from transformers.utils import logging
 
 from hf_robust_vision.cli import main
 from hf_robust_vision.data.demo import demo_checkpoint
@@ -53,3 +55,11 @@ def test_a_tower_that_no_gradient_leaves_is_refused(clip_folder, tmp_path):
     )
     with pytest.raises(ValueError, match=r"0 everywhere|no gradient reaches"):
         check_load(folder)
+
+
+def test_bars_are_afterwards_as_they_were(clip_folder, capsys):
+    logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+    main(["load-check", str(clip_folder), "--json"])
+    assert logging.is_progress_bar_enabled()
+    assert not datasets.utils.are_progress_bars_disabled()
