@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from .evaluate import add_attack, add_data, data
+from .evaluate import add_attack, add_data, add_loading, add_named, data
 from .output import add_json, answer, working
 
 
@@ -20,10 +20,8 @@ def add(commands: Any) -> None:
     add_data(parser)
     add_attack(parser)
     parser.add_argument("--eps", default="4/255", help="radius of the perturbation")
-    parser.add_argument("--name", help="what the record calls the model; default: its id or folder")
-    parser.add_argument("--revision", help="branch, tag or commit of the model")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
+    add_named(parser)
+    add_loading(parser)
     parser.add_argument("--output_dir", default="outputs/attack", help="where the images and attack.json go")
     add_json(parser)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_robust_vision.terminal import at_least
 
-from .evaluate import EPS, add_attack, add_data, data
+from .evaluate import EPS, add_attack, add_data, add_loading, data
 from .output import add_json, answer_with_report, working
 
 
@@ -23,8 +23,7 @@ def add(commands: Any) -> None:
     add_data(parser)
     add_attack(parser)
     parser.add_argument("--eps", nargs="+", default=EPS, help=f"radii; default: {' '.join(EPS)}")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the models")
+    add_loading(parser)
     parser.add_argument("--save_examples", type=at_least(0), default=4, metavar="N", help="images kept to show")
     parser.add_argument("--output_dir", default="outputs/compare", help="results are added to what it holds")
     add_json(parser)

@@ -53,13 +53,23 @@ def add_attack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the random starts")
 
 
+def add_named(parser: argparse.ArgumentParser) -> None:
+    """The words that say what a model is called, and which of its versions is meant."""
+    parser.add_argument("--name", help="what results call the model; default: its id or folder")
+    parser.add_argument("--revision", help="branch, tag or commit of the model")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """The words that say where a model runs, and in what."""
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
+
+
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """The words that do not depend on the data: `recipes/evaluate.py` has them, too."""
     parser.add_argument("model", help='folder or Hub id of a CLIPModel, or "demo-clip"')
-    parser.add_argument("--name", help="what results call the model; default: its id or folder")
-    parser.add_argument("--revision", help="branch, tag or commit of the model")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
+    add_named(parser)
+    add_loading(parser)
     parser.add_argument("--save_examples", type=at_least(0), default=4, metavar="N", help="images kept to show")
     parser.add_argument("--sanity", action="store_true", help="check the numbers for gradient masking")
     parser.add_argument("--samples", type=at_least(1), metavar="N", help="of the sanity checks; default: 100")

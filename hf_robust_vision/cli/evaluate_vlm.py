@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_robust_vision.terminal import at_least
 
+from .evaluate import add_loading, add_named
 from .output import add_json, answer_with_report, working
 
 
@@ -30,10 +31,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--restarts", type=at_least(1), default=2, help="random starts of each loss")
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="images attacked at once")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the random starts")
-    parser.add_argument("--name", help="what results call the model; default: its id or folder")
-    parser.add_argument("--revision", help="branch, tag or commit of the model")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
+    add_named(parser)
+    add_loading(parser)
     parser.add_argument("--save_examples", type=at_least(0), default=4, metavar="N", help="images kept to show")
     parser.add_argument("--output_dir", default="outputs/evaluate-vlm", help="results are added to what it holds")
     add_json(parser)

@@ -163,3 +163,11 @@ def test_a_folder_by_transformers_alone(clip_folder, tmp_path):
     wanted = CLIPModel.from_pretrained(clip_folder).state_dict()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert type(CLIPProcessor.from_pretrained(folder)) is CLIPProcessor
+
+
+def test_the_verb_knows_the_shipped_models(tmp_path):
+    assert (
+        main(["interpolate", "demo-clip", "demo-clip", "--weight", "0.5", "--output_dir", str(tmp_path / "mixed")])
+        == 0
+    )
+    assert (tmp_path / "mixed" / "model.safetensors").is_file()
