@@ -6,11 +6,12 @@
         --features pooled,patch_tokens,language_tokens,language_tokens+attack_eps=16/255+attack_step_size=10/255
 
 All towers share the demo's images, the updates, the steps of the attack and the seeds, and differ in the features that
-the distance is taken at; a feature may be followed by other arguments of the trainer, each as +NAME=VALUE. A CLIP tower is swapped into the VLM, a tower of the VLM's own is hardened in place. The colour and shape questions are then
-attacked through the whole model, or through that of `--asked`, another VLM that a CLIP tower fits.
+the distance is taken at; a feature may be followed by other arguments of the trainer, each as +NAME=VALUE. A CLIP tower
+is swapped into the VLM, a tower of the VLM's own is hardened in place. The colour and shape questions are then attacked
+through the whole model, or through that of `--asked`, another VLM that a CLIP tower fits.
 The learning rate of each feature is chosen on validation questions with the first seed; test questions are asked once of
 each tower. What is trained or measured already is read back from its folder, so an interrupted command goes on when
-repeated. Nothing else writes `docs/results/towers.json` and `towers.md`.
+repeated. Nothing else writes `docs/results/NAME.json` and `NAME.md`.
 """
 
 from __future__ import annotations
