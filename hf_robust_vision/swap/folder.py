@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoProcessor
 
 from hf_robust_vision.towers.load import load_named
+from hf_robust_vision.towers.weights import need_free
 
 from .report import SwapReport
 from .swap import swap_vision_encoder
@@ -31,9 +32,7 @@ def swap_folder(
         ValueError: If `output_dir` holds anything, the VLM can not be read whole, or as `swap_vision_encoder`. Nothing
             is written then.
     """
-    folder = Path(output_dir)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; name another --output_dir.")
+    folder = need_free(output_dir)
     model = load_named(vlm, revision=revision, dtype="auto")
     processor = AutoProcessor.from_pretrained(str(vlm), revision=revision)
     report = swap_vision_encoder(model, source, processor=processor, **settings)

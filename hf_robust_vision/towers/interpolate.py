@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from .load import Encoder, load_encoder
 from .vlm import VLMEncoder
-from .weights import check_weights
+from .weights import check_weights, need_free
 
 
 _NOT_THE_NETWORK = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -58,9 +58,7 @@ def interpolate(original: str | Path, hardened: str | Path, output_dir: str | Pa
         ValueError: As `interpolate_encoders`, if a model can not be read whole, or `output_dir` holds anything. Nothing
             is written then.
     """
-    folder = Path(output_dir)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; name another --output_dir.")
+    folder = need_free(output_dir)
     first, last = (load_encoder(name, dtype="auto") for name in (original, hardened))
     _need_alike(first, last)
     if isinstance(last, VLMEncoder) and first.origin.rest_sha256(first) != last.origin.rest_sha256(last):

@@ -172,3 +172,11 @@ def _is_torchscript(path: Path) -> bool:
             return any(name.endswith("constants.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, ValueError):  # no archive, or a damaged one, which its reader tells
         return False
+
+
+def need_free(folder: str | Path) -> Path:
+    """The folder that a model is to be written into, if it is not there or empty; else a `ValueError`."""
+    path = Path(folder)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"{path} is there already; name another --output_dir.")
+    return path
