@@ -13,6 +13,7 @@ from typing import Any
 
 from comparison import difference, spread
 
+from hf_robust_vision.evaluation.results import eps_text
 from hf_robust_vision.files import write_atomically
 from hf_robust_vision.report.escape import Verbatim
 from hf_robust_vision.report.tables import markdown_table
@@ -40,7 +41,8 @@ Written by `recipes/research/compare_towers.py`; do not edit. The numbers lie in
 - Data: the demo. {_vlms(content)}; mean ± standard deviation over the seeds
   ({", ".join(map(str, content["seeds"]))}), in percent.
 - Fine-tuning: {training["max_steps"]} updates of {training["per_device_train_batch_size"]} images, attack of
-  {training["attack_steps"]} steps at 8/255; AdamW at the rate of the table, {training["lr_scheduler_type"]} schedule.
+  {training["attack_steps"]} steps at {eps_text(training["attack_eps"], "linf")}, but for what a row names; AdamW at the rate of the table,
+  {training["lr_scheduler_type"]} schedule.
 - Answers: {content["num_questions"]} colour and shape questions on {how.get("split", "test")} images. PGD-{how["attack_steps"]} through the whole
   VLM on the answer's loss and on its margin, random starts each: {how["restarts"]}; worst case per question.
 {_clip_alone(content)}- CPU s: of the fine-tuning, one thread.
