@@ -7,9 +7,10 @@
 # ///
 """Attack a LLaVA, swap in a hardened vision tower, attack it again.
 
-The demo, offline, with the tower that `recipes/sim_clip.py` left behind:
+The demo, offline: the CLIP hardened at what the LLaVA's language model reads, then this page's swap:
 
-    python recipes/swap_llava.py --tower outputs/sim-clip-demo
+    accelerate launch recipes/sim_clip.py --config sim_clip_demo_llava
+    python recipes/swap_llava.py --eps 8/255 16/255
 
 It prints one table (answer accuracy clean and attacked, before and after; feature drift), and saves a stock VLM folder
 with `swap_report.json`, `robustness.json` and a picture of one image, its perturbation and the answers: of the first
@@ -160,7 +161,7 @@ def main() -> None:
     run_alone("swap_llava.py")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vlm", default=str(demo_checkpoint("demo-llava")), help="Folder or Hub id of the VLM.")
-    parser.add_argument("--tower", default="outputs/sim-clip-demo", help="Folder or Hub id of the hardened CLIP.")
+    parser.add_argument("--tower", default="outputs/sim-clip-demo-llava", help="Folder or Hub id of the hardened CLIP.")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/swap-llava"))
     parser.add_argument("--eps", type=Radius, nargs="+", default=[Radius("8/255")])

@@ -13,6 +13,7 @@ from transformers import AutoProcessor, set_seed
 
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.data.demo import shipped
 from hf_robust_vision.evaluation.engine import evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results, tracked_metrics
 from hf_robust_vision.evaluation.task import RobustnessProtocol
@@ -122,7 +123,7 @@ def _let_read(encoder: Encoder, options: PipelineArguments, args: AdversarialTra
     """Give an encoder the VLM that is to read it, where the loss looks at what that reads."""
     looks = "language_tokens" in FEATURES[getattr(args, "feature", "pooled")]
     if options.vlm is not None and looks:
-        encoder.read_by(LanguageReader(options.vlm))
+        encoder.read_by(LanguageReader(shipped(options.vlm)))
     elif looks:
         raise ValueError("feature language_tokens is what the language model of a VLM reads: name it, --vlm NAME.")
     elif options.vlm is not None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from hf_robust_vision.attacks import StartNoise, make_ball, pgd
 from hf_robust_vision.data.datasets import LabelledImages, StreamedImages
-from hf_robust_vision.data.demo import DEMO_NAME, demo_checkpoint, load_demo, refuse_ignored
+from hf_robust_vision.data.demo import DEMO_NAME, load_demo, refuse_ignored, shipped
 from hf_robust_vision.data.demo_questions import load_questions
 from hf_robust_vision.data.sources import ImageSource, load_labelled_images, stream_images
 from hf_robust_vision.data.splits import without_corrupt
@@ -183,7 +183,7 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
         torch.set_num_threads(options.cpu_threads or max(usable_cores() // args.world_size, 1))
     _check_push(args, asked)
     announce(args)
-    output, name = Path(args.output_dir), options.model_name_or_path or str(demo_checkpoint("demo-llava"))
+    output, name = Path(args.output_dir), shipped(options.model_name_or_path or "demo-llava")
     reads = (options.model_name_or_path, options.dataset_name)
     resume = check_folder(output, args.resume_from_checkpoint, overwrite=options.overwrite, reads=reads)
     set_seed(args.seed)
