@@ -7,7 +7,7 @@
 # ///
 """Attack a LLaVA, swap in a hardened vision tower, attack it again.
 
-The demo, offline: the CLIP hardened at what the LLaVA's language model reads, then this page's swap:
+The demo, offline: the CLIP hardened at what the LLaVA's language model reads, then the swap:
 
     accelerate launch recipes/sim_clip.py --config sim_clip_demo_llava
     python recipes/swap_llava.py --eps 8/255 16/255
