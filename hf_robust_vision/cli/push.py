@@ -11,10 +11,12 @@ from hf_robust_vision.terminal import at_least
 
 def add(commands: Any) -> None:
     """Its words."""
-    push = commands.add_parser("push", help="publish a measured model folder on the Hub, with its card and numbers")
+    push = commands.add_parser(
+        "push", help="publish a measured model, or adversarial images, on the Hub, with card and numbers"
+    )
     push.set_defaults(run=run)
     push.add_argument(
-        "folder", help="what a recipe wrote, or a model with the results of `evaluate --output_dir` in it"
+        "folder", help="what `harden` or `attack` wrote, or a model with the results of `evaluate --output_dir` in it"
     )
     push.add_argument("repo_id", help="owner/name; the token is that of `hf auth login` or HF_TOKEN")
     push.add_argument("--what", choices=("model", "tower", "adapter"), help="default: what the folder holds")
@@ -23,7 +25,8 @@ def add(commands: Any) -> None:
     push.add_argument("--commit_message")
     push.add_argument("--create_pr", action="store_true", help="open a pull request")
     push.add_argument("--base_model", help="Hub id of the original")
-    push.add_argument("--license", help="for the card, e.g. apache-2.0")
+    push.add_argument("--license", help="e.g. apache-2.0; default: what the card says, then what the original's says")
+    push.add_argument("--collection", metavar="TITLE", help="collection of yours to add it to, made if there is none")
     push.add_argument("--dry_run", action="store_true", help="check everything, upload nothing")
     push.add_argument("--verify", action="store_true", help="download it again, compare every byte, measure again")
     push.add_argument("--verify_samples", type=at_least(1), default=32, help="how many samples to measure again")
@@ -33,23 +36,27 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Publish; a model that was measured and has no card yet gets one first."""
+    from hf_robust_vision.hub.adversarial import RECORD_NAME
     from hf_robust_vision.hub.push import push_robust_encoder
+    from hf_robust_vision.hub.push_images import push_images
     from hf_robust_vision.processes import check_device
 
     check_device(args.device)
     folder = Path(args.folder)
-    if (folder / "robustness.json").is_file() and not (folder / "README.md").exists():
+    measured = (folder / "robustness.json").is_file() and not (folder / RECORD_NAME).is_file()
+    if measured and not (folder / "README.md").exists():
         print(f"wrote {_write_card(folder, args)}")
     settings = {
         name: value for name, value in vars(args).items() if name not in ("command", "run", "folder", "repo_id")
     }
-    print(push_robust_encoder(folder, args.repo_id, **settings))
+    push = push_images if (folder / RECORD_NAME).is_file() else push_robust_encoder
+    print(push(folder, args.repo_id, **settings))
     return 0
 
 
 def _write_card(folder: Path, args: argparse.Namespace) -> Path:
     from hf_robust_vision.evaluation.results import load_results
-    from hf_robust_vision.hub.card import write_card
+    from hf_robust_vision.pipeline.card import describe
 
-    settings = {"base_model": args.base_model, "license": args.license}
-    return write_card(folder, load_results(folder), model_name=args.repo_id.split("/")[-1], **settings)
+    settings = {"model_name": args.repo_id.split("/")[-1], "license": args.license}
+    return describe(folder, load_results(folder), args.base_model, **settings)

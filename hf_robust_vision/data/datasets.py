@@ -25,6 +25,7 @@ class _Labelled:
     """What datasets and streams of labelled images share."""
 
     new_labels: Mapping[int, int] | None = None  # of the rows' labels; -1 for any other
+    hub_id: str | None = None  # owner/name of a data set of the Hub
 
     def __init__(
         self,

@@ -57,6 +57,8 @@ def load_labelled_images(
     source = source if isinstance(source, ImageSource) else ImageSource(source)
     rows, places = _open(source, split, only_split=only_split)
     images = LabelledImages(rows, transform=transform, **_described(source, split, rows))
+    if not Path(source.path).exists() and str(source.path).count("/") == 1:
+        images.hub_id = str(source.path)
     images = images if places is None else images.select(places)
     images.check_labels()
     return images

@@ -95,7 +95,7 @@ def evaluate(task: Task, how: RobustnessProtocol, **settings: Unpack[RunSettings
     records = store.gather(task.ids)
     by_level = [[records[sample][place] for sample in task.ids] for place in range(len(levels))]
     shared: dict[str, Any] = {
-        **{name: getattr(task, name) for name in ("task", "dataset", "split", "group")},
+        **{name: getattr(task, name) for name in ("task", "dataset", "dataset_id", "split", "group")},
         "model": model_name,
         "model_sha256": about["weights"],
         "protocol": how.protocol.name,

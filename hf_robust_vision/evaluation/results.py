@@ -74,6 +74,7 @@ class RobustnessResult:
     eps: float
     norm: str
     attacks: list[dict[str, Any]]
+    dataset_id: str | None = None  # owner/name of a data set of the Hub, whatever `dataset` calls it
     severity: int | None = None
     metric: str = "accuracy"
     group: str = "all"

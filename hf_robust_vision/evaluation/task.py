@@ -128,6 +128,7 @@ class Task(ABC):
     model: nn.Module
     ids: Sequence[SampleId]
     dataset: str
+    dataset_id: str | None = None  # of the Hub
     split: str
 
     @property

@@ -9,15 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import CardData, DatasetCard, EvalResult, ModelCard, ModelCardData
 
+from hf_robust_vision.data.demo import DEMO_MODELS
 from hf_robust_vision.evaluation.consistency import check_attacked, check_results
 from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.files import write_atomically
 from hf_robust_vision.report import protocol
-from hf_robust_vision.report.tables import point, training_settings
+from hf_robust_vision.report.curve import axes_of
+from hf_robust_vision.report.tables import counted, percent, point, training_settings
 from hf_robust_vision.report.templates import template
 
+from .eval_files import eval_files
 from .usage import usage_block
 
 
@@ -55,7 +59,7 @@ class CardSettings:
     dataset: str | None = None  # Hub id of the fine-tuning data; None where it is not on the Hub
     tags: Sequence[str] = ()  # more of them, such as the method
     picture: str | None = None  # file name of the curve beside the card
-    license: str | None = None  # such as "apache-2.0" or "mit"
+    license: str | None = None  # such as "apache-2.0" or "mit"; see `license_of`
     paper: str | None = None  # arXiv number of the method
 
 
@@ -87,6 +91,8 @@ def make_card(results: Sequence[RobustnessResult], **settings: Any) -> ModelCard
         about=about,
         tuned="vision tower was" if one_tower else "vision and text towers were",
         method=training.get("method", "an unknown method"),
+        headline=headline(results),
+        axes=axes_of(after[0]),
         usage=usage_block(kind, ".", after[0], about.base_model, family or ""),
         rows=[_row(result, results[0]) for result in results],
         tables=[protocol.Table(rows) for rows in protocol.grouped(((one.model, one), one) for one in after)],
@@ -113,13 +119,34 @@ def is_hub_id(name: str) -> bool:
 
 
 def write_card(folder: str | Path, results: Sequence[RobustnessResult], **settings: Any) -> Path:
-    """Write `README.md` into a model folder, as `make_card`; its samples files must say what the results say."""
+    """Write `README.md` into a model folder, as `make_card`, and `.eval_results/` where data sets are on the Hub.
+
+    The samples files of the folder must say what the results say.
+    """
     check_results(results, folder)
     path, config = Path(folder) / "README.md", Path(folder) / "config.json"
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "siglip":
         settings["model_class"] = "SiglipModel"
     write_atomically(path, str(make_card(results, **settings)))
+    for place, content in eval_files(hardened(results)).items():
+        write_atomically(Path(folder) / place, content.decode())
     return path
+
+
+def license_of(name: str | Path, kind: str = "model") -> str | None:
+    """The licence that the card of a "model" or "dataset" states, which what is made from it inherits; None if it does not.
+
+    What is on the Hub is asked there, or in the cache where `HF_HUB_OFFLINE` is set.
+    """
+    if str(name) in DEMO_MODELS and not Path(name).is_dir():
+        return "apache-2.0"
+    card = Path(name) / "README.md" if Path(name).is_dir() else name
+    reader: Any = {"model": ModelCard, "dataset": DatasetCard}[kind]
+    try:
+        stated = reader.load(card, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no card, no line, or no metadata in it
+        return None
+    return stated if isinstance(stated, str) else None
 
 
 def eval_results(results: Sequence[RobustnessResult]) -> list[EvalResult]:
@@ -154,6 +181,30 @@ def _index_row(result: RobustnessResult, kind: str, name: str, attack: dict[str,
         metric_value=getattr(result, accuracy),
         metric_args=attack | size,
     )
+
+
+def headline(results: Sequence[RobustnessResult]) -> str:
+    """The one line of numbers that a reader takes away: clean, and at the largest radius of the first data."""
+    first, rows = hardened(results)[0], like_the_first(results)
+
+    def told(rows: Sequence[RobustnessResult]) -> str:
+        worst = max(rows, key=lambda row: row.level)
+        return f"{percent(worst.clean_accuracy)} clean, {percent(worst.robust_accuracy)} at {worst.threat}"
+
+    what = axes_of(first)[1].removesuffix(", %")
+    data = f"{first.dataset} ({first.split}, {counted(first.num_samples, 'sample')})"
+    text = f"On {data}, {what}: {told(hardened(rows))}."
+    before = [row for row in rows if row.model == "before"]
+    return f"{text} The original: {told(before)}." if before else text
+
+
+def like_the_first(results: Sequence[RobustnessResult]) -> list[RobustnessResult]:
+    """The results of the first data and protocol that the hardened model was measured on, at all radii."""
+
+    def way(row: RobustnessResult) -> tuple[Any, ...]:
+        return row.task, row.metric, row.dataset, row.split, row.group, row.protocol, row.norm
+
+    return [row for row in results if way(row) == way(hardened(results)[0])]
 
 
 def _row(result: RobustnessResult, first: RobustnessResult) -> list[Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from filecmp import cmp
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import (
     CommitInfo,
@@ -25,9 +25,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForImageTextToText
 
+from .card import license_of
 from .load import load_robust_encoder
 from .release import CARD, REPLACED, Release, prepare_release
 from .repeat import Repeat
+
+
+MAX_TITLE, MAX_NOTE = 59, 500  # characters that the Hub takes of a collection
 
 
 class PushError(OSError):
@@ -47,13 +51,19 @@ class PushReport:
     files: tuple[str, ...]  # paths in the repository
     commit: str | None = None  # None for a dry run
     url: str | None = None  # of the commit, or of the pull request
+    license: str | None = None
+    collection: str | None = None  # URL of the collection that it was added to
     repeat: Repeat | None = None  # made on what was downloaded; None where none was asked for or possible
 
     def __str__(self) -> str:
+        unlicensed = [] if self.license else ["it states no licence; name one: --license mit"]
         if self.commit is None:
-            return "\n".join([f"would push the {self.kind} to {self.repo_id}:", *(f"  {name}" for name in self.files)])
+            lines = [f"would push the {self.kind} to {self.repo_id}:", *(f"  {name}" for name in self.files)]
+            return "\n".join(lines + unlicensed)
         lines = [f"pushed the {self.kind} to {self.repo_id}: {len(self.files)} files in one commit, {self.url}"]
-        return "\n".join([*lines, f"downloaded again: {self.repeat}"] if self.repeat else lines)
+        lines += [f"downloaded again: {self.repeat}"] if self.repeat else []
+        lines += [f"added to {self.collection}"] if self.collection else []
+        return "\n".join(lines + unlicensed)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class PushSettings:
     token: str | None = None  # by default the one of `hf auth login` or HF_TOKEN
     create_pr: bool = False  # open a pull request instead
     base_model: str | None = None  # Hub id of the original, where card or adapter name a local folder
-    license: str | None = None  # for the card, such as "apache-2.0"
+    license: str | None = None  # such as "apache-2.0"; by default what the card says, then what the original's says
+    collection: str | None = None  # title of a collection of yours to add it to, made if there is none
     dry_run: bool = False  # check everything that can be checked offline, and upload nothing
     verify: bool = False  # download what was pushed, compare every byte, load it, and measure it again
     verify_samples: int | None = 32  # how many of the recorded samples; None for all
@@ -78,10 +89,13 @@ class PushSettings:
         if self.create_pr and self.revision not in (None, "main"):
             wrong = f"revision={self.revision!r}"
             raise ValueError(f"a pull request goes to the main branch, not to {wrong}; leave one out.")
+        if self.collection is not None and not 1 <= len(self.collection) <= MAX_TITLE:
+            said = f"1 to {MAX_TITLE} characters, got {len(self.collection)}"
+            raise ValueError(f"collection: the Hub wants a title of {said}.")
 
     def command(self, folder: str | Path, repo_id: str) -> str:
         """The line that does it again."""
-        flags = ["what", "revision", "base_model", "license"]
+        flags = ["what", "revision", "base_model", "license", "collection"]
         words = [word for name in flags if (value := getattr(self, name)) is not None for word in (f"--{name}", value)]
         words += [f"--{name}" for name in ("private", "create_pr") if getattr(self, name)]
         return shlex.join(["hf-robust-vision", "push", str(folder), repo_id, *words])
@@ -101,63 +115,119 @@ def push_robust_encoder(folder: str | Path, repo_id: str, **settings: Any) -> Pu
     """
     how = PushSettings(**settings)
     if how.dry_run:
-        _check_id(repo_id)
+        check_id(repo_id)
     else:
         check_target(repo_id, how.token)
     release = prepare_release(folder, how.what, base_model=how.base_model, license=how.license)
     names = tuple(sorted([*release.files, CARD]))
     if how.dry_run:
-        return PushReport(repo_id, release.kind, names)
-    try:
-        repo, info = _upload(release, repo_id, how)
-    except Exception as error:  # the client raises its own, its HTTP library's, OSError, RuntimeError and ValueError
-        raise PushError(
-            f"the push of {folder} to {repo_id} did not go through: {_reason(error)} Nothing is lost: {folder} is as it "
-            f"was, and a commit arrives whole or not at all. To repeat it: {how.command(folder, repo_id)}"
-        ) from error
+        return PushReport(repo_id, release.kind, names, license=release.license)
+    if release.license is None and release.base_model is not None:
+        release.card.data["license"] = license_of(release.base_model)
+    message = f"Robust {'VLM' if release.kind == 'vlm' else f'CLIP {release.kind}'} with its measurements"
+    repo, info = send(folder, repo_id, how, release.contents, message)
     repeat = _verify(release, repo, info, how) if how.verify else None
-    return PushReport(repo, release.kind, names, info.oid, info.pr_url or info.commit_url, repeat)
+    collection = collect(folder, repo, how, release.headline)
+    done = (info.oid, info.pr_url or info.commit_url, release.license, collection, repeat)
+    return PushReport(repo, release.kind, names, *done)
 
 
 def check_target(repo_id: str, token: str | None = None) -> None:
     """Refuse what can not be pushed to, without asking the Hub: good to know before a training of hours."""
-    _check_id(repo_id)
+    check_id(repo_id)
     if constants.HF_HUB_OFFLINE:
         raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it.")
     if token is None and get_token() is None:
         raise ValueError("there is no token to push with: type `hf auth login`, or set HF_TOKEN.")
 
 
-def _check_id(repo_id: str) -> None:
+def check_id(repo_id: str) -> None:
+    """Refuse what is no id of a repository."""
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
         raise ValueError(f"{repo_id!r} is no id of a repository, wanted owner/name: {error}") from error
 
 
-def _upload(release: Release, repo_id: str, how: PushSettings) -> tuple[str, CommitInfo]:
+def send(
+    folder: str | Path,
+    repo_id: str,
+    how: PushSettings,
+    contents: Callable[[str], Mapping[str, Path | bytes]],
+    message: str,
+    *,
+    repo_type: str = "model",
+    replaced: Sequence[str] = REPLACED,
+) -> tuple[str, CommitInfo]:
+    """Upload files in one commit, which deletes what an earlier push left of the `replaced` patterns.
+
+    Args:
+        folder: Where they come from, for the error.
+        repo_id: Where they go; it is created if it does not exist.
+        how: Branch, token, visibility, message.
+        contents: The files of a repository of that full name.
+        message: Of the commit, where the settings have none.
+        repo_type: "model" or "dataset".
+        replaced: Patterns of names that are ours.
+
+    Raises:
+        PushError: If the Hub can not be reached or refuses.
+    """
     api = HfApi(token=how.token)
-    repo = api.create_repo(repo_id, private=how.private, exist_ok=True).repo_id
-    if how.revision not in (None, "main") and not str(how.revision).startswith("refs/"):
-        api.create_branch(repo, branch=str(how.revision), exist_ok=True)
-    # Not `upload_folder`: it splits an upload into several commits.
-    info = api.create_commit(
-        repo,
-        _operations(release.contents(repo), api.list_repo_files(repo, revision=how.revision)),
-        commit_message=how.commit_message
-        or f"Robust {'VLM' if release.kind == 'vlm' else f'CLIP {release.kind}'} with its measurements",
-        revision=how.revision,
-        create_pr=how.create_pr,
-    )
+    kind: dict[str, Any] = {"repo_type": repo_type}
+    try:
+        repo = api.create_repo(repo_id, private=how.private, exist_ok=True, **kind).repo_id
+        if how.revision not in (None, "main") and not str(how.revision).startswith("refs/"):
+            api.create_branch(repo, branch=str(how.revision), exist_ok=True, **kind)
+        # Not `upload_folder`: it splits an upload into several commits.
+        info = api.create_commit(
+            repo,
+            _operations(contents(repo), api.list_repo_files(repo, revision=how.revision, **kind), replaced),
+            commit_message=how.commit_message or message,
+            revision=how.revision,
+            create_pr=how.create_pr,
+            **kind,
+        )
+    except Exception as error:  # the client raises its own, its HTTP library's, OSError, RuntimeError and ValueError
+        raise PushError(
+            f"the push of {folder} to {repo_id} did not go through: {_reason(error)} Nothing is lost: {folder} is as it "
+            f"was, and a commit arrives whole or not at all. To repeat it: {how.command(folder, repo_id)}"
+        ) from error
     return repo, info
 
 
-def _operations(contents: Mapping[str, Path | bytes], present: Sequence[str]) -> list[Any]:
+def collect(
+    folder: str | Path, repo: str, how: PushSettings, note: str, repo_type: Literal["model", "dataset"] = "model"
+) -> str | None:
+    """Add a repository with a note to the owner's collection of the wanted title, if any; the collection's URL.
+
+    Raises:
+        PushError: If the Hub can not be reached or refuses.
+    """
+    if how.collection is None:
+        return None
+    api, owner = HfApi(token=how.token), repo.split("/")[0]
+    try:
+        made = api.create_collection(how.collection, namespace=owner, private=bool(how.private), exists_ok=True)
+        return api.add_collection_item(made.slug, repo, repo_type, note=note[:MAX_NOTE], exists_ok=True).url
+    except Exception as error:  # as in `send`
+        raise PushError(
+            f"{repo} was pushed, but not added to the collection {how.collection!r}: {_reason(error)} To repeat it: "
+            f"{how.command(folder, repo)}"
+        ) from error
+
+
+def _operations(contents: Mapping[str, Path | bytes], present: Sequence[str], replaced: Sequence[str]) -> list[Any]:
     """Additions, and deletions of what an earlier push left: an adapter beside a model would be loaded with it."""
-    old = [name for name in present if name not in contents and "/" not in name]
-    stale = [name for name in old if any(fnmatch(name, pattern) for pattern in REPLACED)]
+    # A pattern's * would reach into folders, which are not ours.
+    old = [name for name in present if name not in contents]
+    stale = [name for name in old if any(_matches(name, pattern) for pattern in replaced)]
     added = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
     return [*added, *map(CommitOperationDelete, stale)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
 def _verify(release: Release, repo: str, info: CommitInfo, how: PushSettings) -> Repeat | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,8 @@ from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 
-from .card import eval_results, hardened, is_hub_id, set_kind
+from .card import eval_results, hardened, headline, is_hub_id, set_kind
+from .eval_files import EVAL_FOLDER, PREFIX, eval_files
 from .usage import KINDS, replace_usage, usage_block
 
 
@@ -43,7 +44,10 @@ _TOKENIZER = (
 _PAPERS = (RESULTS_FILE, PICTURE, HARDEN_REPORT, "LICENSE*", "NOTICE*")
 
 # Of an earlier push to the same repository; what it held beside them is not ours to delete.
-REPLACED = (*_MODEL, *ADAPTER_FILES, *_PROCESSOR, *_TOKENIZER, PICTURE, "samples-*.jsonl")
+REPLACED = (
+    *(*_MODEL, *ADAPTER_FILES, *_PROCESSOR, *_TOKENIZER, PICTURE),
+    *("samples-*.jsonl", f"{EVAL_FOLDER}/{PREFIX}*.yaml"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,17 @@ class Release:
     results: Sequence[RobustnessResult]  # of the hardened model
     card: ModelCard  # without the repository's name; `card_for` puts it in
     base_model: str | None  # Hub id of the original, where it is known
+
+    @property
+    def license(self) -> str | None:
+        """What the card states."""
+        stated: str | None = self.card.data.get("license")
+        return stated
+
+    @property
+    def headline(self) -> str:
+        """The line of numbers that tells it from others."""
+        return headline(self.results)
 
     def card_for(self, repo_id: str) -> bytes:
         """The card whose example loads this repository."""
@@ -87,17 +102,22 @@ def prepare_release(
     else:
         encoder = _check_vlm(folder, results) if kind == "vlm" else _check_model(folder, results)
         files |= _matching(folder, (*_MODEL, *_PROCESSOR, *_TOKENIZER)) if kind != "tower" else _tower(folder, encoder)
-    files |= _matching(folder, _PAPERS)
+    files |= _matching(folder, _PAPERS) | eval_files(results)
     files |= {str(result.samples): folder / str(result.samples) for result in load_results(folder) if result.samples}
-    for file in (folder / CARD, *(content for content in files.values() if isinstance(content, Path))):
-        if not file.resolve().is_relative_to(folder.resolve()):  # a link may lead to what nobody meant to publish
-            raise ValueError(f"{file} is a link to {file.resolve()}, outside of {folder}; put the file itself there.")
+    need_inside(folder, (folder / CARD, *(content for content in files.values() if isinstance(content, Path))))
     base_model = base_model or card.data.get("base_model")
     if base_model is not None and not is_hub_id(str(base_model)):
         raise ValueError(f"base model {base_model!r} is no Hub id; name the original as owner/model (--base_model).")
     set_kind(card.data, kind, base_model)
     card.data["license"] = license or card.data.get("license")
     return Release(kind, files, results, card, base_model)
+
+
+def need_inside(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse a link that leads out of a folder: it may lead to what nobody meant to publish."""
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{file} is a link to {file.resolve()}, outside of {folder}; put the file itself there.")
 
 
 def _kind(folder: Path, what: str | None) -> str:

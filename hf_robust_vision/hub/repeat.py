@@ -93,7 +93,7 @@ def _images(
         return dataset
     if dataset is None and result.dataset == DEMO_NAME:
         return load_demo(result.split, transform)
-    return load_labelled_images(dataset or result.dataset, result.split, transform)
+    return load_labelled_images(dataset or result.dataset_id or result.dataset, result.split, transform)
 
 
 def _select(

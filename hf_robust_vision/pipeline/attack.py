@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,51 +20,18 @@ from hf_robust_vision.evaluation.images import AdversarialImages
 from hf_robust_vision.evaluation.results import RobustnessResult, load_samples
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
-from hf_robust_vision.files import write_atomically
+from hf_robust_vision.hub.adversarial import (
+    CARD_NAME,
+    IMAGES_NAME,
+    RECORD_NAME,
+    AttackedImage,
+    AttackRecord,
+    write_dataset,
+)
 from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
 from .measure import EvaluationSet, load_model, measure_model
-
-
-RECORD_NAME = "attack.json"
-IMAGES_NAME = "images"
-
-
-@dataclass(frozen=True)
-class AttackedImage:
-    """One picture file; where the model was wrong before, or every attack failed, see `fooled_by`."""
-
-    file: str  # relative to the record
-    id: int | str  # of the sample in its dataset
-    label: str  # true class
-    clean: str  # what the model took the clean image for
-    adversarial: str | None  # and the attacked one; None where nothing was attacked, and the file is the clean image
-    fooled_by: str | None  # the attack that won; "clean" where none was needed, None where none did
-
-
-@dataclass(frozen=True)
-class AttackRecord:
-    """How the picture files of a folder were made. They were found on this model: on another, they show transfer only."""
-
-    model: str
-    model_sha256: str
-    dataset: str
-    split: str
-    eps: float  # in pixels in [0, 1] if the norm is "linf"
-    norm: str
-    protocol: str
-    attacks: list[dict[str, Any]]
-    seed: int
-    clean_accuracy: float
-    robust_accuracy: float  # on the floats of the attack
-    files_accuracy: float  # on the files, whose pixels are rounded to 256 steps, which may undo an attack
-    images: list[AttackedImage]
-    versions: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
-        return {"schema": 1, **asdict(self)}
 
 
 def attack_images(
@@ -82,6 +47,9 @@ def attack_images(
     progress: bool = True,
 ) -> AttackRecord:
     """Attack the images of a dataset, and write them as `output_dir/images/<class>/<id>.png` with `attack.json`.
+
+    `README.md` and `metadata.parquet` beside them make the folder a data set that `load_dataset` reads; its card says
+    that the images show transfer only.
 
     The images are as large as they were under attack: the tower's size, or `data.resolution`. The exact floats, and
     `robustness.json`, lie beside them, as `measure_model` writes them; an interrupted call goes on from there.
@@ -107,10 +75,23 @@ def attack_images(
         raise ValueError("attack runs in one process; to share the samples out type evaluate --save_adversarial.")
     if (folder / RECORD_NAME).exists() or (folder / IMAGES_NAME).exists():
         raise ValueError(f"--output_dir {folder} holds attacked images already; name another one.")
+    if (folder / CARD_NAME).exists():
+        raise ValueError(f"--output_dir {folder} holds a {CARD_NAME}, which would be replaced; name another one.")
     where: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype}
     (result,) = measure_model(model, [data], how, folder, name=name, save_adversarial=True, progress=progress, **where)
     images = write_images(result, folder)
-    same = ("model", "model_sha256", "dataset", "split", "eps", "norm", "protocol", "attacks", "versions")
+    same = (
+        "model",
+        "model_sha256",
+        "dataset",
+        "dataset_id",
+        "split",
+        "eps",
+        "norm",
+        "protocol",
+        "attacks",
+        "versions",
+    )
     record = AttackRecord(
         **{field: getattr(result, field) for field in same},
         seed=how.seed,
@@ -118,8 +99,9 @@ def attack_images(
         robust_accuracy=result.robust_accuracy,
         files_accuracy=accuracy_on(images, folder, result, load_model(model, **where)),
         images=images,
+        class_names=result.class_names,
     )
-    write_atomically(folder / RECORD_NAME, json.dumps(record.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    write_dataset(record, result, folder)
     return record
 
 

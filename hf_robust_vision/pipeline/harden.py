@@ -18,11 +18,9 @@ from hf_robust_vision.evaluation.engine import evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results, tracked_metrics
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
-from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.hub.push import VerificationError
 from hf_robust_vision.processes import announce, part, usable_cores
 from hf_robust_vision.report.page import write_report
-from hf_robust_vision.report.pictures import plot_curve
 from hf_robust_vision.report.tables import comparison_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.base import FEATURES
@@ -34,6 +32,7 @@ from hf_robust_vision.training.config import AdversarialTrainingArguments
 from hf_robust_vision.training.publishing import check_push
 
 from .arguments import PipelineArguments
+from .card import describe
 from .estimate import say_cost
 from .measure import DEMO_MODEL, read_model
 from .run_data import load_splits
@@ -176,23 +175,13 @@ def _write(
     output: Path, results: list[RobustnessResult], trainer: AdversarialTrainer, options: PipelineArguments
 ) -> None:
     save_results(results, output)
-    picture = None
-    try:
-        picture = plot_curve(results, output / "robustness.png").name
-    except ModuleNotFoundError as error:
-        print(f"no picture: {error}", file=sys.stderr)
-    # A path of this machine means nothing to the reader of a card; a Hub id does.
     name = options.model_name_or_path or DEMO_MODEL
-    base = Path(name).name if Path(name).exists() else name
-    data = options.dataset_name
-    write_card(
+    describe(
         output,
         results,
-        model_name=f"{base.split('/')[-1]}-{trainer.method.lower()}",
-        base_model=base,
-        dataset=data if data is not None and not Path(data).exists() else None,
+        name,
+        model_name=f"{Path(name).name}-{trainer.method.lower()}",
+        dataset=options.dataset_name,
         tags=trainer.tag_names,
-        picture=picture,
-        license="apache-2.0" if options.model_name_or_path is None else None,
         paper=trainer.paper,
     )

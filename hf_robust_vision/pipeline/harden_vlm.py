@@ -23,7 +23,6 @@ from hf_robust_vision.data.splits import without_corrupt
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results, versions
 from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
 from hf_robust_vision.files import write_atomically
-from hf_robust_vision.hub.card import write_card
 from hf_robust_vision.methods.features import FeatureDistance, token_variances
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
 from hf_robust_vision.pixels import PixelTransform
@@ -37,6 +36,7 @@ from hf_robust_vision.training.config import Radius
 from hf_robust_vision.training.publishing import check_push
 
 from .arguments import parse
+from .card import describe
 from .harden import part_and_push
 from .run_data import SCAN_LIMIT
 from .run_folder import check_folder, run_folder
@@ -262,12 +262,12 @@ def _write(
     if not results:
         return
     save_results(results, output)
-    write_card(
+    describe(
         output,
         results,
+        options.model_name_or_path or "demo-llava",
         model_name=f"{report.original.split('/')[-1]}-robust",
         model_class=report.model,
-        base_model=report.original,
         dataset=options.dataset_name,
         tags=trainer.tag_names,
         paper=trainer.paper,

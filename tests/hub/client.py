@@ -64,7 +64,27 @@ def model_info(repo_id) -> dict:
     card = info.card_data
     return {
         "index": info.model_index, "results": card.eval_results, "base_model": card.base_model, "listed": listed,
-        "library": info.library_name, "task": info.pipeline_tag, "tags": info.tags, "license": card.license,
+        "scores": info.eval_results, "library": info.library_name, "task": info.pipeline_tag, "tags": info.tags, "license": card.license,
+    }  # fmt: skip
+
+
+def collections(slugs) -> list:
+    """Titles, and the items with their notes, of collections."""
+    from huggingface_hub import HfApi
+
+    found = [HfApi().get_collection(slug) for slug in slugs]
+    return [(one.title, [(item.item_id, item.item_type, item.note) for item in one.items]) for one in found]
+
+
+def load_images(repo_id) -> dict:
+    """A published data set of adversarial images: rows without pictures, class names, and the card."""
+    from datasets import load_dataset
+    from huggingface_hub import DatasetCard
+
+    rows, card = load_dataset(repo_id, split="adversarial"), DatasetCard.load(repo_id)
+    return {
+        "rows": rows.remove_columns("image").to_list(), "sizes": [image.size for image in rows["image"]],
+        "names": rows.features["label"].names, "card": str(card), "license": card.data.license,
     }  # fmt: skip
 
 

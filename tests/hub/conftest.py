@@ -92,6 +92,7 @@ def _server():
 def hub(_server):
     """Emptied for each test."""
     _server.repos.clear()
+    _server.collections.clear()
     _server.objects.clear()
     _server.requests.clear()
     _server.faults.clear()

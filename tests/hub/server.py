@@ -13,6 +13,8 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import itemgetter
+from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -58,7 +60,8 @@ class Hub:
     """State of the server, and what a test looks at: repositories, objects, requests, faults."""
 
     def __init__(self) -> None:
-        self.repos: dict[str, Repo] = {}
+        self.repos: dict[str, Repo] = {}  # "owner/name" of a model, "datasets/owner/name" of a data set
+        self.collections: dict[str, dict] = {}  # by slug
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
@@ -88,11 +91,26 @@ class Hub:
         if base := card.get("base_model"):
             tags += [f"base_model:{base}", f"base_model:{card.get('base_model_relation')}:{base}"]
         return {
-            "id": name, "modelId": name, "sha": sha, "private": repo.private, "downloads": 0, "likes": 0,
+            "id": name.removeprefix("datasets/"), "modelId": name, "sha": sha, "private": repo.private, "downloads": 0, "likes": 0,
             "tags": [tag for tag in tags if tag], "pipeline_tag": card.get("pipeline_tag"),
             "library_name": card.get("library_name"), "cardData": card, "model-index": card.get("model-index"),
             "siblings": [{"rfilename": path} for path in sorted(repo.commits[sha])],
+            "evalResults": evaluations(repo.commits[sha]),
         }  # fmt: skip
+
+
+def evaluations(files: dict[str, tuple[bytes, bool]]) -> list[dict]:
+    """What `.eval_results/*.yaml` say, entry by entry; of a file that the Hub does not take, why."""
+    found = []
+    for path, (content, _) in sorted(files.items()):
+        if re.fullmatch(r"\.eval_results/[^/]+\.yaml", path):
+            for entry in yaml.safe_load(content):
+                dataset = entry.get("dataset", {})
+                whole = "/" in str(dataset.get("id")) and dataset.get("task_id") and "value" in entry
+                strange = set(entry) - {"dataset", "value", "verifyToken", "date", "source", "notes"}
+                bad = {"error": "schema"} if strange or not whole else {"data": entry}
+                found.append({"filename": path, **bad})
+    return found
 
 
 def metadata(card: bytes) -> dict:
@@ -109,6 +127,22 @@ def metadata(card: bytes) -> dict:
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
             raise ValueError(f'"base_model" with value {base!r} is not valid. Use a model id from the Hub')
     return data
+
+
+def owner_of(name: str) -> str:
+    return name.split("/")[-2]
+
+
+def folder_row(path: str) -> dict:
+    return {"type": "directory", "path": path, "oid": "0" * 40}
+
+
+def tree_row(path: str, file: tuple[bytes, bool]) -> dict:
+    content, large = file
+    row = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
+    if large:
+        row["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return row
 
 
 def blob_id(content: bytes) -> str:
@@ -129,7 +163,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self) -> None:
         place = urlsplit(self.path)
-        path, self.query = unquote(place.path), parse_qs(place.query)
+        path, self.query = (
+            unquote(place.path).replace("/api/datasets/", "/api/models/datasets/"),
+            parse_qs(place.query),
+        )
         self.hub.requests.append((self.command, path))
         length = int(self.headers.get("Content-Length") or 0)
         if fault := self.hub.fault(self.command, path):
@@ -173,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
     def readable(self, name: str, revision: str = "main") -> str | None:
         """The commit that is asked for, or None after the refusal was sent."""
         repo = self.hub.repos.get(name)
-        if repo is None or (repo.private and self.user != name.split("/")[0]):
+        if repo is None or (repo.private and self.user != owner_of(name)):
             self.refuse(404 if self.user else 401, "RepoNotFound", "Repository not found")
             return None
         if (sha := repo.resolve(revision)) is None:
@@ -191,7 +228,7 @@ class Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         wanted = json.loads(self.body)
         owner = wanted.get("organization") or self.user or ""
-        name = f"{owner}/{wanted['name']}"
+        name = f"{'datasets/' if wanted.get('type') == 'dataset' else ''}{owner}/{wanted['name']}"
         if not self.may_write(owner):
             return
         if name in self.hub.repos:
@@ -209,8 +246,39 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, yaml.YAMLError) as error:
             self.answer({"errors": [{"message": str(error)}], "warnings": []}, 400)
 
+    def collect(self) -> None:
+        wanted = json.loads(self.body)
+        slug = f"{wanted['namespace']}/{re.sub(r'[^a-z0-9]+', '-', wanted['title'].lower())}-65f0"
+        if not self.may_write(wanted["namespace"]):
+            return
+        if slug in self.hub.collections:
+            self.answer({"error": "already exists", "slug": slug}, 409)
+            return
+        about = {"lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "theme": "green", "upvotes": 0}
+        self.hub.collections[slug] = {
+            "slug": slug, "title": wanted["title"], "owner": {"name": wanted["namespace"]},
+            "private": wanted["private"], "items": [], **about,
+        }  # fmt: skip
+        self.answer(self.hub.collections[slug])
+
+    def collection(self, slug: str) -> None:
+        self.answer(self.hub.collections[slug])
+
+    def add_item(self, slug: str) -> None:
+        wanted, items = json.loads(self.body), self.hub.collections[slug]["items"]
+        if not self.may_write(slug.split("/")[0]):
+            return
+        if any(item["id"] == wanted["item"]["id"] for item in items):
+            self.answer({"error": "already there"}, 409)
+            return
+        items.append(
+            {"_id": str(len(items)), "position": len(items), "note": {"text": wanted.get("note")}, **wanted["item"]}
+        )
+        self.answer(self.hub.collections[slug])
+
     def listing(self) -> None:
-        infos = [self.hub.info(name, repo.refs["main"]) for name, repo in self.hub.repos.items() if not repo.private]
+        shown = [(name, repo) for name, repo in self.hub.repos.items() if not repo.private and name.count("/") == 1]
+        infos = [self.hub.info(name, repo.refs["main"]) for name, repo in shown]
         wanted = set(self.query.get("filter", []))
         self.answer([info for info in infos if wanted <= set(info["tags"])])
 
@@ -218,19 +286,28 @@ class Handler(BaseHTTPRequestHandler):
         if sha := self.readable(name, revision or "main"):
             self.answer(self.hub.info(name, sha))
 
-    def tree(self, name: str, revision: str) -> None:
+    def tree(self, name: str, revision: str, folder: str = "") -> None:
         if sha := self.readable(name, revision):
-            rows = []
-            for path, (content, large) in sorted(self.hub.repos[name].commits[sha].items()):
-                row = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
-                if large:
-                    oid = hashlib.sha256(content).hexdigest()
-                    row["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 134}
-                rows.append(row)
+            files = self.hub.repos[name].commits[sha]
+            above = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+            rows = [tree_row(path, files[path]) for path in files] + [folder_row(path) for path in above]
+            found = [row for row in rows if row["path"].startswith(f"{folder}/" if folder else "")]
+            if self.query.get("recursive") != ["true"]:
+                found = [row for row in found if "/" not in row["path"][len(folder) + 1 :]]
+            self.answer(sorted(found, key=itemgetter("path")))
+
+    def paths_info(self, name: str, revision: str) -> None:
+        if sha := self.readable(name, revision):
+            files, rows = self.hub.repos[name].commits[sha], []
+            for path in json.loads(self.body)["paths"]:
+                if path in files:
+                    rows.append(tree_row(path, files[path]))
+                elif any(file.startswith(f"{path}/") for file in files):
+                    rows.append(folder_row(path))
             self.answer(rows)
 
     def branch(self, name: str, branch: str) -> None:
-        if self.may_write(name.split("/")[0]) and (sha := self.readable(name)):
+        if self.may_write(owner_of(name)) and (sha := self.readable(name)):
             refs = self.hub.repos[name].refs
             if branch in refs:
                 self.answer({"error": "Reference already exists"}, 409)
@@ -239,7 +316,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer({})
 
     def preupload(self, name: str, revision: str) -> None:
-        if self.may_write(name.split("/")[0]) and (sha := self.readable(name, revision)):
+        if self.may_write(owner_of(name)) and (sha := self.readable(name, revision)):
             present = self.hub.repos[name].commits[sha]
             rows = []
             for file in json.loads(self.body)["files"]:
@@ -252,7 +329,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"files": rows})
 
     def batch(self, name: str) -> None:
-        if self.may_write(name.split("/")[0]):
+        if self.may_write(owner_of(name)):
             rows = []
             for item in json.loads(self.body)["objects"]:
                 row = {"oid": item["oid"], "size": item["size"]}
@@ -271,7 +348,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(b"")
 
     def commit(self, name: str, revision: str) -> None:
-        if not self.may_write(name.split("/")[0]) or (parent := self.readable(name, revision)) is None:
+        if not self.may_write(owner_of(name)) or (parent := self.readable(name, revision)) is None:
             return
         repo = self.hub.repos[name]
         files, message = dict(repo.commits[parent]), ""
@@ -309,15 +386,20 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(content, X_Repo_Commit=sha, ETag=f'"{blob_id(content)}"')
 
 
-NAME = r"([\w.-]+/[\w.-]+)"
+NAME = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
 ROUTES = [
     (r"/api/whoami-v2", Handler.whoami),
     (r"/api/repos/create", Handler.create),
     (r"/api/validate-yaml", Handler.validate),
     (r"/api/models", Handler.listing),
+    (r"/api/collections", Handler.collect),
+    (r"/api/collections/([\w./-]+)/items", Handler.add_item),
+    (r"/api/collections/([\w./-]+)", Handler.collection),
     (rf"/api/models/{NAME}", Handler.info),
     (rf"/api/models/{NAME}/revision/(.+)", Handler.info),
     (rf"/api/models/{NAME}/tree/([^/]+)", Handler.tree),
+    (rf"/api/models/{NAME}/tree/([^/]+)/(.+)", Handler.tree),
+    (rf"/api/models/{NAME}/paths-info/([^/]+)", Handler.paths_info),
     (rf"/api/models/{NAME}/branch/(.+)", Handler.branch),
     (rf"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
     (rf"/api/models/{NAME}/commit/(.+)", Handler.commit),

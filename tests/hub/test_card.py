@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_robust_vision.evaluation.results import pretty_eps
-from hf_robust_vision.hub.card import eval_results, is_hub_id, make_card, write_card
+from hf_robust_vision.hub.card import eval_results, is_hub_id, license_of, make_card, write_card
 from hf_robust_vision.hub.usage import KINDS, replace_usage, usage_block
 from tests.evaluation.test_results import result
 from tests.report.test_escape import HOSTILE
@@ -170,3 +170,38 @@ def test_a_repository_or_an_original_of_any_name_is_quoted(kind, name):
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     loaded = [call.args[-1] for call in calls if getattr(call.func, "attr", "") == "from_pretrained"]
     assert {ast.literal_eval(argument) for argument in loaded} == {name}
+
+
+def test_figure_first_then_numbers_use_and_limits():
+    rows = [result(model="before", robust_accuracy=0.125), result(), result(eps=8 / 255, robust_accuracy=0.25)]
+    rows.insert(1, result(model="before", eps=8 / 255, robust_accuracy=0.0))
+    text = make_card(rows, model_name="m", picture="robustness.png", license="mit", base_model="org/base").text
+    order = [
+        "# m",
+        "![accuracy, % over radius",
+        "On tiny (test, 4 samples)",
+        "| model |",
+        "## How to use",
+        "## Limits",
+    ]
+    order += ["## How it was measured", "## How it was trained"]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    told = "accuracy: 75.0 % clean, 25.0 % at linf 8/255. The original: 75.0 % clean, 0.0 % at linf 8/255."
+    assert told in text
+    assert (
+        "The terms of the original (`org/base`) hold for what was made from it. Licence of this repository: `mit`."
+        in text
+    )
+    text = make_card([result()], model_name="m").text
+    assert "The original:" not in text
+    assert "names no licence of its own" in text
+
+
+def test_a_licence_is_read_from_the_card_of_a_folder(tmp_path):
+    assert license_of("demo-llava") == "apache-2.0"
+    assert license_of(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert license_of(tmp_path) == "mit"
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert license_of(tmp_path) is None
+    assert license_of("nobody/nothing") is None

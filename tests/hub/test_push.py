@@ -263,3 +263,45 @@ def test_branch_and_pull_request(hub, client, measured):
 def test_a_name_without_owner_is_mine(hub, client, measured):
     assert client(remote.push, measured, "robust-clip")["report"].repo_id == "me/robust-clip"
     assert 'from_pretrained("me/robust-clip")' in hub.files("me/robust-clip")["README.md"].decode()
+
+
+def test_models_of_one_comparison_in_one_collection(hub, client, measured):
+    """Made once, and each model stands in it once, with its numbers."""
+    words = ["--collection", "Flowers, hardened"]
+    for name in ("me/one", "me/two", "me/two"):
+        status, said = client(remote.command, "push", measured, name, *words)
+        assert status == 0, said
+        assert "added to http" in said
+    ((title, items),) = client(remote.collections, list(hub.collections))
+    assert title == "Flowers, hardened"
+    assert [item[:2] for item in items] == [("me/one", "model"), ("me/two", "model")]
+    last = load_results(measured)[-1]
+    assert items[0][2] == (
+        f"On tiny-images (test, 12 samples), accuracy: {last.clean_accuracy:.1%} clean, {last.robust_accuracy:.1%} at "
+        "linf 1/255."
+    ).replace("%", " %")
+
+
+def test_a_collection_that_fails_says_that_the_model_is_there(hub, client, measured):
+    hub.faults.append(Fault("POST", "/api/collections", 9, 403, "no more collections"))
+    with pytest.raises(
+        PushError, match="me/one was pushed, but not added to the collection 'Mine': .*To repeat it: "
+    ) as caught:
+        client(remote.push, measured, "me/one", collection="Mine")
+    assert str(caught.value).endswith("me/one --collection Mine")
+    assert "model.safetensors" in hub.files("me/one")
+    with pytest.raises(ValueError, match="a title of 1 to 59 characters, got 60"):
+        client(remote.push, measured, "me/one", collection="x" * 60)
+
+
+def test_the_licence_is_inherited_from_the_original(hub, client, measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "run")
+    describe(folder, load_results(folder), license=None)
+    done = client(remote.push, folder, "me/unlicensed", base_model="me/nothing")
+    assert "it states no licence; name one: --license" in done["text"]
+    client(remote.push, measured, "me/base", license="bigscience-openrail-m")
+    done = client(remote.push, folder, "me/heir")
+    assert "no licence" not in done["text"]
+    assert client(remote.model_info, "me/heir")["license"] == "bigscience-openrail-m"
+    client(remote.push, folder, "me/heir", license="mit")
+    assert client(remote.model_info, "me/heir")["license"] == "mit"

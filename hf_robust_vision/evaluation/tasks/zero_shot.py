@@ -54,6 +54,7 @@ class ZeroShot(Task):
         self.bank.need_classes(self.images.class_names)
         self.ids, self.labels = self.images.ids, self.images.labels()
         self.dataset, self.split = self.images.name, self.images.split
+        self.dataset_id = self.images.hub_id
         embed, fit = image_embedder(self.model), self.model.transform.fit
         # One for objective and success: it remembers its latest answer, so they share the pass.
         self.logits = Logits(self.bank.classify(lambda images: embed(fit(images))))
