@@ -21,6 +21,7 @@ EXTRAS = {
     "report": "pictures, and the charts of cards",
     "caption": "scores of captions",
     "corruptions": "evaluate --corruptions",
+    "app": "app in the browser",
 }
 # In the order in which they load each other: the first that fails is the one to mend.
 _LOADED = ("torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "evaluate")

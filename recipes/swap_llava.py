@@ -161,7 +161,9 @@ def main() -> None:
     run_alone("swap_llava.py")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vlm", default=str(demo_checkpoint("demo-llava")), help="Folder or Hub id of the VLM.")
-    parser.add_argument("--tower", default="outputs/sim-clip-demo-llava", help="Folder or Hub id of the hardened CLIP.")
+    parser.add_argument(
+        "--tower", default="outputs/sim-clip-demo-llava", help="Folder or Hub id of the hardened CLIP."
+    )
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/swap-llava"))
     parser.add_argument("--eps", type=Radius, nargs="+", default=[Radius("8/255")])

@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "configs",
         "terminal",
         "towers",
+        "swap",
         "data",
         "evaluation",
         "sanity",
@@ -52,7 +53,8 @@ MAY_IMPORT = {
         "methods",
     },
 }
-MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"pipeline"}
+MAY_IMPORT["app"] = {"pixels", "terminal", "towers", "data", "evaluation", "report", "pipeline"}
+MAY_IMPORT["cli"] = set(MAY_IMPORT)
 LIGHT = {"attacks": {"torch"}, "pixels": {"torch"}}
 NARROW = {"training": {"evaluation": {"results", "task", "tasks"}, "hub": {"card", "push"}}}
 

@@ -9,6 +9,7 @@ from hf_robust_vision import __version__
 from hf_robust_vision.terminal import Parser, user_errors
 
 from . import (
+    app,
     attack,
     compare,
     convert,
@@ -41,6 +42,7 @@ VERBS = (
     convert,
     export,
     push,
+    app,
     doctor,
     load_check,
 )

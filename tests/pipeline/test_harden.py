@@ -300,7 +300,14 @@ def test_measure_false_only_trains(monkeypatch, clip_folder, image_folder, tmp_p
 
 def test_the_demo_for_a_vlm_is_hardened_at_what_the_shipped_one_reads(tmp_path):
     """By the names of the shipped models, one of them in the config."""
-    line = ["--config", "sim_clip_demo_llava", "--model_name_or_path", "demo-clip", "--output_dir", str(tmp_path / "out")]
+    line = [
+        "--config",
+        "sim_clip_demo_llava",
+        "--model_name_or_path",
+        "demo-clip",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     line += ["--max_steps", "1", "--warmup_steps", "0", "--per_device_train_batch_size", "4", "--measure", "false"]
     line += ["--on_collapse", "record", "--attack_steps", "1"]
     pipeline.run(SimCLIPTrainer, *pipeline.parse(SimCLIPTrainer, line))

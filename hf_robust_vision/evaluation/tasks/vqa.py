@@ -16,8 +16,8 @@ from hf_robust_vision.attacks import Objective, Success
 from hf_robust_vision.attacks.objectives import PerSample
 from hf_robust_vision.evaluation.images import Remeasured, measure_again
 from hf_robust_vision.evaluation.results import RobustnessResult
+from hf_robust_vision.evaluation.single import attack_sample
 from hf_robust_vision.evaluation.task import Batch, Stage, Verdict
-from hf_robust_vision.towers.base import attack_mode
 
 from .answers import AnswerLoss, WrongAnswer, continuation
 from .vlm import Sample, VLMProtocol, VLMSettings, VLMTask, evaluate_vlm
@@ -167,15 +167,6 @@ class AnswerExample:
 def attack_example(vlm: nn.Module, processor: Any, question: Question, prompt: str, how: VLMProtocol) -> AnswerExample:
     """Attack one question at the largest radius, with one attack after the other until its answer falls."""
     task = VQA(vlm, processor, [question], prompt, dataset="", split="")
-    level = task.levels(how.robustness())[-1]
-    with torch.no_grad(), attack_mode(vlm):
-        image = task.load(0)[None].to(task.weight.device)
-        clean = task.judge(Batch((0,), image), image)
-        found, said = image, clean
-        for stage in level.stages:
-            batch = Batch((0,), image, tuple(clean))
-            found = task.strike(stage, batch, how.seed)
-            said = task.judge(batch, found)
-            if said[0].lost:
-                break
-    return AnswerExample(image[0].cpu(), found[0].cpu(), str(clean[0].answer), str(said[0].answer), level.value)
+    clean, found = attack_sample(task, replace(how, eps=(max(how.eps),)).robustness())
+    said = str(clean.verdict.answer), str(found.verdict.answer)
+    return AnswerExample(clean.image.cpu(), found.image.cpu(), *said, found.eps)
