@@ -11,7 +11,7 @@ from pathlib import Path
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.demo import CLASS_NAMES, DEMO_EPS, UNSEEN, demo_checkpoint, load_demo
 from hf_robust_vision.data.sources import load_labelled_images
-from hf_robust_vision.data.splits import relabel
+from hf_robust_vision.data.splits import only_classes, relabel
 from hf_robust_vision.data.templates import read_class_names
 from hf_robust_vision.pixels import PixelTransform
 
@@ -48,6 +48,16 @@ class Benchmark:
         """Class names that are fine-tuned on ("seen") and those that are held out ("unseen")."""
         return {"seen": tuple(name for name in self.class_names if name not in self.unseen), "unseen": self.unseen}
 
+    def measured(self, split: str, transform: PixelTransform) -> dict[str, LabelledImages]:
+        """The images of each group, all to be told among all class names."""
+        images = self.load(split, transform)
+        return {group: only_classes(images, names) for group, names in self.groups().items()}
+
+    @property
+    def identity(self) -> list[str]:
+        """What tells it from another benchmark."""
+        return [self.fingerprint, *self.class_names]
+
     def training_images(self, transform: PixelTransform) -> LabelledImages:
         """What a fine-tuning may see: the images of the seen classes, as a dataset that knows no other name.
 
@@ -69,7 +79,7 @@ def demo_benchmark() -> Benchmark:
         attack_eps=DEMO_EPS,
         eps=_radii(1, 2, 4, 8, 16),
         load=load_demo,
-        fingerprint=_fingerprint(demo_checkpoint() / "model.safetensors"),
+        fingerprint=fingerprint(demo_checkpoint() / "model.safetensors"),
     )
 
 
@@ -101,7 +111,7 @@ def emoji_benchmark(data: Path, model: Path) -> Benchmark:
         attack_eps=4 / 255,
         eps=_radii(1, 2, 4, 8),
         load=load,
-        fingerprint=_fingerprint(*sorted(data.rglob("*.arrow")), data / "unseen.txt", model / "model.safetensors"),
+        fingerprint=fingerprint(*sorted(data.rglob("*.arrow")), data / "unseen.txt", model / "model.safetensors"),
     )
 
 
@@ -109,7 +119,8 @@ def _radii(*steps: int) -> tuple[float, ...]:
     return tuple(step / 255 for step in steps)
 
 
-def _fingerprint(*files: Path) -> str:
+def fingerprint(*files: Path) -> str:
+    """First 16 hex digits of a hash of the files' contents."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())

@@ -5,6 +5,7 @@
     python recipes/research/compare.py --sweep --docs FOLDER        # TIMA's weights, on validation images
     python recipes/research/compare.py --protocol robustvlm --eps 8/255 --images 128    # a stronger attack on the same towers
     python recipes/research/compare.py --benchmark emoji --data outputs/emoji --model outputs/emoji-clip
+    python recipes/research/compare.py --config recipes/research/photos.yaml --data FOLDER    # see below
 
 Some classes are held out, of the demo six colour-shape combinations: neither their images nor their names take part in
 fine-tuning. All methods share the data, the seeds, the optimiser, the schedule, the updates and the steps of the
@@ -12,6 +13,11 @@ attack, and differ in nothing but their two functions. Zero-shot classification 
 measured is read back from its folder, so an interrupted command goes on when repeated, and another measurement trains
 nothing anew. Nothing else writes `docs/results.md`, and numbers there are replaced by those of the same settings only;
 `--docs FOLDER` takes any others.
+
+With `--config` a YAML file says model, data sets, methods and settings: one data set is trained on, others are measured,
+and all methods have a budget of passes instead of updates. `--estimate` says what it will cost, `--choose` finds learning
+rates and weights on validation photos, `--margins` looks at TIMA's gate and margin; without them test photos are measured
+at what was chosen. The page is `docs/results-NAME.md`.
 """
 
 from __future__ import annotations
@@ -22,172 +28,31 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import Benchmark, demo_benchmark, emoji_benchmark
+from benchmarks import demo_benchmark, emoji_benchmark
 from compare_methods import ABLATION, EMOJI_METHODS, METHODS, ON_REQUEST, RIVALS, SWEEP, Method
+from compare_run import Budget, Measuring, Run, hits, perform
+from compare_transfer import Comparison, merge_choice
 from comparison import TITLES, command_line, docs_folder, paired_interval, write_page
-from pool import QUIET, digest, perform_all, words
-from transformers import AutoProcessor, PrinterCallback
-from transformers.utils import logging
+from margins import margins
+from pool import perform_all, words
+from transfer import read_config
+from transfer_page import write_figure, write_transfer_page
 
-from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.data.splits import only_classes, seeded_subset
-from hf_robust_vision.data.templates import get_templates
-from hf_robust_vision.evaluation.results import (
-    RESULTS_FILE,
-    RobustnessResult,
-    load_results,
-    pretty_eps,
-    save_results,
-    source_hash,
-    versions,
-)
-from hf_robust_vision.evaluation.task import RobustnessProtocol
-from hf_robust_vision.evaluation.tasks.zero_shot import evaluate_zero_shot
+from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, pretty_eps, source_hash, versions
 from hf_robust_vision.files import write_atomically
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.towers.base import weights_sha256
-from hf_robust_vision.towers.load import Encoder, load_encoder
-from hf_robust_vision.towers.processors import load_tokenizer
-from hf_robust_vision.towers.text_bank import make_text_bank
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.training.config import Radius
 
 
 CHALLENGERS = ("tima", "tima-no-gate")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The fine-tuning that all methods share; together with a method's options it names the folder of a tower."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-
-    def training(self, benchmark: Benchmark) -> dict[str, Any]:
-        """As arguments of a trainer."""
-        return {
-            "max_steps": self.steps,
-            "per_device_train_batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "warmup_steps": self.steps // 10,
-            "weight_decay": 1e-4,
-            "max_grad_norm": 1.0,
-            "attack_eps": benchmark.attack_eps,
-            "attack_steps": 2,
-            "templates": benchmark.templates,
-            "on_collapse": "record",
-        }
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """The measurement that all towers share."""
-
-    protocol: str
-    eval_steps: int
-    images: int
-    eps: tuple[float, ...]
-    split: str
-
-    def how(self) -> RobustnessProtocol:
-        """One start of each attack."""
-        return RobustnessProtocol(
-            get_protocol(self.protocol, steps=self.eval_steps, restarts=1), self.eps, batch_size=64
-        )
-
-
-@dataclass(frozen=True)
-class Run:
-    """One method with one seed on a benchmark."""
-
-    method: Method
-    seed: int
-    budget: Budget
-    measuring: Measuring
-    benchmark: Benchmark
-    root: Path
-    source: str
-
-    @property
-    def tower(self) -> Path:
-        """Folder named by a hash of every setting, so that a tower is only used again for the same settings."""
-        shared: dict[str, Any] = {}
-        if self.method.trainer:  # a default that changes makes another run, too
-            defaults = {item.name: item.default for item in fields(self.method.trainer.args_class)}
-            shared |= {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
-            shared |= self.budget.training(self.benchmark) | dict(self.method.options)
-        shared["benchmark"] = [self.benchmark.fingerprint, *self.benchmark.class_names]
-        shared["prompts"] = get_templates(self.benchmark.templates)
-        name = self.method.trainer.__name__ if self.method.trainer else "undefended"
-        return self.root / f"{name}-{digest(shared)}" / f"seed{self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        """Below the tower's, named by a hash of what is measured."""
-        return self.tower / f"{self.measuring.split}-{digest(asdict(self.measuring))}"
-
-
-def perform(run: Run) -> list[RobustnessResult]:
-    """Train, save and measure one run, or read back what it left."""
-    if (run.folder / RESULTS_FILE).is_file():
-        return load_results(run.folder)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    record = harden(run)
-    source = run.tower if run.method.trainer else run.benchmark.checkpoint
-    results = measure(load_encoder(source), load_tokenizer(source), run)
-    for result in results:
-        result.training = record
-    save_results(results, run.folder)
-    return results
-
-
-def harden(run: Run) -> dict[str, Any]:
-    """Train and save a tower, and tell how it was made."""
-    record: dict[str, Any] = {"method": "none", "seed": run.seed, "cpu_seconds": 0.0, "wall_seconds": 0.0}
-    if run.method.trainer is None:
-        return record | {"source": run.source}
-    if (written := run.tower / "training.json").is_file():
-        return dict(json.loads(written.read_text()))
-    benchmark = run.benchmark
-    encoder = load_encoder(benchmark.checkpoint)
-    train = benchmark.training_images(encoder.transform)
-    settings = run.budget.training(benchmark) | QUIET | dict(run.method.options) | {"seed": run.seed}
-    args = run.method.trainer.args_class(output_dir=str(run.tower), **settings)
-    processor = AutoProcessor.from_pretrained(benchmark.checkpoint)
-    trainer = run.method.trainer(encoder, args, train_dataset=train, processing_class=processor)
-    trainer.remove_callback(PrinterCallback)
-    wall, cpu = time.time(), time.process_time()
-    trainer.train()
-    record = trainer.training_record() | {"source": run.source}
-    record |= {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.time() - wall}
-    trainer.save_model(str(run.tower))
-    write_atomically(written, json.dumps(record, indent=1) + "\n")
-    return record
-
-
-def measure(encoder: Encoder, tokenizer: Any, run: Run) -> list[RobustnessResult]:
-    """Clean and robust accuracy over all class names, for the images of each group of classes."""
-    measuring, benchmark = run.measuring, run.benchmark
-    bank = make_text_bank(encoder, tokenizer, benchmark.class_names, get_templates(benchmark.templates))
-    results = []
-    for group, names in benchmark.groups().items():
-        part = only_classes(benchmark.load(measuring.split, encoder.transform), names)
-        part = seeded_subset(part, measuring.images, seed=0)
-        name = "after" if run.method.trainer else "before"
-        found = evaluate_zero_shot(
-            encoder, bank, part, measuring.how(), model_name=name, samples_dir=run.folder / group, progress=False
-        )
-        for result in found:
-            result.group, result.samples = group, f"{group}/{result.samples}"
-        results += found
-    return results
 
 
 def numbers(run: Run, results: Sequence[RobustnessResult]) -> str:
@@ -224,12 +89,6 @@ def summary(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str
                 }
             )
     return rows
-
-
-def hits(run: Run, result: RobustnessResult) -> list[float]:
-    """1 for every sample that no attack fooled, in the order of the samples."""
-    lines = (run.folder / str(result.samples)).read_text().splitlines()
-    return [float(json.loads(line)["fooled_by"] is None) for line in lines]
 
 
 def pairs(done: Mapping[Run, Sequence[RobustnessResult]], one: Method, other: Method) -> list[dict[str, Any]]:
@@ -275,21 +134,50 @@ def report(done: Mapping[Run, Sequence[RobustnessResult]], methods: Mapping[str,
 def main() -> None:
     """Perform what is missing, and write the page."""
     run_alone("research/compare.py")
+    parser = make_parser()
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    if stray := sorted(given & set(OF_BENCHMARKS if args.config else OF_CONFIGS)):
+        parser.error(f"--{stray[0]} is {'not for' if args.config else 'for'} a comparison of --config.")
+    start = time.time()
+    try:
+        page = compare_by_config(args) if args.config else compare_on_benchmark(args)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"wrote {page} after {time.time() - start:.0f} s")
+
+
+OF_CONFIGS = ("table", "passes", "attack_eps", "estimate", "choose", "margins")
+OF_BENCHMARKS = ("ablation", "sweep", "benchmark", "steps", "batch_size", "learning_rate", "protocol", "eps")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What may be typed; a default that depends on the benchmark is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = parser.add_mutually_exclusive_group()
     table.add_argument("--ablation", action="store_true", help="change one part of TIMA at a time")
     table.add_argument("--sweep", action="store_true", help="change one weight of TIMA at a time")
-    parser.add_argument("--benchmark", choices=["demo", "emoji"], default="demo")
-    parser.add_argument("--data", type=Path, help="of the emoji: folder of prepare_emoji.py")
-    parser.add_argument("--model", type=Path, help="of the emoji: folder of pretrain_emoji_clip.py")
-    parser.add_argument("--methods", type=words(str), help=f"some of {', '.join(METHODS)}, separated by commas")
-    parser.add_argument("--seeds", type=words(int), default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=80, help="updates of every method")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--images", type=int, default=256, help="at most so many images of each group")
-    parser.add_argument("--eval_steps", type=int, default=20, help="steps of the measuring attack")
-    parser.add_argument("--protocol", default="apgd-ce", help="of that attack; another has a section of its own")
+    table.add_argument("--estimate", action="store_true", help="say what the table will cost, and run nothing")
+    table.add_argument("--choose", action="store_true", help="choose learning rates and weights on validation photos")
+    table.add_argument("--margins", action="store_true", help="look at TIMA's gate and margin on validation photos")
+    parser.add_argument("--benchmark", choices=["demo", "emoji"], help="default: the demo")
+    parser.add_argument("--config", type=Path, help="YAML file of a comparison, such as recipes/research/photos.yaml")
+    parser.add_argument("--table", help="of the YAML file; default: its first one")
+    parser.add_argument(
+        "--data", type=Path, help="of the emoji: folder of prepare_emoji.py; else that of the data sets"
+    )
+    parser.add_argument("--model", help="of the emoji: folder of pretrain_emoji_clip.py; else the CLIP to start from")
+    parser.add_argument("--methods", type=words(str), help=f"some, separated by commas: {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=words(int), help="default: 0,1,2")
+    parser.add_argument("--steps", type=int, help="updates of every method; default: 80")
+    parser.add_argument("--passes", type=float, help="budget of every method")
+    parser.add_argument("--batch_size", type=int, help="default: 64")
+    parser.add_argument("--learning_rate", type=float, help="default: 1e-3")
+    parser.add_argument("--attack_eps", type=Radius, help="radius of the attack in fine-tuning, e.g. 4/255")
+    parser.add_argument("--images", type=int, help="at most so many of each group or data set; default: 256")
+    parser.add_argument("--eval_steps", type=int, help="steps of the measuring attack; default: 20")
+    parser.add_argument("--protocol", help="of that attack; default: apgd-ce; another has a section of its own")
     parser.add_argument(
         "--eps", nargs="+", type=lambda text: float(Radius(text)), help="radii; default: the benchmark's"
     )
@@ -298,34 +186,36 @@ def main() -> None:
     parser.add_argument(
         "--docs", type=Path, help="where results.md is written; default docs, but not over numbers of other settings"
     )
-    args = parser.parse_args()
+    return parser
+
+
+DEFAULTS = {"seeds": [0, 1, 2], "steps": 80, "batch_size": 64, "learning_rate": 1e-3, "images": 256, "eval_steps": 20}
+DEFAULTS |= {"protocol": "apgd-ce", "benchmark": "demo"}
+
+
+def compare_on_benchmark(args: argparse.Namespace) -> Path:
+    """The comparison on classes seen and not seen; the page that was written."""
+    vars(args).update({name: value for name, value in DEFAULTS.items() if getattr(args, name) is None})
     if (args.benchmark == "emoji") != bool(args.data and args.model):
-        parser.error("--benchmark emoji needs --data and --model, see docs/emoji.md; the demo brings its own.")
-    try:
-        benchmark = emoji_benchmark(args.data, args.model) if args.benchmark == "emoji" else demo_benchmark()
-    except ValueError as error:
-        parser.error(str(error))
+        raise ValueError("--benchmark emoji needs --data and --model, see docs/emoji.md; the demo brings its own.")
+    benchmark = emoji_benchmark(args.data, Path(args.model)) if args.benchmark == "emoji" else demo_benchmark()
     mode, rows = ("ablation", ABLATION) if args.ablation else ("sweep", SWEEP) if args.sweep else ("compare", METHODS)
     if benchmark.name == "emoji":
         mode, rows = ("emoji", EMOJI_METHODS) if mode == "compare" else (f"emoji-{mode}", rows)
     if stray := [word for word in args.methods or () if word not in rows]:
-        parser.error(f"no method {stray[0]!r}; there are {', '.join(map(repr, rows))}.")
+        raise ValueError(f"no method {stray[0]!r}; there are {', '.join(map(repr, rows))}.")
     rows = {word: rows[word] for word in args.methods or [name for name in rows if name not in ON_REQUEST]}
-    os.environ["OMP_NUM_THREADS"] = "1"
     eps, split = benchmark.eps, "test"
     if args.ablation or args.sweep:  # a choice is made on validation, at the training radius and an unseen one
         eps, split = (benchmark.attack_eps, 2 * benchmark.attack_eps), "validation"
     mode += "" if args.protocol == "apgd-ce" else f"-{args.protocol}"
     if mode not in TITLES:
-        parser.error(f"the page has no section {mode!r}; it has {', '.join(map(repr, TITLES))}.")
+        raise ValueError(f"the page has no section {mode!r}; it has {', '.join(map(repr, TITLES))}.")
     budget = Budget(args.steps, args.batch_size, args.learning_rate)
     measuring = Measuring(args.protocol, args.eval_steps, args.images, tuple(args.eps or eps), split)
     settings = {"seeds": sorted(args.seeds), "budget": asdict(budget) | asdict(measuring), "methods": list(rows)}
-    try:
-        args.docs = docs_folder(args.docs, mode, settings)
-    except ValueError as error:
-        parser.error(str(error))
-    start, source = time.time(), source_hash()  # of the code as it starts, whatever is edited meanwhile
+    docs = docs_folder(args.docs, mode, settings)
+    source = source_hash()  # of the code as it starts, whatever is edited meanwhile
     runs = [
         Run(method, seed, budget, measuring, benchmark, args.output_dir, source)
         for seed in args.seeds
@@ -333,8 +223,43 @@ def main() -> None:
         if method.trainer or seed == args.seeds[0]
     ]
     done = perform_all(perform, runs, args.jobs, lambda run: f"{run.method.label}, seed {run.seed}", numbers)
-    write_page(report(done, rows, mode), args.docs)
-    print(f"wrote {args.docs / 'results.md'} after {time.time() - start:.0f} s")
+    write_page(report(done, rows, mode), docs)
+    return docs / "results.md"
+
+
+def compare_by_config(args: argparse.Namespace) -> Path:
+    """One phase of the comparison that a YAML file describes; the page that was written."""
+    config = read_config(args.config)
+    changes = {name: getattr(args, name) for name in ("methods", "attack_eps", "passes", "images", "seeds")}
+    table = config.table(args.table, changes | {"steps": args.eval_steps}, args.data, args.model)
+    said = {str(args.data): "FOLDER", str(args.model): "MODEL", str(args.config): args.config.name}  # of this machine
+    command = command_line("recipes/research/compare.py", [said.get(word, word) for word in sys.argv[1:]])
+    docs, chosen_at = args.docs or Path("docs"), eps_text(table.training.attack_eps, "linf")
+    file = docs / "results" / f"{config.name}-choice.json"
+    choices = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if args.margins:
+        write_json(
+            docs, f"{config.name}-margins", {"command": command} | margins(table.benchmark, table.choice.images)
+        )
+        return write_transfer_page(docs, config.name, list(config.tables))
+    comparison = Comparison(table, args.output_dir, args.jobs)
+    if args.estimate:
+        hours = comparison.estimate(choosing=chosen_at not in choices)
+        print("\n".join(f"{part}: at most about {value:.2f} processor hours" for part, value in hours.items()))
+        write_json(docs, f"{table.name}-estimate", {"command": command, "cpu_hours": hours})
+    elif args.choose:
+        choices[chosen_at] = merge_choice(choices.get(chosen_at), {"command": command} | comparison.choose())
+        write_json(docs, file.stem, choices)
+    else:
+        content = {"command": command} | comparison.measure(choices.get(chosen_at))
+        write_json(docs, table.name, content)
+        write_figure(docs, table.name, content)
+    return write_transfer_page(docs, config.name, list(config.tables))
+
+
+def write_json(docs: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Keep numbers in `docs/results`."""
+    write_atomically(docs / "results" / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

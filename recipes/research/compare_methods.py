@@ -35,6 +35,17 @@ class CleanTrainer(TeCoATrainer):
         return super().training_record() | {"eps": 0.0, "attack_steps": 0}
 
 
+TRAINERS: dict[str, type[AdversarialTrainer]] = {
+    "control": CleanTrainer,
+    "sim-clip": SimCLIPTrainer,
+    "fare": FARETrainer,
+    "tecoa": TeCoATrainer,
+    "pmg-aft": PMGAFTTrainer,
+    "agft": AGFTTrainer,
+    "tima": TIMATrainer,
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Method:
     """One row of a table: a trainer and what is set on it; no trainer is the original model."""

@@ -81,25 +81,37 @@ def _leaves(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
 
 
 def paired_interval(differences: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean difference of two methods with its 95 % bootstrap interval over seeds and images.
+    """`stratified_interval` of one data set: differences of shape (seeds, images)."""
+    return stratified_interval([differences], draws)
 
-    Each draw takes seeds with replacement, and images with replacement, the same images for every seed. What a seed
-    deviates from the others is stretched by `sqrt(seeds / (seeds - 1))`, without which drawing from so few of them
-    would show too little of their spread. With three seeds the interval is still a rough one.
+
+def stratified_interval(parts: Sequence[Tensor], draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean difference of two methods with its 95 % bootstrap interval over seeds and images; data sets count alike.
+
+    Each draw takes seeds with replacement, and of each data set images with replacement, the same images for every seed.
+    What a seed deviates from the others is stretched by `sqrt(seeds / (seeds - 1))`, without which drawing from so few
+    of them would show too little of their spread. With three seeds the interval is still a rough one.
 
     Args:
-        differences: Hit of the one minus hit of the other, shape (seeds, images).
+        parts: Of each data set, value of the one minus value of the other, shape (seeds, images); all of the same seeds.
         draws: Bootstrap samples.
     """
     generator = torch.Generator().manual_seed(0)
-    seeds, images = differences.shape
-    common = differences.mean(0)
+    seeds = len(parts[0])
     stretch = math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
-    drawn = (differences - common)[torch.randint(seeds, (draws, seeds), generator=generator)].mean(1)
-    per_image = common + stretch * drawn
-    means = per_image.gather(1, torch.randint(images, (draws, images), generator=generator)).mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return differences.mean().item(), low, high
+    drawn = torch.randint(seeds, (draws, seeds), generator=generator)
+    means = torch.zeros(draws, dtype=parts[0].dtype)
+    for differences in parts:
+        common = differences.mean(0)
+        # How often each seed was drawn, rather than its images as often: the draws would not fit into memory.
+        counts = torch.zeros(draws, seeds, dtype=common.dtype).scatter_add_(
+            1, drawn, torch.ones_like(drawn, dtype=common.dtype)
+        )
+        per_image = common + stretch * (counts @ (differences - common)) / seeds
+        images = differences.shape[1]
+        means += per_image.gather(1, torch.randint(images, (draws, images), generator=generator)).mean(1)
+    low, high = (means / len(parts)).quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return sum(differences.mean().item() for differences in parts) / len(parts), low, high
 
 
 def table(content: Mapping[str, Any], group: str) -> str:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
 
 import torch
@@ -40,21 +40,38 @@ def perform_all(
     """
     done: dict[RunT, FoundT] = {}
     failed = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(perform, run): run for run in runs}
-        for count, future in enumerate(as_completed(futures), 1):
-            run = futures[future]
-            line = f"[{count}/{len(futures)}] {label(run)}: "
-            if error := future.exception():
-                failed.append(f"{label(run)}: {error}")
-                print(f"{line}failed: {error}", file=sys.stderr, flush=True)
-                continue
-            done[run] = future.result()
-            print(f"{line}{numbers(run, done[run])}", flush=True)
+    for count, (run, future) in enumerate(_ended(perform, runs, jobs), 1):
+        line = f"[{count}/{len(runs)}] {label(run)}: "
+        if error := future.exception():
+            failed.append(f"{label(run)}: {error}")
+            print(f"{line}failed: {error}", file=sys.stderr, flush=True)
+            continue
+        done[run] = future.result()
+        print(f"{line}{numbers(run, done[run])}", flush=True)
     if failed:
         raise RuntimeError("; ".join(failed))
     return done
+
+
+def _ended(
+    perform: Callable[[RunT], FoundT], runs: Sequence[RunT], jobs: int
+) -> Iterator[tuple[RunT, Future[FoundT]]]:
+    """Each run as it ends; one at a time needs no other process."""
+    if jobs == 1:
+        torch.set_num_threads(1)
+        for run in runs:
+            future: Future[FoundT] = Future()
+            try:
+                future.set_result(perform(run))
+            except Exception as error:
+                future.set_exception(error)
+            yield run, future
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(perform, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future
 
 
 def digest(settings: Mapping[str, Any]) -> str:

@@ -133,10 +133,10 @@ def merge_classes(tokenizer: Any, sets: Sequence[LabelledImages]) -> tuple[list[
     return names, classes
 
 
-def hold_out(rows: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Split the rows of each set into those to train on and a seeded share of HELD_OUT to choose on."""
+def hold_out(rows: Sequence[Tensor], seed: int, share: float = HELD_OUT) -> tuple[list[Tensor], list[Tensor]]:
+    """Split the rows of each set into those to train on and a seeded share to choose on."""
     shuffled = [part[torch.randperm(len(part), generator=generator_of(seed, "hold out", 0))] for part in rows]
-    counts = [max(1, round(HELD_OUT * len(part))) for part in rows]
+    counts = [max(1, round(share * len(part))) for part in rows]
     train = [part[count:] for part, count in zip(shuffled, counts)]
     return train, [part[:count] for part, count in zip(shuffled, counts)]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks import demo_benchmark
+from compare_methods import METHODS, Method
 from PIL import Image
 
 from hf_robust_vision.data.datasets import LabelledImages
@@ -66,8 +67,7 @@ def test_a_run_is_reused_only_on_the_same_benchmark(compare, tmp_path):
     others += [replace(demo, class_names=demo.class_names[::-1]), replace(demo, templates="photo")]
     for method in ("tecoa", "undefended"):
         runs = [
-            compare.Run(compare.METHODS[method], 0, budget, measuring, each, tmp_path, "")
-            for each in (demo, demo, *others)
+            compare.Run(METHODS[method], 0, budget, measuring, each, tmp_path, "") for each in (demo, demo, *others)
         ]
         assert len({run.folder for run in runs}) == 5
 
@@ -90,7 +90,7 @@ def test_a_method_sees_no_image_and_no_name_of_a_held_out_class(compare, every_c
     budget = compare.Budget(1, 2, 1e-3)
     measuring = compare.Measuring("apgd-ce", 1, 2, every_class.eps, "test")
     with pytest.raises(KeyboardInterrupt) as stopped:
-        compare.perform(compare.Run(compare.Method("stopped", Stop), 0, budget, measuring, every_class, tmp_path, ""))
+        compare.perform(compare.Run(Method("stopped", Stop), 0, budget, measuring, every_class, tmp_path, ""))
     trainer = stopped.value.args[0]
     seen, train = every_class.groups()["seen"], trainer.train_dataset
     assert train.class_names == trainer.bank.class_names == seen

@@ -1,0 +1,490 @@
+"""The phases of `compare.py --config`: what a table costs, what is chosen on validation photos, what is measured on test.
+
+A choice is written to `docs/results/NAME-choice.json` and fixed there: a table takes learning rates and weights from it,
+and refuses to measure a row that was chosen with other options.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from compare_run import Run, arguments, fooled_by, harden, make_trainer, perform
+from comparison import stratified_interval
+from passes import passes_of, text_work, updates_for
+from pool import perform_all
+from torch import Tensor
+from transfer import Row, Sanity, Table
+
+from hf_robust_vision.attacks import get_protocol
+from hf_robust_vision.data.splits import seeded_subset
+from hf_robust_vision.data.templates import get_templates
+from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, pretty_eps, source_hash, versions
+from hf_robust_vision.evaluation.task import RobustnessProtocol
+from hf_robust_vision.evaluation.tasks import ZeroShot
+from hf_robust_vision.files import write_atomically
+from hf_robust_vision.pipeline.estimate import seconds_of_a_pass
+from hf_robust_vision.sanity.check import check_sanity
+from hf_robust_vision.towers.base import weights_sha256
+from hf_robust_vision.towers.load import load_encoder
+from hf_robust_vision.towers.processors import load_tokenizer
+from hf_robust_vision.towers.text_bank import class_prompts, make_text_bank
+
+
+T = TypeVar("T")
+LEAD, SLACK = 0.02, 0.01  # what is called a lead: in points of a score that lies in [0, 1]
+TIMED_UPDATES, TIMED_IMAGES, TIMED_CHECKS = 3, 100, 4
+
+
+class Comparison:
+    """A table that is being made.
+
+    Args:
+        table: What it is.
+        root: Folder of the runs; what lies there is read back.
+        jobs: Processes.
+    """
+
+    def __init__(self, table: Table, root: Path, jobs: int):
+        self.table, self.root, self.jobs = table, root, jobs
+        self.source = source_hash()  # of the code as it starts, whatever is edited meanwhile
+        self.methods = {row.key: row.make() for row in table.rows}
+        encoder = load_encoder(table.benchmark.checkpoint)
+        names = table.benchmark.training_images(encoder.transform).class_names
+        self.prompts = class_prompts(names, get_templates(table.benchmark.templates))
+        self.text_work = text_work(encoder, load_tokenizer(table.benchmark.checkpoint), self.prompts)
+        self.sha256 = weights_sha256(encoder)
+
+    def cost(self, row: Row) -> float:
+        """Passes of an update of a row, 0 of the original."""
+        if row.method is None:
+            return 0.0
+        found = passes_of(self.methods[row.key].trainer, arguments(self.run(row, 0, 1, 1e-3)))  # type: ignore[arg-type]
+        return found.cost(self.table.training.batch_size, len(self.prompts), self.text_work)
+
+    def run(self, row: Row, seed: int, steps: int, rate: float, *, weight: float = 1.0, choosing: bool = False) -> Run:
+        """One run of a row."""
+        table = self.table
+        measuring = (table.choice if choosing else table.test).measuring()
+        budget = table.budget(steps, rate)
+        return Run(self.methods[row.key], seed, budget, measuring, table.benchmark, self.root, self.source, weight)
+
+    def steps(self, row: Row, passes: float) -> int:
+        """Updates of a row that so many passes pay for."""
+        return updates_for(passes, self.cost(row)) if row.method else 0
+
+    def rates(self, row: Row) -> tuple[float, ...]:
+        """Learning rates that are tried; of the original none."""
+        if row.method is None:
+            return (0.0,)
+        return row.learning_rates or self.table.choice.learning_rates
+
+    def perform(self, runs: Sequence[Run]) -> dict[Run, list[RobustnessResult]]:
+        """Train, then measure; what several runs share, such as a tower at several weights, is done once."""
+        towers = {run.tower: run for run in reversed(runs) if run.method.trainer}
+        missing = [run for tower, run in reversed(towers.items()) if not (tower / "training.json").is_file()]
+        self._all(harden, missing, lambda run, record: f"{record['cpu_seconds']:.0f} CPU s")
+        first = {run.folder: run for run in reversed(runs)}
+        found = self._all(perform, list(reversed(first.values())), lambda run, results: _numbers(results))
+        return {run: found[first[run.folder]] for run in runs}
+
+    def _all(self, do: Callable[[Run], T], runs: Sequence[Run], numbers: Callable[[Run, T], str]) -> dict[Run, T]:
+        return perform_all(do, runs, self.jobs, _label, numbers) if runs else {}
+
+    # Choosing
+
+    def choose(self) -> dict[str, Any]:
+        """The learning rate of each row, then its weight, by the score on validation photos; then which of ours."""
+        seed, rows = self.table.test.seeds[0], self.table.rows
+        at = {row: self.steps(row, self.table.choice.passes) for row in rows}
+        tried = {
+            (row, rate): self.run(row, seed, at[row], rate, choosing=True) for row in rows for rate in self.rates(row)
+        }
+        done = self.perform(list(tried.values()))
+        best = {
+            row: max((rate for r, rate in tried if r is row), key=lambda rate: score(done[tried[row, rate]]))
+            for row in rows
+        }
+        between = [replace(tried[row, best[row]], weight=w) for row in rows for w in row.weights if w != 1]
+        done |= self.perform(between)
+        chosen = {
+            row.key: self._chosen(row, [run for run in done if run.method is self.methods[row.key]], done)
+            for row in rows
+        }
+        ours = [key for key, entry in chosen.items() if entry["ours"]]
+        return {
+            "settings": {**asdict(self.table.choice), "seed": seed, **asdict(self.table.training)},
+            "about": _about(done[next(iter(done))][0]),
+            "model_sha256": self.sha256,
+            "source": self.source,
+            "rows": chosen,
+            "ours": max(ours, key=lambda key: chosen[key]["score"], default=None),
+            "towers": sorted({_relative(run) for run in done if run.method.trainer}),
+            "cpu_hours": (sum(_training_seconds(done)) + sum(_measuring_seconds(done))) / 3600,
+        }
+
+    def _chosen(self, row: Row, runs: Sequence[Run], done: Mapping[Run, list[RobustnessResult]]) -> dict[str, Any]:
+        tried = [
+            {"learning_rate": run.budget.learning_rate, "weight": run.weight, "score": score(done[run])}
+            | _shares(done[run])
+            for run in runs
+        ]
+        best = max(tried, key=lambda entry: entry["score"])
+        return {
+            "label": row.label,
+            "ours": row.ours,
+            "options": dict(row.options),
+            "learning_rate": best["learning_rate"],
+            "weight": best["weight"],
+            "score": best["score"],
+            "tried": tried,
+        }
+
+    # Measuring
+
+    def runs(self, choice: Mapping[str, Any] | None) -> dict[Row, list[Run]]:
+        """The runs of each row of the table at what was chosen for it; of ours the chosen row, if they are not named.
+
+        Raises:
+            ValueError: If something is open that was not chosen, or was chosen with other options.
+        """
+        found = {}
+        best = choice["ours"] if self.table.compete and choice else None
+        for row in self.table.rows:
+            if row.ours and best not in (None, row.key):
+                continue
+            rate, weight = self._settled(row, choice)
+            seeds = self.table.test.seeds if row.method else self.table.test.seeds[:1]
+            steps = self.steps(row, self.table.training.passes)
+            found[row] = [self.run(row, seed, steps, rate, weight=weight) for seed in seeds]
+        return found
+
+    def _settled(self, row: Row, choice: Mapping[str, Any] | None) -> tuple[float, float]:
+        rates = self.rates(row)
+        if len(rates) == len(row.weights) == 1:
+            return rates[0], row.weights[0]
+        entry = (choice or {"rows": {}})["rows"].get(row.key)
+        if entry is None or entry["options"] != json.loads(json.dumps(dict(row.options))):
+            with_other = "" if entry is None else ", only with other options"
+            raise ValueError(
+                f"nothing was chosen for {row.key}{with_other}; run the same command with --choose first."
+            )
+        return entry["learning_rate"], entry["weight"]
+
+    def measure(self, choice: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Train and measure all rows, check them, and give everything that the page says."""
+        runs = self.runs(choice)
+        done = self.perform([run for each in runs.values() for run in each])
+        first = {row: each[0] for row, each in runs.items() if row.method}
+        checks = self._all(
+            partial(check, how=self.table.sanity), list(first.values()), lambda _, found: found["verdict"]
+        )
+        old = set((choice or {}).get("towers", ()))
+        fresh = [run for run in done if _relative(run) not in old]
+        seconds = {
+            "choice": 3600 * (choice or {}).get("cpu_hours", 0.0),
+            "training": sum(_training_seconds(fresh)),
+            "measuring": sum(_measuring_seconds(done)),
+            "sanity checks": sum(found["cpu_seconds"] for found in checks.values()),
+        }
+        some = next(iter(done))
+        hits = {row: hits_of([(run, done[run]) for run in each]) for row, each in runs.items()}
+        return {
+            "title": self.table.title,
+            "about": self.table.about,
+            "training": asdict(self.table.training),
+            "test": asdict(self.table.test),
+            "attacks": done[some][0].attacks,
+            "sanity": asdict(self.table.sanity),
+            "sets": self._sets(done[some]),
+            "rows": [self._row(row, runs[row], done, hits[row], checks.get(runs[row][0])) for row in runs],
+            "paired": (paired := list(pairs(hits, self.table.choice.eps))),
+            "leads": leads(paired),
+            "lead_eps": [eps_text(eps, "linf") for eps in self.table.choice.eps],
+            "cpu_hours": {part: value / 3600 for part, value in seconds.items()},
+            "hashes": {"start": self.sha256, "prompts": done[some][0].template_hash, "source": self.source},
+            "versions": versions(),
+        }
+
+    def _sets(self, results: Sequence[RobustnessResult]) -> list[dict[str, Any]]:
+        known = {each.name: each for each in self.table.benchmark.sets}
+        first = {result.group: result for result in results}
+        return [
+            {
+                "name": name,
+                "split": known[name].split,
+                "terms": known[name].terms,
+                "num_samples": result.num_samples,
+                "classes": len(result.class_names),
+                "resolution": result.attacks[0]["resolution"],
+            }
+            for name, result in first.items()
+        ]
+
+    def _row(
+        self,
+        row: Row,
+        runs: Sequence[Run],
+        done: Mapping[Run, list[RobustnessResult]],
+        hits: Mapping[str, Hits],
+        sanity: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        columns = ["clean", *(pretty_eps(result) for result in done[runs[0]] if result.group == next(iter(hits)))]
+        lead = ["clean", *(eps_text(eps, "linf") for eps in self.table.choice.eps)]
+        return {
+            "method": row.key,
+            "label": row.label,
+            "ours": row.ours,
+            "options": dict(row.options),
+            "learning_rate": runs[0].budget.learning_rate,
+            "weight": runs[0].weight,
+            "passes_per_update": self.cost(row),
+            "updates": runs[0].budget.steps,
+            "seeds": [run.seed for run in runs],
+            "sets": {name: {column: _accuracy([found[column]]) for column in columns} for name, found in hits.items()},
+            "mean": {column: _accuracy([found[column] for found in hits.values()]) for column in columns},
+            "score": _accuracy([found.score(lead) for found in hits.values()]),
+            "left": {name: left_by([(run, done[run]) for run in runs], name) for name in hits},
+            "sanity": sanity,
+            "cpu_seconds": [
+                (result.training or {}).get("cpu_seconds", 0.0) for result in (done[run][0] for run in runs)
+            ],
+            "model_sha256": [done[run][0].model_sha256 for run in runs],
+        }
+
+    # What it will cost
+
+    def estimate(self, *, choosing: bool) -> dict[str, float]:
+        """Processor hours of each part: a few updates and attacks are timed; a measurement is at most as dear.
+
+        Of measurements this is a bound at the clean accuracy of the original: an image that has fallen is not attacked
+        again, and a method that gains clean accuracy has more of them to attack.
+        """
+        hardened = [row for row in self.table.rows if row.method]
+        seeds, per_pass = len(self.table.test.seeds), self._seconds_per_pass(max(hardened, key=self.cost))
+        weights = sum(len(row.weights) - 1 for row in hardened)
+        tried = sum(len(self.rates(row)) for row in hardened)
+        parts = {
+            "training": len(hardened) * seeds * self.table.training.passes * per_pass,
+            "measuring": (1 + len(hardened) * seeds) * self._seconds_of_measuring(choosing=False),
+            "sanity checks": len(hardened) * self._seconds_of_checks(hardened[0]),
+        }
+        if choosing:
+            choice = tried * self.table.choice.passes * per_pass
+            parts["choice"] = choice + (1 + tried + weights) * self._seconds_of_measuring(choosing=True)
+        return {part: seconds / 3600 for part, seconds in parts.items()}
+
+    def _seconds_per_pass(self, row: Row) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            run = replace(self.run(row, 0, TIMED_UPDATES, 1e-6), root=Path(folder))
+            trainer = make_trainer(run)
+            start = time.process_time()
+            trainer.train()
+            return (time.process_time() - start) / (TIMED_UPDATES * self.cost(row))
+
+    def _seconds_of_measuring(self, *, choosing: bool) -> float:
+        """At most, of the original on all sets."""
+        measuring = (self.table.choice if choosing else self.table.test).measuring()
+        encoder, total = load_encoder(self.table.benchmark.checkpoint), 0.0
+        for part in self.table.benchmark.measured(measuring.split, encoder.transform).values():
+            images = min(measuring.images, len(part))
+            part = seeded_subset(part, TIMED_IMAGES, seed=0)
+            bank = make_text_bank(
+                encoder,
+                load_tokenizer(self.table.benchmark.checkpoint),
+                part.class_names,
+                get_templates(self.table.benchmark.templates),
+            )
+            task = ZeroShot(encoder, bank, part)
+            how, _ = task.fit(measuring.how())
+            levels = task.levels(how)
+            steps = sum(stage.attack.steps * stage.attack.restarts for level in levels for stage in level.stages)
+            with torch.no_grad():
+                answers = task.logits(torch.stack([item["images"] for item in part])).argmax(1)
+            right = (answers == torch.tensor(part.labels())).double().mean().item()
+            total += images * right * steps * seconds_of_a_pass(task, levels)
+        return total
+
+    def _seconds_of_checks(self, row: Row) -> float:
+        how = replace(self.table.sanity, samples=TIMED_CHECKS)
+        with tempfile.TemporaryDirectory() as folder:
+            run = replace(self.run(row, 0, 1, 1e-6), root=Path(folder), method=Row("", "").make())
+            seconds = check(run, how=how)["cpu_seconds"]
+        return float(seconds) * self.table.sanity.samples / TIMED_CHECKS
+
+
+def merge_choice(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """What was chosen now beside the rows of earlier commands that chose in the same way; which of ours, over all."""
+    same = ("settings", "model_sha256")
+    if old is None or any(json.loads(json.dumps(new[key])) != old[key] for key in same):
+        return new
+    rows = old["rows"] | new["rows"]
+    ours = [key for key, entry in rows.items() if entry["ours"]]
+    best = max(ours, key=lambda key: rows[key]["score"], default=None)
+    fresh = set(new["towers"]) - set(old["towers"])
+    hours = old["cpu_hours"] + (new["cpu_hours"] if fresh else 0.0)
+    return new | {"rows": rows, "ours": best, "towers": sorted(fresh | set(old["towers"])), "cpu_hours": hours}
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What stands of one row on one data set: of each column ("clean" or a radius) values of shape (seeds, images)."""
+
+    columns: Mapping[str, Tensor]
+
+    def __getitem__(self, column: str) -> Tensor:
+        return self.columns[column]
+
+    def score(self, columns: Iterable[str]) -> Tensor:
+        """The mean of some columns, image by image."""
+        return torch.stack([self.columns[column] for column in columns]).mean(0)
+
+
+def hits_of(done: Sequence[tuple[Run, list[RobustnessResult]]]) -> dict[str, Hits]:
+    """Of each data set, over the seeds of one row."""
+    found = {}
+    for group in dict.fromkeys(result.group for result in done[0][1]):
+        columns: dict[str, list[list[float]]] = {}
+        for run, results in done:
+            mine = [result for result in results if result.group == group]
+            falls = {pretty_eps(result): fooled_by(run, result) for result in mine}
+            clean = [float(name != "clean") for name in falls[pretty_eps(mine[0])]]
+            columns.setdefault("clean", []).append(clean)
+            for eps, names in falls.items():
+                columns.setdefault(eps, []).append([float(name is None) for name in names])
+        found[group] = Hits({name: torch.tensor(values, dtype=torch.double) for name, values in columns.items()})
+    return found
+
+
+def left_by(done: Sequence[tuple[Run, list[RobustnessResult]]], group: str) -> dict[str, dict[str, float]]:
+    """The share of images that stand after each attack, in their order, by radius; mean over the seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run, results in done:
+        for result in results:
+            if result.group != group:
+                continue
+            falls, after = fooled_by(run, result), found.setdefault(pretty_eps(result), {})
+            standing = len(falls)
+            for name in ("clean", *dict.fromkeys(row["name"] for row in result.attacks)):
+                standing -= falls.count(name)
+                after.setdefault(name, []).append(standing / len(falls))
+    return {eps: {name: statistics.mean(values) for name, values in after.items()} for eps, after in found.items()}
+
+
+def pairs(hits: Mapping[Row, Mapping[str, Hits]], eps: Sequence[float]) -> Iterable[dict[str, Any]]:
+    """Each of ours minus each other hardened row: on the mean over the sets, and on each, of clean and the radii."""
+    lead = ["clean", *(eps_text(radius, "linf") for radius in eps)]
+    for one in (row for row in hits if row.ours):
+        for other in (row for row in hits if row.method and not row.ours):
+            apart = {name: hits[one][name].score(lead) - hits[other][name].score(lead) for name in hits[one]}
+            over = {"mean": list(apart.values())} | {name: [value] for name, value in apart.items()}
+            for name, parts in over.items():
+                mean, low, high = stratified_interval(parts)
+                row = {"one": one.label, "other": other.label, "set": name}
+                yield row | {"difference": mean, "low": low, "high": high}
+
+
+def leads(paired: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whether each of ours leads: LEAD above every other on the mean with an interval above 0, no set more than SLACK below.
+
+    `paired` are the differences of `pairs`.
+    """
+    found = []
+    for one in dict.fromkeys(row["one"] for row in paired):
+        means = [row for row in paired if row["one"] == one and row["set"] == "mean"]
+        sets = [row for row in paired if row["one"] == one and row["set"] != "mean"]
+        nearest, worst = (min(rows, key=lambda row: row["difference"]) for rows in (means, sets))
+        ahead = nearest["difference"] >= LEAD and all(row["low"] > 0 for row in means)
+        found.append(
+            {"one": one, "leads": ahead and worst["difference"] >= -SLACK, "nearest": nearest, "worst": worst}
+        )
+    return found
+
+
+def check(run: Run, how: Sanity) -> dict[str, Any]:
+    """The sanity checks of a hardened model, with the original as surrogate, or what was found before."""
+    file = run.folder / f"sanity-{how.protocol}-{how.steps}-{how.samples}-{how.queries}.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text()))
+    start = time.process_time()
+    encoder, templates = run.encoder(), get_templates(run.benchmark.templates)
+    part = next(iter(run.benchmark.measured("test", encoder.transform).values()))
+    part = seeded_subset(part, run.measuring.images, seed=0)
+    bank = make_text_bank(encoder, run.tokenizer, part.class_names, templates)
+    original = load_encoder(run.benchmark.checkpoint)
+    other = make_text_bank(original, run.tokenizer, part.class_names, templates)
+    protocol = RobustnessProtocol(get_protocol(how.protocol, steps=how.steps, restarts=1), run.measuring.eps)
+    rest: dict[str, Any] = {"samples": how.samples, "queries": how.queries}
+    found = check_sanity(encoder, bank, part, protocol, surrogate=original, surrogate_bank=other, **rest)
+    found |= {"set": part.name, "cpu_seconds": time.process_time() - start}
+    write_atomically(file, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def score(results: Sequence[RobustnessResult]) -> float:
+    """Mean of the clean accuracy and of the robust ones at each radius."""
+    return statistics.mean([results[0].clean_accuracy, *(result.robust_accuracy for result in results)])
+
+
+def _accuracy(parts: Sequence[Tensor]) -> dict[str, Any]:
+    """Mean over data sets with its interval, and the value of each seed."""
+    mean, low, high = stratified_interval(parts)
+    return {
+        "value": mean,
+        "low": low,
+        "high": high,
+        "seeds": torch.stack([part.mean(1) for part in parts]).mean(0).tolist(),
+    }
+
+
+def _shares(results: Sequence[RobustnessResult]) -> dict[str, Any]:
+    robust = {pretty_eps(result): result.robust_accuracy for result in results}
+    return {"clean_accuracy": results[0].clean_accuracy, "robust_accuracy": robust}
+
+
+def _about(result: RobustnessResult) -> dict[str, Any]:
+    return {
+        "dataset": result.dataset,
+        "split": result.split,
+        "num_samples": result.num_samples,
+        "attacks": result.attacks,
+    }
+
+
+def _numbers(results: Sequence[RobustnessResult]) -> str:
+    sets = dict.fromkeys(result.group for result in results)
+    words = []
+    for name in sets:
+        mine = [result for result in results if result.group == name]
+        words.append(
+            f"{name} {' / '.join(f'{100 * x:.1f}' for x in (mine[0].clean_accuracy, *(r.robust_accuracy for r in mine)))}"
+        )
+    return ", ".join(words)
+
+
+def _label(run: Run) -> str:
+    between = "" if run.weight == 1 else f", weight {run.weight:g}"
+    return f"{run.method.label}, rate {run.budget.learning_rate:g}{between}, seed {run.seed}"
+
+
+def _relative(run: Run) -> str:
+    return str(run.tower.relative_to(run.root))
+
+
+def _training_seconds(runs: Iterable[Run]) -> list[float]:
+    towers = {run.tower for run in runs if run.method.trainer}
+    return [json.loads((tower / "training.json").read_text())["cpu_seconds"] for tower in towers]
+
+
+def _measuring_seconds(runs: Iterable[Run]) -> list[float]:
+    return [
+        json.loads((folder / "measuring.json").read_text())["cpu_seconds"] for folder in {run.folder for run in runs}
+    ]

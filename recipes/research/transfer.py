@@ -1,0 +1,373 @@
+"""Fine-tuned on one data set, measured on others: a comparison as a YAML file says it.
+
+`read_config` reads such a file, `photos.yaml` for one, and `Config.table` gives one of its tables: what is trained and
+measured with which settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from benchmarks import fingerprint
+from compare_methods import TRAINERS, Method
+from compare_run import Budget, Measuring
+from pretrain_photo_clip import hold_out
+
+from hf_robust_vision.attacks import get_protocol
+from hf_robust_vision.data.datasets import LabelledImages
+from hf_robust_vision.data.sources import ImageSource, load_labelled_images
+from hf_robust_vision.data.templates import get_templates, read_class_names
+from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.training.config import Radius
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Images with labels.
+
+    Args:
+        name: For tables.
+        dataset: Folder, or name of the Hub.
+        split: Of it.
+        resolution: Side of the square images that are attacked; they are fitted to the tower inside the attacked
+            function. Default: the tower's.
+        image_column: As of `ImageSource`, as are `label_column`, `config` and `revision`.
+        class_names: A list by name, or a file of names; default: those of the data set.
+        terms: On which it may be used, for the page.
+        folder: That `dataset` lies in, if it is no name of the Hub.
+    """
+
+    name: str
+    dataset: str
+    split: str = "test"
+    resolution: int | None = None
+    image_column: str | None = None
+    label_column: str = "label"
+    config: str | None = None
+    revision: str | None = None
+    class_names: str | None = None
+    terms: str = ""
+    folder: str = ""
+
+    def load(self, transform: PixelTransform) -> LabelledImages:
+        """The images, under the name of the table."""
+        if self.resolution is not None:
+            square = (self.resolution, self.resolution)
+            transform = replace(transform, resize=square, crop=square)
+        names = None if self.class_names is None else read_class_names(self.class_names)
+        columns = {"image_column": self.image_column, "label_column": self.label_column, "class_names": names}
+        path = Path(self.folder) / self.dataset if self.folder else self.dataset
+        source = ImageSource(path, config=self.config, revision=self.revision, **columns)
+        images = load_labelled_images(source, self.split, transform)
+        images.name = self.name
+        return images
+
+    def below(self, folder: Path | None) -> DataSet:
+        """The same in a folder that holds many."""
+        return self if folder is None else replace(self, folder=str(folder))
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A benchmark, as `compare_run.Data`: one data set is trained on, some are measured.
+
+    Args:
+        checkpoint: The CLIP that every method starts from, a folder or a name of the Hub.
+        templates: Of the prompts, by name.
+        attack_eps: Radius of the attack in fine-tuning.
+        train: What is fine-tuned on, but for the part that choices are made on.
+        validation_share: Size of that part.
+        sets: What is measured.
+    """
+
+    checkpoint: str
+    templates: str
+    attack_eps: float
+    train: DataSet
+    validation_share: float
+    sets: tuple[DataSet, ...]
+    marks: tuple[str, ...]  # of what lies in folders
+
+    @property
+    def identity(self) -> list[str]:
+        """Contents of the folders, wherever they lie; what comes from the Hub is taken at its name and revision."""
+        sets = [repr(replace(each, folder="")) for each in (self.train, *self.sets)]
+        return [*self.marks, repr(self.validation_share), *sets]
+
+    def _parts(self, transform: PixelTransform) -> tuple[LabelledImages, LabelledImages]:
+        images = self.train.load(transform)
+        ((rest,), (held,)) = hold_out([torch.arange(len(images))], 0, self.validation_share)
+        return images.select(rest.sort().values.tolist()), images.select(held.sort().values.tolist(), "validation")
+
+    def training_images(self, transform: PixelTransform) -> LabelledImages:
+        """The training split without the validation photos."""
+        return self._parts(transform)[0]
+
+    def measured(self, split: str, transform: PixelTransform) -> dict[str, LabelledImages]:
+        """For "validation" the held-out photos of the training split, else all measured sets."""
+        if split == "validation":
+            return {self.train.name: self._parts(transform)[1]}
+        return {each.name: each.load(transform) for each in self.sets}
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A line of the table: a method with its options, and what is chosen for it on validation photos."""
+
+    key: str
+    label: str
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] | None = None
+    weights: tuple[float, ...] = (1.0,)
+    ours: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method is not None and self.method not in TRAINERS:
+            raise ValueError(f"methods: {self.key}: no method {self.method!r}; there are {', '.join(TRAINERS)}.")
+        if not all(0 < weight <= 1 for weight in self.weights) or 1.0 not in self.weights:
+            raise ValueError(f"methods: {self.key}: weights must lie above 0, up to 1.0 among them.")
+
+    def make(self) -> Method:
+        """As `compare_run` takes it."""
+        return Method(self.label, TRAINERS[self.method] if self.method else None, dict(self.options))
+
+
+@dataclass(frozen=True)
+class Training:
+    """The fine-tuning of every row."""
+
+    passes: float
+    batch_size: int
+    attack_eps: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How learning rates and weights are chosen."""
+
+    learning_rates: tuple[float, ...]
+    passes: float
+    protocol: str
+    steps: int
+    eps: tuple[float, ...]
+    images: int
+
+    def measuring(self) -> Measuring:
+        """On validation photos."""
+        return Measuring(self.protocol, self.steps, self.images, self.eps, "validation")
+
+
+@dataclass(frozen=True)
+class Test:
+    """What the rows are measured with at last."""
+
+    __test__ = False  # of pytest
+
+    protocol: str
+    steps: int
+    eps: tuple[float, ...]
+    images: int
+    seeds: tuple[int, ...]
+
+    def measuring(self) -> Measuring:
+        """On test photos."""
+        return Measuring(self.protocol, self.steps, self.images, self.eps, "test")
+
+
+@dataclass(frozen=True)
+class Sanity:
+    """The checks of each hardened model."""
+
+    samples: int
+    protocol: str
+    steps: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: everything that decides its numbers."""
+
+    name: str
+    title: str
+    about: str
+    benchmark: Transfer
+    training: Training
+    choice: Choice
+    test: Test
+    sanity: Sanity
+    rows: tuple[Row, ...]
+    compete: bool  # of the rows that are ours, the one that was chosen stands for all
+
+    def budget(self, steps: int, learning_rate: float) -> Budget:
+        """Of one row."""
+        options = tuple(sorted(self.training.options.items()))
+        return Budget(steps, self.training.batch_size, learning_rate, options)
+
+
+OVERRIDES = ("methods", "attack_eps", "passes", "steps", "images", "seeds")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A file, checked."""
+
+    name: str
+    model: str
+    templates: str
+    train: DataSet
+    validation_share: float
+    measured: tuple[DataSet, ...]
+    training: Training
+    choice: Choice
+    measuring: Test
+    sanity: Sanity
+    methods: tuple[Row, ...]
+    tables: Mapping[str, Mapping[str, Any]]
+    title: str = ""
+    about: str = ""
+
+    def table(self, name: str | None, changes: Mapping[str, Any], data: Path | None, model: str | None) -> Table:
+        """One of the tables, with changes of a command line.
+
+        Raises:
+            ValueError: If there is none of that name, or a change makes no sense.
+        """
+        name = name or next(iter(self.tables))
+        if name not in self.tables:
+            raise ValueError(f"no table {name!r}; there are {', '.join(self.tables)}.")
+        said = dict(self.tables[name]) | {key: value for key, value in changes.items() if value is not None}
+        rows = {row.key: row for row in self.methods}
+        named = list(said.pop("methods", None) or [key for key in rows if not rows[key].ours] + ["ours"])
+        if stray := [key for key in named if key not in (*rows, "ours")]:
+            raise ValueError(f"no method {stray[0]!r}; there are {', '.join(rows)}, and ours for the one chosen.")
+        chosen = [key for key in rows if key in named or ("ours" in named and rows[key].ours)]
+        training, choice, test = self.training, self.choice, self.measuring
+        if "attack_eps" in said:
+            training = replace(training, attack_eps=float(Radius(said.pop("attack_eps"))))
+        if "passes" in said:
+            choice = replace(choice, passes=said["passes"])
+            training = replace(training, passes=said.pop("passes"))
+        test = replace(test, **{key: tuple(value) if key == "seeds" else value for key, value in said.items()})
+        if stray := [eps for eps in choice.eps if eps not in test.eps]:
+            raise ValueError(
+                f"choice: eps {stray[0] * 255:g}/255 is not measured on test photos; add it to measuring."
+            )
+        checkpoint, train = model or self.model, self.train.below(data)
+        sets = tuple(each.below(data) for each in self.measured)
+        benchmark = Transfer(
+            checkpoint,
+            self.templates,
+            training.attack_eps,
+            train,
+            self.validation_share,
+            sets,
+            _marks(checkpoint, data),
+        )
+        return Table(
+            name,
+            self.title,
+            self.about,
+            benchmark,
+            training,
+            choice,
+            test,
+            self.sanity,
+            tuple(rows[key] for key in chosen),
+            compete="ours" in named,
+        )
+
+
+def _marks(checkpoint: str, data: Path | None) -> tuple[str, ...]:
+    """Hashes of the model's weights and of the data, where they are files here."""
+    weights = Path(checkpoint) / "model.safetensors"
+    if Path(checkpoint).is_dir() and not weights.is_file():
+        raise ValueError(f"{checkpoint} has no model.safetensors; wanted the folder of a CLIP, or a name of the Hub.")
+    files = sorted(data.rglob("*.parquet")) if data else []
+    if data and not files:
+        raise ValueError(f"{data} holds no Parquet files; wanted the folder that holds the data sets.")
+    return fingerprint(weights) if weights.is_file() else checkpoint, fingerprint(*files) if files else ""
+
+
+def read_config(file: Path) -> Config:
+    """Read a YAML file.
+
+    Raises:
+        ValueError: One line that names the entry, if something is missing, unknown, or makes no sense.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
+    try:
+        return _config(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _config(values: Any) -> Config:
+    values = dict(_mapping(values, "the file"))
+    read: dict[str, Any] = {
+        "train": lambda v: _take(DataSet, v, "train"),
+        "measured": lambda v: tuple(_take(DataSet, each, "measured") for each in v),
+        "training": lambda v: _take(Training, v, "training"),
+        "choice": lambda v: _take(Choice, v, "choice"),
+        "measuring": lambda v: _take(Test, v, "measuring"),
+        "sanity": lambda v: _take(Sanity, v, "sanity"),
+        "methods": lambda v: tuple(_take(Row, {"key": key} | each, f"methods: {key}") for key, each in v.items()),
+    }
+    values |= {key: make(values[key]) for key, make in read.items() if key in values}
+    config: Config = _take(Config, values, "the file")
+    get_templates(config.templates)
+    for name, table in config.tables.items():
+        if stray := set(table) - set(OVERRIDES):
+            raise ValueError(f"tables: {name}: unknown {sorted(stray)[0]!r}; a table may set {', '.join(OVERRIDES)}.")
+    if not 0 < config.validation_share < 1:
+        raise ValueError(f"validation_share must lie between 0 and 1, got {config.validation_share}.")
+    for each in (config.choice, config.measuring, config.sanity):
+        get_protocol(each.protocol, steps=each.steps)
+    if len(names := [each.name for each in config.measured]) > len(set(names)):
+        raise ValueError(f"measured: a name stands twice among {', '.join(names)}.")
+    return config
+
+
+def _take(cls: type[T], values: Any, where: str) -> T:
+    """A dataclass of a mapping; radii may be fractions, lists become tuples."""
+    values = dict(_mapping(values, where))
+    known = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if stray := [key for key in values if key not in known]:
+        raise ValueError(f"{where}: unknown {stray[0]!r}; there are {', '.join(known)}.")
+    needed = [key for key, item in known.items() if item.default is item.default_factory is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in values]:
+        raise ValueError(f"{where}: {missing[0]} is missing.")
+    for key, value in values.items():
+        if key in ("eps", "attack_eps"):
+            radii = value if isinstance(value, list) else [value]
+            found = tuple(float(Radius(each)) for each in radii)
+            values[key] = found if isinstance(value, list) else found[0]
+        elif isinstance(value, list):
+            values[key] = tuple(value)
+        if key in ("passes", "batch_size", "steps", "images", "samples", "queries") and not _counts(values[key]):
+            raise ValueError(f"{where}: {key} must be a number of at least 1, got {value!r}.")
+    return cls(**values)
+
+
+def _mapping(values: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: wanted entries NAME: VALUE, got {values!r}.")
+    return values
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
