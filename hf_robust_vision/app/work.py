@@ -61,7 +61,7 @@ def attacking(job: Callable[[Watch], Any], seconds: float) -> Iterator[Any]:
         except BaseException as error:  # it is raised again where the visitor is told
             outcome.append((None, error))
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work, name="attack", daemon=True)
     thread.start()
     try:
         while thread.is_alive():
