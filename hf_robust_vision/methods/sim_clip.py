@@ -93,9 +93,8 @@ class SimCLIPTrainer(FeatureTrainer):
 
     def attack_objective(self, encoder: Encoder, batch: Batch) -> Objective:
         """Distance to the tuned clean embedding (`paper`) or to the original's (`frozen`, `anchored`)."""
-        distance, target = self.distance_by(DISTANCES[self.args.attack_distance]), batch.original
-        if self.args.form == "paper":
-            target = detached(self.features(encoder, batch.images))
+        distance, paper = self.distance_by(DISTANCES[self.args.attack_distance]), self.args.form == "paper"
+        target = detached(self.features(encoder, batch.images)) if paper else batch.original
         return lambda images: distance(self.features(encoder, images), target)
 
     def robust_loss(self, model: nn.Module, batch: Batch, adversarial: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
 from typing_extensions import Unpack
 
-from hf_robust_vision.attacks import Objective, StartNoise, get_protocol, pgd_last
+from hf_robust_vision.attacks import Objective, get_protocol
 from hf_robust_vision.data.collator import collate_images
 from hf_robust_vision.data.datasets import LabelledImages
 from hf_robust_vision.data.templates import get_templates
@@ -29,6 +29,7 @@ from hf_robust_vision.towers.reference import Reference, TargetCache
 from hf_robust_vision.towers.text_bank import TextBank, make_text_bank
 from hf_robust_vision.towers.weights import check_weights
 
+from .attack import AttackTrainer
 from .average import WeightAverage
 from .batch import Batch
 from .checkpoints import Setting, complete_checkpoint
@@ -36,6 +37,7 @@ from .collapse import check_collapse, mean_pairwise_cosine
 from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
 from .layers import decay_learning_rates, freeze_first_blocks, learning_rate_scales, train_layers
+from .passes import PassCounter
 from .publishing import PublishWhenMeasured
 from .resume import ResumableTrainer
 from .speed import compile_in_place, matmul_precision
@@ -51,7 +53,7 @@ class TrainerParts(TypedDict, total=False):
     optimizers: tuple[Any, Any]
 
 
-class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
+class AdversarialTrainer(AttackTrainer, ResumableTrainer, StreamTrainer, PublishWhenMeasured):
     """`Trainer` for adversarial fine-tuning of CLIP and SigLIP; a method is a subclass with two functions.
 
     A subclass says what the attacker maximises (`attack_objective`) and what the learner minimises (`robust_loss`).
@@ -112,7 +114,8 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         elif args.layer_decay != 1:
             raise ValueError(f"layer_decay={args.layer_decay:g} would not reach an optimizer of your own.")
         # Before the adapter is added, or the original would learn with the model that is compared with it.
-        self.reference = reference or Reference(encoder, reads, share_weights=args.use_peft)
+        self.passes = PassCounter()
+        self.reference = self.passes.watch(reference or Reference(encoder, reads, share_weights=args.use_peft))
         if args.use_peft:
             layers, seed = args.lora_target_modules, args.seed
             add_adapter(encoder, args.lora_r, args.lora_alpha, args.lora_dropout, target_modules=layers, seed=seed)
@@ -130,6 +133,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
             self.add_callback(self.average)
         if self.is_fsdp_enabled:
             make_shardable(encoder)
+        self.prepare_attack(encoder, reads)
         compile_in_place(encoder, self.accelerator)
         if args.train_batch_size * args.world_size < 2:
             warnings.warn(
@@ -138,6 +142,7 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
                 stacklevel=2,
             )
         self._measured: dict[str, list[Tensor]] = {}
+        self._passes: list[float] = []
         self._last_images: Tensor | None = None
         self._seen, self._seen_at = 0, 0.0
 
@@ -190,22 +195,19 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
             # Dropout and a gradient to the weights would make the attack weaker and dearer: it would chase another
             # network at every step. The loss below is taken in the mode that `Trainer` set.
             with attack_mode(encoder):
-                objective = self.attack_objective(encoder, batch)
+                objective = self.attack_objective(self.passes.watch(encoder), batch)
                 adversarial = self.attack(objective, batch)
-                if self._is_logging_step():
-                    self._monitor(encoder, batch, objective, adversarial)
-            loss = self.robust_loss(model, batch, adversarial)
+                with self.passes.paused():
+                    if self._is_logging_step():
+                        self._monitor(encoder, batch, objective, adversarial)
+                    if self.is_probe_step():
+                        self.probe(encoder, batch, adversarial)
+            # For its backward pass to leave there what a step more needs.
+            adversarial.requires_grad_(self.args.attack_free_step)
+            loss = self.robust_loss(self.passes.watch(model), batch, adversarial)
         self._seen += len(images) * self.args.world_size
-        self._last_images = images
+        self._last_images, self._attacked = images, (batch, adversarial)
         return (loss, None) if return_outputs else loss
-
-    def attack(self, objective: Objective, batch: Batch) -> Tensor:
-        """Adversarial images of a batch, the last iterate of PGD from the samples' own random starts."""
-        args = self.args
-        # By sample and step, so that neither batch, nor process, nor a resume changes where an attack starts.
-        noise = StartNoise(args.seed, batch.ids.tolist(), self.state.global_step) if args.attack_random_start else None
-        steps, size = args.attack_steps, args.attack_step_size
-        return pgd_last(objective, batch.images, args.attack_ball(), steps=steps, step_size=size, noise=noise)
 
     # What is logged
 
@@ -217,13 +219,14 @@ class AdversarialTrainer(ResumableTrainer, StreamTrainer, PublishWhenMeasured):
         """Add drift, collapse, attack gain and speed to the training log."""
         # `Trainer` logs the loss on every process at the same steps, so that all of them come to this `reduce`.
         if "loss" in logs and self._measured:
+            self.record("passes", torch.tensor(self._passes, device=self.args.device))
             means = {name: torch.stack(values).mean() for name, values in self._measured.items()}
             reduced = self.accelerator.reduce(means, reduction="mean")
             logs |= {name: round(value.item(), 6) for name, value in reduced.items()}
             # `start_time` is that of training: a measurement may lie between the construction and it.
             now, since = time.time(), max(self._seen_at, start_time or 0.0)
             logs["samples_per_second"] = round(self._seen / max(now - since, 1e-9), 1)
-            self._measured, self._seen, self._seen_at = {}, 0, now
+            self._measured, self._passes, self._seen, self._seen_at = {}, [], 0, now
         super().log(logs, start_time)
 
     def _is_logging_step(self) -> bool:

@@ -20,19 +20,23 @@ from hf_robust_vision.processes import PATIENCE, need_a_gpu_each
 
 from .checkpoints import Setting
 from .layers import which_layers
+from .savings import SavingArguments
 
 
 # The least that a number may be. A NaN is below nothing, so it would pass every comparison that is written by hand.
 WHOLE = {
     "max_steps": -1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1, "attack_steps": 1, "eval_attack_steps": 1, "lora_r": 1, "lora_alpha": 1,
-    "freeze_blocks": 0, "cache_targets_mb": 0,
+    "gradient_accumulation_steps": 1, "attack_steps": 0, "eval_attack_steps": 1, "lora_r": 1, "lora_alpha": 1,
+    "freeze_blocks": 0, "cache_targets_mb": 0, "carry_starts_mb": 0, "probe_every": 0,
 }  # fmt: skip
 REAL = (
     "learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "adam_epsilon",
-    "lora_dropout", "layer_decay", "ema_decay",
+    "lora_dropout", "layer_decay", "ema_decay", "attack_token_share", "attack_cheap_until",
 )  # fmt: skip
-MAY_CHANGE = ("eval_protocol", "eval_attack_steps", "eval_eps", "on_collapse", "matmul_precision", "cache_targets_mb")
+MAY_CHANGE = (
+    "eval_protocol", "eval_attack_steps", "eval_eps", "on_collapse", "matmul_precision", "cache_targets_mb",
+    "probe_every", "on_overfitting",
+)  # fmt: skip
 OPTIMISATION = (
     "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "weight_decay", "max_grad_norm",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "seed", "data_seed", "dataloader_drop_last",
@@ -56,7 +60,7 @@ class Radius(float):
 
 
 @dataclass
-class AdversarialTrainingArguments(TrainingArguments):
+class AdversarialTrainingArguments(SavingArguments):
     """`TrainingArguments` and the attacks of adversarial fine-tuning.
 
     Listed are the added fields of which there is more to say than their help. Defaults that differ from
@@ -125,6 +129,7 @@ class AdversarialTrainingArguments(TrainingArguments):
     cache_targets_mb: int = field(default=0, metadata={"help": "MiB for the original's features; 0: no cache."})
 
     def __post_init__(self) -> None:
+        self.apply_fast()
         self._check_numbers()
         self._join_launcher()
         self.remove_unused_columns = False
@@ -135,12 +140,14 @@ class AdversarialTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it at every epoch
         self._check_radii()
+        self.check_savings()
         if self.fp16:
             # Loss scaling covers the learner's backward pass only, not the attack's.
             raise ValueError("fp16=true lets the attack's gradients underflow to zero unseen; type --bf16 true.")
         one_of("eval_protocol", self.eval_protocol, tuple(PROTOCOLS))
         get_templates(self.templates)
         one_of("on_collapse", self.on_collapse, ("stop", "record"))
+        one_of("on_overfitting", self.on_overfitting, ("stop", "record"))
         one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
         which_layers(self.trainable_layers)
         if self.parallel_mode.value == "not_distributed" and self.n_gpu > 1:
@@ -199,6 +206,7 @@ class AdversarialTrainingArguments(TrainingArguments):
         """What is not plain tuning of all weights, for results and card."""
         plain = {
             "matmul_precision": "highest", "layer_decay": 1.0, "freeze_blocks": 0, "trainable_layers": "all", "ema_decay": 0.0,
+            "fast": False, "attack_token_share": 1.0, "carry_starts_mb": 0, "attack_free_step": False, "attack_cheap_until": 0.0,
         }  # fmt: skip
         record = {name: getattr(self, name) for name, value in plain.items() if getattr(self, name) != value}
         if self.use_peft:
