@@ -241,7 +241,7 @@ def compare_by_config(args: argparse.Namespace) -> Path:
         write_json(
             docs, f"{config.name}-margins", {"command": command} | margins(table.benchmark, table.choice.images)
         )
-        return write_transfer_page(docs, config.name, list(config.tables))
+        return write_transfer_page(docs, config)
     comparison = Comparison(table, args.output_dir, args.jobs)
     if args.estimate:
         hours = comparison.estimate(choosing=chosen_at not in choices)
@@ -254,7 +254,7 @@ def compare_by_config(args: argparse.Namespace) -> Path:
         content = {"command": command} | comparison.measure(choices.get(chosen_at))
         write_json(docs, table.name, content)
         write_figure(docs, table.name, content)
-    return write_transfer_page(docs, config.name, list(config.tables))
+    return write_transfer_page(docs, config)
 
 
 def write_json(docs: Path, name: str, content: Mapping[str, Any]) -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from compare_methods import RIVALS
 from compare_run import Run, arguments, fooled_by, harden, make_trainer, perform
 from comparison import stratified_interval
+from margins import pearson
 from passes import passes_of, text_work, updates_for
 from pool import perform_all
 from torch import Tensor
@@ -31,12 +33,14 @@ from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, pret
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks import ZeroShot
 from hf_robust_vision.files import write_atomically
+from hf_robust_vision.methods.classes import cosines
 from hf_robust_vision.pipeline.estimate import seconds_of_a_pass
 from hf_robust_vision.sanity.check import check_sanity
+from hf_robust_vision.sanity.checks import not_run
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.processors import load_tokenizer
-from hf_robust_vision.towers.text_bank import class_prompts, make_text_bank
+from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts, make_text_bank
 
 
 T = TypeVar("T")
@@ -208,6 +212,7 @@ class Comparison:
             "rows": [self._row(row, runs[row], done, hits[row], checks.get(runs[row][0])) for row in runs],
             "paired": (paired := list(pairs(hits, self.table.choice.eps))),
             "leads": leads(paired),
+            "challenges": list(challenges(hits, self.table.benchmark.train.name)),
             "lead_eps": [eps_text(eps, "linf") for eps in self.table.choice.eps],
             "cpu_hours": {part: value / 3600 for part, value in seconds.items()},
             "hashes": {"start": self.sha256, "prompts": done[some][0].template_hash, "source": self.source},
@@ -254,11 +259,26 @@ class Comparison:
             "score": _accuracy([found.score(lead) for found in hits.values()]),
             "left": {name: left_by([(run, done[run]) for run in runs], name) for name in hits},
             "sanity": sanity,
+            "texts_kept": self._texts_kept(row, runs[0]),
             "cpu_seconds": [
                 (result.training or {}).get("cpu_seconds", 0.0) for result in (done[run][0] for run in runs)
             ],
             "model_sha256": [done[run][0].model_sha256 for run in runs],
         }
+
+    def _texts_kept(self, row: Row, run: Run) -> float | None:
+        """How far the similarities of the class texts are those of the original: Pearson's correlation over pairs."""
+        if row.method != "tima":
+            return None
+        with torch.no_grad():
+            embeds = [
+                encoder.encode_prompts(encoder.tokenize(run.tokenizer, self.prompts))
+                for encoder in (load_encoder(self.table.benchmark.checkpoint), run.encoder())
+            ]
+        templates = len(get_templates(self.table.benchmark.templates))
+        texts = [class_embeddings(each, templates) for each in embeds]
+        upper = torch.triu_indices(len(texts[0]), len(texts[0]), 1)
+        return pearson(*(cosines(each, each)[upper[0], upper[1]] for each in texts))
 
     # What it will cost
 
@@ -269,17 +289,20 @@ class Comparison:
         again, and a method that gains clean accuracy has more of them to attack.
         """
         hardened = [row for row in self.table.rows if row.method]
-        seeds, per_pass = len(self.table.test.seeds), self._seconds_per_pass(max(hardened, key=self.cost))
-        weights = sum(len(row.weights) - 1 for row in hardened)
-        tried = sum(len(self.rates(row)) for row in hardened)
+        ours = [row for row in hardened if row.ours]
+        models = len(self.table.test.seeds) * (len(hardened) - (max(len(ours) - 1, 0) if self.table.compete else 0))
+        per_pass = self._seconds_per_pass(max(hardened, key=self.cost))
         parts = {
-            "training": len(hardened) * seeds * self.table.training.passes * per_pass,
-            "measuring": (1 + len(hardened) * seeds) * self._seconds_of_measuring(choosing=False),
-            "sanity checks": len(hardened) * self._seconds_of_checks(hardened[0]),
+            "training": models * self.table.training.passes * per_pass,
+            "measuring": (1 + models) * self._seconds_of_measuring(choosing=False),
+            "sanity checks": models / len(self.table.test.seeds) * self._seconds_of_checks(hardened[0]),
         }
         if choosing:
-            choice = tried * self.table.choice.passes * per_pass
-            parts["choice"] = choice + (1 + tried + weights) * self._seconds_of_measuring(choosing=True)
+            tried = [self.run(row, 0, 1, rate, choosing=True) for row in hardened for rate in self.rates(row)]
+            towers = len({run.tower for run in tried})  # rows that differ in their weight alone share theirs
+            measured = 1 + towers + sum(len(row.weights) - 1 for row in hardened)
+            parts["choice"] = towers * self.table.choice.passes * per_pass
+            parts["choice"] += measured * self._seconds_of_measuring(choosing=True)
         return {part: seconds / 3600 for part, seconds in parts.items()}
 
     def _seconds_per_pass(self, row: Row) -> float:
@@ -310,7 +333,7 @@ class Comparison:
             with torch.no_grad():
                 answers = task.logits(torch.stack([item["images"] for item in part])).argmax(1)
             right = (answers == torch.tensor(part.labels())).double().mean().item()
-            total += images * right * steps * seconds_of_a_pass(task, levels)
+            total += images * right * steps * seconds_of_a_pass(task, levels, time.process_time)
         return total
 
     def _seconds_of_checks(self, row: Row) -> float:
@@ -392,6 +415,19 @@ def pairs(hits: Mapping[Row, Mapping[str, Hits]], eps: Sequence[float]) -> Itera
                 yield row | {"difference": mean, "low": low, "high": high}
 
 
+def challenges(hits: Mapping[Row, Mapping[str, Hits]], trained_on: str) -> Iterable[dict[str, Any]]:
+    """TIMA minus each of its rivals at each radius, on the mean over the sets and over those it was not trained on."""
+    for one in (row for row in hits if row.method == "tima"):
+        for other in (row for row in hits if row.key in RIVALS):
+            unseen = [name for name in hits[one] if name != trained_on]
+            for sets, names in {"all": list(hits[one]), "unseen": unseen}.items():
+                for column in next(iter(hits[one].values())).columns if names else ():
+                    apart = [hits[one][name][column] - hits[other][name][column] for name in names]
+                    mean, low, high = stratified_interval(apart)
+                    row = {"one": one.label, "other": other.label, "sets": sets, "eps": column}
+                    yield row | {"difference": mean, "low": low, "high": high}
+
+
 def leads(paired: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Whether each of ours leads: LEAD above every other on the mean with an interval above 0, no set more than SLACK below.
 
@@ -423,7 +459,10 @@ def check(run: Run, how: Sanity) -> dict[str, Any]:
     other = make_text_bank(original, run.tokenizer, part.class_names, templates)
     protocol = RobustnessProtocol(get_protocol(how.protocol, steps=how.steps, restarts=1), run.measuring.eps)
     rest: dict[str, Any] = {"samples": how.samples, "queries": how.queries}
-    found = check_sanity(encoder, bank, part, protocol, surrogate=original, surrogate_bank=other, **rest)
+    try:
+        found = check_sanity(encoder, bank, part, protocol, surrogate=original, surrogate_bank=other, **rest)
+    except ValueError as error:  # such as a model that is right about nothing
+        found = not_run(error)
     found |= {"set": part.name, "cpu_seconds": time.process_time() - start}
     write_atomically(file, json.dumps(found, indent=1) + "\n")
     return found

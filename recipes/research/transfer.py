@@ -121,7 +121,18 @@ class Transfer:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A line of the table: a method with its options, and what is chosen for it on validation photos."""
+    """A line of the table: a method with its options, and what is chosen for it on validation photos.
+
+    Args:
+        key: Its name in the file and on the command line.
+        label: For tables.
+        method: Of `TRAINERS`; None is the original.
+        options: Arguments of its trainer.
+        learning_rates: To choose from; default: those of all rows.
+        weights: Shares of the hardened weights to choose from; what is left is the original's.
+        ours: Of the rows that are ours, the one that was chosen is tested.
+        on_request: Left out where it is not named.
+    """
 
     key: str
     label: str
@@ -130,6 +141,7 @@ class Row:
     learning_rates: tuple[float, ...] | None = None
     weights: tuple[float, ...] = (1.0,)
     ours: bool = False
+    on_request: bool = False
 
     def __post_init__(self) -> None:
         if self.method is not None and self.method not in TRAINERS:
@@ -249,7 +261,8 @@ class Config:
             raise ValueError(f"no table {name!r}; there are {', '.join(self.tables)}.")
         said = dict(self.tables[name]) | {key: value for key, value in changes.items() if value is not None}
         rows = {row.key: row for row in self.methods}
-        named = list(said.pop("methods", None) or [key for key in rows if not rows[key].ours] + ["ours"])
+        usual = [key for key, row in rows.items() if not (row.ours or row.on_request)]
+        named = list(said.pop("methods", None) or [*usual, "ours"])
         if stray := [key for key in named if key not in (*rows, "ours")]:
             raise ValueError(f"no method {stray[0]!r}; there are {', '.join(rows)}, and ours for the one chosen.")
         chosen = [key for key in rows if key in named or ("ours" in named and rows[key].ours)]

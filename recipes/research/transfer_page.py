@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison import difference
+from transfer import Config
 
 from hf_robust_vision.evaluation.results import eps_text
 from hf_robust_vision.files import write_atomically
@@ -20,10 +21,10 @@ from hf_robust_vision.report.tables import markdown_table, percent
 DRAWN = 6  # hardened models in a figure; the colours go no further
 
 
-def write_transfer_page(docs: Path, name: str, tables: Sequence[str]) -> Path:
+def write_transfer_page(docs: Path, config: Config) -> Path:
     """Write the page from the JSON files that are there, and return its path."""
-    page = docs / f"results-{name}.md"
-    write_atomically(page, make_transfer_page(docs, name, tables))
+    page = docs / f"results-{config.name}.md"
+    write_atomically(page, make_transfer_page(docs, config))
     return page
 
 
@@ -47,14 +48,13 @@ def _point(eps: str, value: Mapping[str, float]) -> Point:
     return Point(0.0 if eps == "clean" else float(eps.split("/")[0]), value["value"], value["low"], value["high"])
 
 
-def make_transfer_page(docs: Path, name: str, tables: Sequence[str]) -> str:
+def make_transfer_page(docs: Path, config: Config) -> str:
     """The page of all numbers of a configuration that lie in `docs/results`."""
+    name, tables = config.name, config.tables
     read = {key: _read(docs / "results" / f"{key}.json") for key in (*tables, f"{name}-choice", f"{name}-margins")}
     found = {key: read[key] for key in tables if read[key]}
-    title = next((content["title"] for content in found.values() if content["title"]), name)
-    text = (
-        f"# {title}\n\nWritten by `recipes/research/compare.py`; do not edit. The numbers lie in `results/*.json`.\n"
-    )
+    text = f"# {config.title or name}\n\nWritten by `recipes/research/compare.py`; do not edit. "
+    text += "The numbers lie in `results/*.json`.\n"
     for key, content in found.items():
         text += f"\n{_table_section(key, content, _read(docs / 'results' / f'{key}-estimate.json'))}"
         if (docs / "results" / f"{key}.png").is_file():
@@ -146,6 +146,19 @@ def _paired(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(["difference", "set", "points", "95 % interval", "verdict"], cells)
 
 
+def _challenges(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [
+        [
+            f"{row['one']} - {row['other']}",
+            row["sets"],
+            row["eps"],
+            *difference(row, "higher" if row["low"] > 0 else "lower"),
+        ]
+        for row in rows
+    ]
+    return markdown_table(["difference", "sets", "eps", "points", "95 % interval", "verdict"], cells)
+
+
 def _verdict(found: Mapping[str, Any]) -> str:
     nearest, worst = found["nearest"], found["worst"]
     said = (
@@ -180,7 +193,7 @@ def _sanity(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if row["sanity"]:
             ran = [check for check in row["sanity"]["checks"] if check["verdict"] != "not run"]
-            said = ", ".join(row["sanity"]["flagged"]) or "nothing"
+            said = ", ".join(row["sanity"]["flagged"]) or row["sanity"].get("why") or "nothing"
             cells.append([row["label"], row["sanity"]["verdict"], said, len(ran)])
     return markdown_table(["method", "verdict", "flagged", "checks"], cells)
 

@@ -66,17 +66,18 @@ def small():
         ],
         "training": {"passes": 60, "batch_size": 4, "attack_eps": "4/255", "options": {"attack_steps": 1}},
         "choice": {"learning_rates": [1e-3, 1e-2], "passes": 60, "protocol": "apgd-ce", "steps": 1, "eps": ["4/255"], "images": 8},
-        "measuring": {"protocol": "robustvlm", "steps": 1, "eps": ["4/255", "8/255"], "images": 6, "seeds": [0, 1]},
-        "sanity": {"samples": 2, "protocol": "apgd-ce", "steps": 1, "queries": 2},
+        "measuring": {"protocol": "robustvlm", "steps": 1, "eps": ["4/255", "64/255"], "images": 4, "seeds": [0, 1]},
+        "sanity": {"samples": 1, "protocol": "apgd-ce", "steps": 1, "queries": 2},
         "methods": {
             "undefended": {"label": "undefended"},
-            "tecoa": {"label": "TeCoA", "method": "tecoa"},
+            "tecoa": {"label": "TeCoA", "method": "tecoa", "learning_rates": [1e-2]},
+            "tima": {"label": "TIMA", "method": "tima", "learning_rates": [1e-2], "on_request": True},
             "half": {"label": "half", "method": "agft", "options": {"label_weight": 0.5}, "ours": True},
             "between": {
                 "label": "half, between", "method": "agft", "options": {"label_weight": 0.5}, "weights": [0.5, 1.0], "ours": True,
             },
         },
-        "tables": {"small": {}, "small-long": {"methods": ["undefended", "ours"], "steps": 2, "seeds": [0]}},
+        "tables": {"small": {}, "small-long": {"methods": ["undefended", "tecoa", "tima", "ours"], "steps": 2, "seeds": [0]}},
     }  # fmt: skip
 
 
@@ -110,7 +111,6 @@ def read(docs, name):
     return json.loads((docs / "results" / f"{name}.json").read_text())
 
 
-@pytest.mark.slow
 def test_chosen_on_validation_measured_on_test_and_read_back(compare, tmp_path, data):
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit):
@@ -119,7 +119,7 @@ def test_chosen_on_validation_measured_on_test_and_read_back(compare, tmp_path, 
     choice = read(docs, "small-choice")["4/255"]
     assert choice["about"]["split"] == "validation"
     assert {key: len(entry["tried"]) for key, entry in choice["rows"].items()} == {
-        "undefended": 1, "tecoa": 2, "half": 2, "between": 3,
+        "undefended": 1, "tecoa": 1, "half": 2, "between": 3,
     }  # fmt: skip
     for entry in choice["rows"].values():
         best = max(entry["tried"], key=lambda tried: tried["score"])
@@ -157,10 +157,14 @@ def test_chosen_on_validation_measured_on_test_and_read_back(compare, tmp_path, 
     assert read(docs, "small") == content
     compare("--table", "small-long", "--images", "2")
     long = read(docs, "small-long")
-    assert [row["method"] for row in long["rows"]] == ["undefended", choice["ours"]]
+    assert [row["method"] for row in long["rows"]] == ["undefended", "tecoa", "tima", choice["ours"]]
     assert (long["test"]["steps"], long["test"]["images"]) == (2, 2)
-    towers = set((tmp_path / "runs").rglob("model.safetensors"))
-    assert towers == {path for path in written if path.name == "model.safetensors"}
+    assert [row["texts_kept"] is None for row in long["rows"]] == [True, True, False, True]
+    assert long["rows"][2]["texts_kept"] < 1
+    told = {(row["one"], row["other"], row["sets"]) for row in long["challenges"]}
+    assert told == {("TIMA", "TeCoA", "all"), ("TIMA", "TeCoA", "unseen")}
+    new = set((tmp_path / "runs").rglob("model.safetensors")) - set(written)
+    assert [path.parts[-3].split("-")[0] for path in new] == ["TIMATrainer"]
     assert "## Fine-tuned at 4/255: `small-long`" in (docs / "results-small.md").read_text()
 
 
@@ -377,8 +381,10 @@ def test_the_published_files_are_read(file, tmp_path):
             method = row.make()
             defaults = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
             method.trainer.args_class(**defaults, **table.training.options, **method.options)
-    kinds = {(row.method, row.options.get("form"), row.options.get("variant")) for row in config.methods}
-    assert len(kinds) == 10
+    usual = {row.key for row in config.table(None, {}, None, "some/clip").rows}
+    rivals = {"control", "sim-clip", "sim-clip-anchored", "fare", "tecoa", "pmg-aft", "tima-v1", "tima", "agft"}
+    assert usual - {row.key for row in config.methods if row.ours} == {"undefended", *rivals}
+    assert any(row.ours for row in config.methods)
     assert all(each.terms for each in config.measured)
 
 
@@ -408,7 +414,10 @@ def test_a_wrong_file_is_one_line(change, said, small, write):
     ("words", "said"),
     [
         (["--table", "none"], "no table 'none'; there are small, small-long"),
-        (["--methods", "none"], "no method 'none'; there are undefended, tecoa, half, between, and ours for the one"),
+        (
+            ["--methods", "none"],
+            "no method 'none'; there are undefended, tecoa, tima, half, between, and ours for the one",
+        ),
         (["--steps", "3"], "--steps is not for a comparison of --config"),
     ],
 )
@@ -438,4 +447,4 @@ def test_the_page_is_what_its_numbers_say():
         config = read_config(file)
         page = ROOT / "docs" / f"results-{config.name}.md"
         if page.is_file():
-            assert page.read_text() == make_transfer_page(ROOT / "docs", config.name, list(config.tables))
+            assert page.read_text() == make_transfer_page(ROOT / "docs", config)
