@@ -77,6 +77,7 @@ class Budget:
             "attack_steps": 2,
             "templates": benchmark.templates,
             "on_collapse": "record",
+            "probe_every": 0,  # it would cost passes, and the control has no attack to look at
         } | dict(self.options)
 
 

@@ -2,7 +2,8 @@
 
 One pass takes one image forward through the tower, or its gradient back to the activations, or back to the weights; each
 is about the same work. A prompt's passes through the text tower count by the work of that tower over the image tower's.
-What a run logs about itself is not counted.
+What a run logs about itself is not counted. A trainer's log counts as it goes (`PassCounter`, without texts); here the
+number is known before.
 """
 
 from __future__ import annotations
@@ -74,8 +75,11 @@ def passes_of(trainer: type[AdversarialTrainer], args: Any) -> Passes:
 
 def _need_whole_towers(args: AdversarialTrainingArguments) -> None:
     partial = args.use_peft or args.freeze_blocks or args.trainable_layers != "all" or args.cache_targets_mb
-    if partial:
-        raise ValueError("passes are counted for whole towers: leave out adapters, frozen blocks and cached targets.")
+    if partial or args.attack_token_share < 1 or args.attack_cheap_until or args.attack_free_step:
+        raise ValueError(
+            "passes are counted for whole towers and plain attacks: leave out adapters, frozen blocks, cached targets "
+            "and what saves passes of the attack."
+        )
 
 
 @torch.no_grad()

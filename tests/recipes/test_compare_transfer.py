@@ -219,6 +219,7 @@ def passes_through(tower, trainer, inputs):
             if name.endswith(("vision_model.encoder.layers.1.mlp.fc1", "text_model.encoder.layers.1.mlp.fc1")):
                 layer.__class__ = Counted if tower in name else torch.nn.Linear
     Counted.passes = 0
+    trainer.passes.start()
     trainer.compute_loss(trainer.model, inputs).backward()
     return Counted.passes
 
@@ -253,6 +254,7 @@ def test_passes_are_those_of_an_update(method, options, comparison):
     inputs = next(iter(trainer.get_train_dataloader()))
     wanted = passes_of(run.method.trainer, trainer.args)
     assert passes_through("vision", trainer, inputs) == wanted.image * len(inputs["images"])
+    assert trainer.passes.total == wanted.image * len(inputs["images"])  # what the log would say
     assert passes_through("text", trainer, inputs) == wanted.text * len(comparison.prompts)
 
 
