@@ -15,8 +15,11 @@ Parts, ViT-B/32 at 224 px with random weights and Sim-CLIP's frozen form with PG
   processor, against `patch_tokens` of the same tower; PGD-2, processor time.
 - `vlm_memory`: peak memory of an update with and without the language model in memory, VLMs of real dimensions with
   random weights. Only if it is named: it needs 13 GiB of memory and 15 GB of disk.
-- `robustness`, on the demo: seconds until validation robust accuracy reaches what the published setting (10 attack
-  steps, float32) reaches, for several numbers of attack steps.
+- `robustness`: seconds until validation robust accuracy reaches what the published setting (10 attack steps, float32)
+  reaches in `--robustness_seconds`, for every setting that saves passes; see `benchmark_robustness.py`. On the demo, or on
+  what a file of `compare.py` trains on:
+
+    python recipes/research/benchmark.py --parts robustness --config recipes/research/photos.yaml --data FOLDER
 """
 
 from __future__ import annotations
@@ -24,23 +27,18 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 from benchmark_page import section, update
+from benchmark_robustness import SETTINGS, Race, config_task, demo_task, robustness_table
 from benchmark_scaling import scaling_table
 from benchmark_steps import options_table, steps_table
 from benchmark_vlm import cost_table, memory_table
 from comparison import command_line
-from transformers import AutoProcessor
 
-from hf_robust_vision.data.demo import DEMO_EPS, demo_checkpoint, load_demo
-from hf_robust_vision.evaluation.results import wilson_interval
-from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
-from hf_robust_vision.report.tables import markdown_table
-from hf_robust_vision.towers.load import load_encoder
+from hf_robust_vision.evaluation.results import eps_text
 
 
 # A part's name on the command line, and that on the page.
@@ -55,76 +53,19 @@ PARTS = {
 }
 
 
-def harden(
-    attack_steps: int, seconds: float, every: int, target: float | None, bf16: bool = False
-) -> dict[str, float]:
-    """Train on the demo until `target` validation robust accuracy or the time is up; evaluation is not counted."""
-    folder = demo_checkpoint()
-    encoder = load_encoder(folder)
-    args = SimCLIPArguments(
-        output_dir=tempfile.mkdtemp(),
-        form="frozen",
-        attack_eps=DEMO_EPS,
-        attack_steps=attack_steps,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=10,
-        per_device_train_batch_size=128,
-        max_steps=10_000,
-        logging_steps=every,
-        bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        templates="demo",
-        eval_protocol="quick",
-        per_device_eval_batch_size=64,
-        disable_tqdm=True,
-        save_strategy="no",
+def race_of(args: argparse.Namespace) -> Race:
+    """What a command line says of the time to robustness."""
+    task = config_task(args.config, args.data, args.model) if args.config else demo_task()
+    clock = time.process_time if args.processor_time else time.perf_counter
+    return Race(
+        task,
+        args.robustness_seconds,
+        args.robustness_batch_size,
+        args.learning_rate,
+        args.device,
+        args.output_dir,
+        clock,
     )
-    trainer = SimCLIPTrainer(
-        model=encoder,
-        args=args,
-        train_dataset=load_demo("train", encoder.transform),
-        eval_dataset=load_demo("validation", encoder.transform),
-        processing_class=AutoProcessor.from_pretrained(folder),
-    )
-    optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=args.learning_rate)
-    trainer.current_gradient_accumulation_steps = 1
-    model, optimizer, loader = trainer.accelerator.prepare(trainer.model, optimizer, trainer.get_train_dataloader())
-    spent, robust, clean, updates = 0.0, 0.0, 0.0, 0
-    while spent < seconds:
-        for inputs in loader:
-            start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * min((updates + 1) / 10, 1)
-            optimizer.zero_grad()
-            trainer.training_step(model, inputs)
-            optimizer.step()
-            spent, updates = spent + time.perf_counter() - start, updates + 1
-            trainer.state.global_step = updates
-            if updates % every == 0 or spent >= seconds:
-                metrics = trainer.evaluate()
-                robust, clean = metrics["eval_robust_accuracy"], metrics["eval_clean_accuracy"]
-                if spent >= seconds or (target is not None and robust >= target):
-                    return {"seconds": spent, "updates": updates, "robust": robust, "clean": clean}
-    raise AssertionError("unreachable")
-
-
-def robustness_table(seconds: float) -> list[str]:
-    """Time to robustness, as Markdown lines."""
-    published = harden(10, seconds, every=10, target=None)
-    table, target = [], published["robust"]
-    for steps, precision in ((10, "fp32 (published)"), *((steps, "fp32") for steps in (5, 3, 2, 1)), (2, "bf16")):
-        row = published
-        if steps < 10:
-            row = harden(steps, 2 * seconds, every=10, target=target, bf16=precision == "bf16")
-        low, high = wilson_interval(round(row["robust"] * 256), 256)
-        reached = f"{row['seconds']:.0f}" if row["robust"] >= target else f"not in {row['seconds']:.0f}"
-        shares = (f"{row['robust']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['clean']:.3f}")
-        table.append([steps, precision, reached, row["updates"], *shares])
-        print(*table[-1], sep=" | ", file=sys.stderr)
-    head = ["attack steps", "precision", "seconds", "updates", "robust", "95 % interval", "clean"]
-    return markdown_table(head, table).splitlines()
 
 
 def main() -> None:
@@ -135,25 +76,37 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--robustness_seconds", type=float, default=120)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    race = parser.add_argument_group("time to robustness")
+    race.add_argument("--robustness_seconds", type=float, default=600)
+    race.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
+    race.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="the first one screens")
+    race.add_argument("--config", type=Path, help="YAML file of compare.py; default: the demo")
+    race.add_argument("--data", type=Path, help="folder of its data sets")
+    race.add_argument("--model", help="the CLIP to start from; default: that of the file")
+    race.add_argument("--robustness_batch_size", type=int, default=128)
+    race.add_argument("--learning_rate", type=float, default=1e-3)
+    race.add_argument("--processor_time", action="store_true", help="where others use the machine, too")
+    race.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark-robustness"), help="finished runs")
     args = parser.parse_args()
-    shape = (args.batch_size, args.steps, args.rounds)
+    shape = (args.batch_size, args.steps, args.rounds, args.device)
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     machine += f"; CPU capability: {torch.backends.cpu.get_cpu_capability()}"
+    machine += f"; {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
     command = command_line("recipes/research/benchmark.py", sys.argv[1:])
     setting = f"ViT-B/32, 224 px, batch {args.batch_size}, PGD-{args.steps}"
     measures = {
         "steps": (setting, lambda: steps_table(*shape)),
         "options": (setting, lambda: options_table("options", *shape)),
         "forwards": (setting, lambda: options_table("forwards", *shape)),
-        "scaling": (f"{setting} each, one thread each", lambda: scaling_table(*shape)),
-        "vlm_update": ("Sim-CLIP `frozen`, PGD-2", lambda: cost_table(args.rounds)),
+        "scaling": (f"{setting} each, one thread each", lambda: scaling_table(*shape[:3])),
+        "vlm_update": ("Sim-CLIP `frozen`, PGD-2", lambda: cost_table(args.rounds, args.device)),
         "vlm_memory": ("one image, PGD-2, float32 tower", memory_table),
-        "robustness": (
-            "the demo, Sim-CLIP `frozen`, pooled, eps 8/255, PGD-10 on validation",
-            lambda: robustness_table(args.robustness_seconds),
-        ),
     }
+    if "robustness" in args.parts:
+        runs = race_of(args)
+        about = f"{runs.task.about}, Sim-CLIP `frozen`, pooled, eps {eps_text(runs.task.attack_eps, 'linf')}, APGD-10 on validation"
+        measures["robustness"] = (about, lambda: robustness_table(runs, args.settings, args.seeds))
     for part in args.parts:
         about, measure = measures[part]
         text = section(f"{PARTS[part]}: {about}", command, machine, measure())

@@ -93,8 +93,9 @@ def trainer_step(
         output_dir=tempfile.mkdtemp(),
         attack_steps=steps,
         report_to="none",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=images.device.type == "cpu",
         logging_steps=10_000,
+        probe_every=0,
         **(settings | options),
     )
     trainer = kind(model=copy.deepcopy(encoder), args=args)
@@ -154,7 +155,7 @@ def saved_bytes(encoder: CLIPEncoder, images: Tensor, frozen: bool) -> int:
 
 def variants(images: Tensor, steps: int) -> dict[str, dict[str, Callable[[], Step]]]:
     """Name of a table to its rows, each a function that builds the step; the first row is what others are held to."""
-    encoder = vit_b_32()
+    encoder = vit_b_32().to(images.device)
     ours = partial(trainer_step, encoder, images, steps)
     anchored = partial(ours, form="anchored")
     return {
@@ -170,6 +171,7 @@ def variants(images: Tensor, steps: int) -> dict[str, dict[str, Callable[[], Ste
             "matmul_precision: medium": partial(ours, matmul_precision="medium"),
             "torch_compile: true": partial(ours, torch_compile=True),
             "cache_targets_mb: 64, all remembered": partial(ours, cache_targets_mb=64),
+            "attack_token_share: 0.5": partial(ours, attack_token_share=0.5),
             "freeze_blocks: 6": partial(ours, freeze_blocks=6),
             "use_peft: true, lora_r: 8": partial(ours, use_peft=True),
         },
@@ -180,8 +182,15 @@ def variants(images: Tensor, steps: int) -> dict[str, dict[str, Callable[[], Ste
     }
 
 
+def wall() -> float:
+    """Seconds, when a GPU has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def interleaved(
-    builders: dict[str, Callable[[], Step]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    builders: dict[str, Callable[[], Step]], rounds: int, clock: Callable[[], float] = wall
 ) -> dict[str, float]:
     """Median seconds of each step; one of each in turn, so that a busy machine slows all alike."""
     steps = {name: build() for name, build in builders.items()}
@@ -196,26 +205,26 @@ def interleaved(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def steps_table(batch_size: int, steps: int, rounds: int) -> list[str]:
+def steps_table(batch_size: int, steps: int, rounds: int, device: str) -> list[str]:
     """The trainer's step against the loops that it replaces, as Markdown lines."""
-    images = torch.rand(batch_size, 3, 224, 224)
+    images = torch.rand(batch_size, 3, 224, 224, device=device)
     medians = interleaved(variants(images, steps)["steps"], rounds)
     published, naive, *_, base = medians.values()
     rows = []
     for name, seconds in medians.items():
         times = (batch_size / seconds, published / seconds, naive / seconds, seconds / base)
-        memory = peak_memory("steps", name, batch_size, steps)
+        memory = peak_memory("steps", name, batch_size, steps, device)
         rows.append([name, *(f"{number:.2f}" for number in times), f"{memory:.0f}"])
     head = ["step", "images/s", "times (a)", "times (b)", "time / floor", "peak memory, MiB"]
     lines = markdown_table(head, rows).splitlines()
-    encoder = vit_b_32()
+    encoder = vit_b_32().to(device)
     share = saved_bytes(encoder, images, frozen=True) / saved_bytes(encoder, images, frozen=False)
     return [*lines, "", f"Bytes saved for the attack's backward pass, (c) to (a): {share:.2f}."]
 
 
-def options_table(table: str, batch_size: int, steps: int, rounds: int) -> list[str]:
+def options_table(table: str, batch_size: int, steps: int, rounds: int, device: str) -> list[str]:
     """What options change against the first row, each in a turn of its own with it, as Markdown lines."""
-    (first, build), *others = variants(torch.rand(batch_size, 3, 224, 224), steps)[table].items()
+    (first, build), *others = variants(torch.rand(batch_size, 3, 224, 224, device=device), steps)[table].items()
     rows = {}
     for name, other in others:
         medians = interleaved({first: build, name: other}, rounds)  # all at once would fill a small machine
@@ -225,9 +234,9 @@ def options_table(table: str, batch_size: int, steps: int, rounds: int) -> list[
     return markdown_table(["step", "images/s", "times the first row"], cells).splitlines()
 
 
-def peak_memory(table: str, name: str, batch_size: int, steps: int) -> float:
+def peak_memory(table: str, name: str, batch_size: int, steps: int, device: str) -> float:
     """Peak memory of one variant in a process of its own, MiB above what it held before the step."""
-    command = [sys.executable, __file__, table, name, str(batch_size), str(steps)]
+    command = [sys.executable, __file__, table, name, str(batch_size), str(steps), device]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -238,10 +247,12 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("batch_size", type=int)
     parser.add_argument("steps", type=int)
+    parser.add_argument("device")
     args = parser.parse_args()
-    step = variants(torch.rand(args.batch_size, 3, 224, 224), args.steps)[args.table][args.name]()
+    images = torch.rand(args.batch_size, 3, 224, 224, device=args.device)
+    step = variants(images, args.steps)[args.table][args.name]()
     step()
-    if torch.cuda.is_available():
+    if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()

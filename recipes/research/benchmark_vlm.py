@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from benchmark_steps import interleaved, resident, trainer_step
+from benchmark_steps import interleaved, resident, trainer_step, wall
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -51,8 +51,8 @@ def clip_processor(side: int) -> Any:
     return tf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
-def cost_table(rounds: int) -> list[str]:
-    """Processor seconds of an update at language tokens and at patch tokens of the same tower, as Markdown lines."""
+def cost_table(rounds: int, device: str) -> list[str]:
+    """Seconds (on a CPU the processor's) of an update at language tokens and at patch tokens of the same tower, as Markdown lines."""
     cases = {
         "the demo LLaVA": (demo_llava, (), 64),
         "ViT-B/32, 224 px, a language model 2048 wide": (vit_llava, (2048,), 2),
@@ -61,16 +61,16 @@ def cost_table(rounds: int) -> list[str]:
     for name, (make, settings, batch) in cases.items():
         torch.manual_seed(0)
         vlm, processor = make(*settings)
-        encoder = as_encoder(vlm.eval(), processor)
-        bare = tf.CLIPVisionModelWithProjection(vlm.config.vision_config).eval()
+        encoder = as_encoder(vlm.eval().to(device), processor)
+        bare = tf.CLIPVisionModelWithProjection(vlm.config.vision_config).eval().to(device)
         bare.vision_model = vlm.model.vision_tower
         tower = as_encoder(bare, processor)
-        images = torch.rand(batch, *encoder.probe().shape[1:])
+        images = torch.rand(batch, *encoder.probe().shape[1:], device=device)
         builders: dict[str, Any] = {
             "patch": partial(trainer_step, tower, images, 2, feature="patch_tokens"),
             "language": partial(trainer_step, encoder, images, 2, feature="language_tokens"),
         }
-        seconds = interleaved(builders, rounds, clock=time.process_time)
+        seconds = interleaved(builders, rounds, clock=time.process_time if device == "cpu" else wall)
         ratio = seconds["language"] / seconds["patch"]
         rows.append([name, batch, *(f"{value:.2f}" for value in seconds.values()), f"{ratio:.2f}"])
     head = ["tower", "images", "s at patch_tokens", "s at language_tokens", "ratio"]
