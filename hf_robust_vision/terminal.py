@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Callable, Iterator
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -48,6 +50,33 @@ def one_line(error: BaseException) -> str:
     cause = error.__cause__
     hidden = cause is not None and type(error).__module__.startswith("datasets.")
     return f"{said} ({one_line(cause)})" if hidden and cause is not None else said
+
+
+@contextmanager
+def quiet_when_piped() -> Iterator[None]:
+    """Without the bars of datasets and transformers where nobody looks; afterwards as it was, as in a notebook."""
+    if sys.stderr.isatty():
+        yield
+        return
+    import datasets
+    from transformers.utils import logging
+
+    shown = not datasets.utils.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown[0]:
+            datasets.enable_progress_bars()
+        if shown[1]:
+            logging.enable_progress_bar()
+
+
+def next_steps(*commands: Sequence[str]) -> str:
+    """What to type now: one command a line; a word in capitals stands for what only the reader knows."""
+    lines = [shlex.join(["hf-robust-vision", *command]) for command in commands]
+    return "next: " + "\n      ".join(lines)
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from hf_robust_vision.terminal import next_steps
+
 from .evaluate import add_attack, add_data, add_loading, add_named, data
 from .output import add_json, answer, working
 
@@ -46,7 +48,11 @@ def run(args: argparse.Namespace) -> int:
     text = (
         f"{len(record.images)} images in {args.output_dir}/images, the record in {args.output_dir}/attack.json\n"
         f"right on the clean ones {record.clean_accuracy:.1%}, on the attacked ones {record.robust_accuracy:.1%}, on the "
-        f"files, whose pixels are rounded, {record.files_accuracy:.1%}"
+        f"files, whose pixels are rounded, {record.files_accuracy:.1%}\n"
+        + next_steps(
+            ["evaluate", "OTHER_MODEL", "--dataset", f"{args.output_dir}/images", "--split", "all", "--eps", "0"],
+            ["push", args.output_dir, "OWNER/NAME", "--dry_run"],
+        )
     )
     answer(args, record.to_dict() | {"output_dir": args.output_dir}, text)
     return 0

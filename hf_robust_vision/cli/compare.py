@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
             results += measure_model(model, [images], how, args.output_dir, **settings)
     from hf_robust_vision.report.tables import models_text
 
-    answer_with_report(args, results, args.save_examples, models_text)
+    then = (["push", "BEST_MODEL", "OWNER/NAME", "--collection", "TITLE", "--dry_run"],)
+    answer_with_report(args, results, args.save_examples, models_text, then)
     return 0
 
 

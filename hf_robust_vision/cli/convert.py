@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_robust_vision.terminal import at_least
+from hf_robust_vision.terminal import at_least, next_steps, quiet_when_piped
 
 
 def add(commands: Any) -> None:
@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("checkpoint", help=".pt or .safetensors file")
     parser.add_argument("--base", required=True, help="folder or Hub id of the CLIPModel that was fine-tuned")
-    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--output_dir", "--output", required=True, help="folder to write")
     parser.add_argument("--hidden_act", help="refuse a base with another activation, e.g. quick_gelu")
     parser.add_argument("--num_attention_heads", type=at_least(1), help="refuse a base with another number of heads")
 
@@ -24,5 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_robust_vision.swap.convert import convert_checkpoint
 
     settings = {"hidden_act": args.hidden_act, "num_attention_heads": args.num_attention_heads}
-    print(convert_checkpoint(args.checkpoint, args.base, args.output, **settings))
+    with quiet_when_piped():
+        print(convert_checkpoint(args.checkpoint, args.base, args.output_dir, **settings))
+    print(next_steps(["evaluate", args.output_dir, "--dataset", "IMAGES"]))
     return 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 from typing import Any
 
 from hf_robust_vision.terminal import at_least
+
+from .output import add_json, answer_with_report, working
 
 
 EPS = ("1/255", "2/255", "4/255")
@@ -22,6 +25,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--save_adversarial", action="store_true", help="keep the images of all samples")
     parser.add_argument("--output_dir", default="outputs/evaluate", help="results are added to what it holds")
     add_measuring(parser)
+    add_json(parser)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +88,8 @@ def measuring(args: argparse.Namespace) -> Any:
     from hf_robust_vision.pipeline.measure import Measuring
 
     values = {name: value for name, value in vars(args).items() if name in Measuring.__annotations__}
-    return values | {"dtype": getattr(torch, args.dtype), "examples": args.save_examples}
+    shown = {"examples": args.save_examples, "progress": sys.stderr.isatty()}
+    return values | {"dtype": getattr(torch, args.dtype)} | shown
 
 
 def data(args: argparse.Namespace) -> Any:
@@ -97,8 +102,11 @@ def data(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, report."""
-    from hf_robust_vision.pipeline.measure import measure_model, protocol_of, report_and_part
+    with working(args):
+        from hf_robust_vision.pipeline.measure import measure_model, measured_text, protocol_of
 
-    results = measure_model(args.model, [data(args)], protocol_of(vars(args)), args.output_dir, **measuring(args))
-    report_and_part(results, args.output_dir, args.save_examples)
+        results = measure_model(args.model, [data(args)], protocol_of(vars(args)), args.output_dir, **measuring(args))
+    own = ["--dataset_name", args.dataset] if args.dataset else []
+    then = (["harden", "fare", "--model_name_or_path", args.model, *own], ["compare", args.model, "OTHER_MODEL"])
+    answer_with_report(args, results, args.save_examples, measured_text, then)
     return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hf_robust_vision.terminal import quiet_when_piped
+
 
 def add(commands: Any) -> None:
     """Its words."""
@@ -12,12 +14,13 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("model", help="folder or Hub id of a CLIPModel")
     parser.add_argument("--to", choices=("open_clip", "v4"), required=True)
-    parser.add_argument("--output", required=True, help=".pt file (open_clip) or folder (v4)")
+    parser.add_argument("--output", "--output_dir", required=True, help=".pt file (open_clip) or folder (v4)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the file or folder."""
     from hf_robust_vision.swap.convert import export_open_clip, export_v4
 
-    print((export_open_clip if args.to == "open_clip" else export_v4)(args.model, args.output))
+    with quiet_when_piped():
+        print((export_open_clip if args.to == "open_clip" else export_v4)(args.model, args.output))
     return 0

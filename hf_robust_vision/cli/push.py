@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_robust_vision.terminal import at_least
+from hf_robust_vision.terminal import at_least, quiet_when_piped
 
 
 def add(commands: Any) -> None:
@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         name: value for name, value in vars(args).items() if name not in ("command", "run", "folder", "repo_id")
     }
     push = push_images if (folder / RECORD_NAME).is_file() else push_robust_encoder
-    print(push(folder, args.repo_id, **settings))
+    with quiet_when_piped():
+        print(push(folder, args.repo_id, **settings))
     return 0
 
 

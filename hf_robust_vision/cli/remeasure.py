@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from hf_robust_vision.terminal import quiet_when_piped
+
 
 def add(commands: Any) -> None:
     """Its words."""
@@ -29,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
 
     path, agree = Path(args.results), True
     measured = load_results(path)
-    encoder, tokenizer = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
+    with quiet_when_piped():
+        encoder, tokenizer = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     sha256 = weights_sha256(encoder)
     mine = [row for row in measured if row.task == "zero_shot" and row.model_sha256 == sha256]
     results = [row for row in mine if row.images is not None]

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from hf_robust_vision.terminal import at_least
+from hf_robust_vision.terminal import at_least, next_steps
 
 from .output import add_json, answer, working
 
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         report = swap_folder(shipped(args.vlm), shipped(args.tower), args.output_dir, **settings)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    text = f"{report}\nthe whole VLM lies in {args.output_dir}; now measure its answers."
+    then = next_steps(["evaluate-vlm", args.output_dir, "--questions", "FILE"])
+    text = f"{report}\nthe whole VLM lies in {args.output_dir}; now measure its answers.\n{then}"
     answer(args, report.to_dict() | {"output_dir": args.output_dir}, text)
     return 0

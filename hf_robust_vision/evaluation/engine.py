@@ -29,7 +29,7 @@ from hf_robust_vision.processes import rank_and_world
 from hf_robust_vision.towers.base import attack_mode
 
 from .images import AdversarialImages
-from .results import RobustnessResult, SampleRecord, versions
+from .results import RobustnessResult, SampleRecord, eps_text, versions
 from .samples import Progress, SampleId, SampleStore
 from .task import Batch, Level, RobustnessProtocol, Stage, Task, Verdict, model_identity, need_usable, one_size
 
@@ -167,6 +167,7 @@ class _Flow:
         # Samples wait per search, not per batch. Without it the last searches, which few samples reach, would run on
         # one or two images at a time: most of the time of a strong protocol.
         self.waiting: dict[_Place, deque[_Flight]] = defaultdict(deque)
+        self.met, self.left = Counter[tuple[int, int]](), Counter[tuple[int, int]]()  # by level and stage, to show
         source = prefetched(self.task.load, todo, ahead=2 * self.size)
         self.bar = tqdm(total=len(todo), desc=self.label, disable=not show or rank > 0)
         order = itemgetter(0, 1)
@@ -213,7 +214,7 @@ class _Flow:
         start, queue = time.time(), self.waiting[place]
         flights = [queue.popleft() for _ in range(min(self.size, len(queue)))]
         level, stage = self.levels[place[0]], self.levels[place[0]].stages[place[1]]
-        self.bar.set_postfix_str(f"eps {level.value:.4g}, {stage.attack.name}, {len(flights)} samples")
+        self._show(place, f"{len(flights)} under attack")
         batch = Batch(
             tuple(flight.place for flight in flights),
             torch.stack([flight.image for flight in flights]),
@@ -228,9 +229,21 @@ class _Flow:
         states: dict[SampleId, Progress] = {}
         for flight, (image, verdict) in zip(flights, self._in_memory(batch, search)):
             self._compare(flight, stage, level, image, verdict)
+            self.met[place[:2]] += 1
+            self.left[place[:2]] += self.task.stands(flight.record, stage)
             flight.stage += 1
             states |= self._onward(flight)
         self.store.add(states, time.time() - start)
+        self._show(place, "")
+
+    def _show(self, place: _Place, now: str) -> None:
+        """Beside the bar: the radius and the attack, and how many of those that met it there are left."""
+        level, key = self.levels[place[0]], place[:2]
+        severity = self.task.fields(level).get("severity")
+        radius = f"eps {eps_text(level.value, self.how.norm)}" if severity is None else f"severity {severity}"
+        told = [f"{self.left[key]} of {self.met[key]} left"] if self.met[key] else []
+        told += [now] if now else []
+        self.bar.set_postfix_str(f"{radius}, {level.stages[key[1]].attack.name}: {', '.join(told)}")
 
     def _compare(self, flight: _Flight, stage: Stage, level: Level, image: Tensor, verdict: Verdict) -> None:
         """Keep the worst that a sample has met."""

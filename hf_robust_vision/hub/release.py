@@ -20,6 +20,7 @@ from hf_robust_vision.towers.adapters import ADAPTER_FILES, ADAPTER_FOLDER, CONF
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.dual import DualEncoder
+from hf_robust_vision.towers.interpolate import RECORD_NAME as INTERPOLATE_REPORT
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
 
@@ -41,7 +42,7 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_PAPERS = (RESULTS_FILE, PICTURE, HARDEN_REPORT, "LICENSE*", "NOTICE*")
+_PAPERS = (RESULTS_FILE, PICTURE, HARDEN_REPORT, INTERPOLATE_REPORT, "LICENSE*", "NOTICE*")
 
 # Of an earlier push to the same repository; what it held beside them is not ours to delete.
 REPLACED = (

@@ -141,6 +141,8 @@ def parse(
         raise ValueError(f"{config}: {stray} are no arguments of {trainer_class.__name__}.")
     parser.set_defaults(**{key: _typed(actions[key], value, f"{config}: {key}") for key, value in values.items()})
     namespace = parser.parse_args(words)  # again, over the defaults of the file: so the command line wins
+    if namespace.disable_tqdm is None:
+        namespace.disable_tqdm = not sys.stderr.isatty()  # bars where a person looks
     if namespace.output_dir is None:
         source = namespace.dataset_name or namespace.model_name_or_path or "demo"
         namespace.output_dir = f"outputs/{name}-{Path(source).name}"

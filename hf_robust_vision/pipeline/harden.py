@@ -21,8 +21,9 @@ from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
 from hf_robust_vision.hub.push import VerificationError
 from hf_robust_vision.processes import announce, part, usable_cores
 from hf_robust_vision.report.page import write_report
-from hf_robust_vision.report.tables import comparison_text
+from hf_robust_vision.report.tables import comparison_text, lying
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
+from hf_robust_vision.terminal import next_steps
 from hf_robust_vision.towers.base import FEATURES
 from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import Encoder
@@ -85,7 +86,8 @@ def run(
             print(sanity_text(results))
             _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
-        print(*write_report([output], output), sep="\n")
+        print(f"model: {output}", lying(output, [str(page) for page in write_report([output], output)]), sep="\n")
+        print(next_steps(["swap", "VLM", str(output)], ["push", str(output), "OWNER/NAME", "--dry_run"]))
     if args.push_to_hub and test is not None:
         part_and_push(trainer, dataset=test, device=trainer.args.device)
     return results
@@ -168,7 +170,8 @@ def _measure(
     task = ZeroShot(encoder, trainer.text_bank(test, encoder), test)
     if trainer.args.should_save and model == "before":
         say_cost(task, how, "--max_test_samples N", models=2)
-    return evaluate(task, how, model_name=model, samples_dir=trainer.args.output_dir)
+    shown = not trainer.args.disable_tqdm
+    return evaluate(task, how, model_name=model, samples_dir=trainer.args.output_dir, progress=shown)
 
 
 def _write(

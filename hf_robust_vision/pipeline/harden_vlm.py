@@ -28,7 +28,7 @@ from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.processes import announce, part, usable_cores
 from hf_robust_vision.report.tables import comparison_text
-from hf_robust_vision.terminal import user_errors
+from hf_robust_vision.terminal import next_steps, quiet_when_piped, user_errors
 from hf_robust_vision.towers.base import EncoderOutput, attack_mode, weights_sha256
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.vlm import VLMEncoder, path_of
@@ -157,7 +157,7 @@ class HardenReport:
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Read the words of a command line, and `harden_vlm`; bad input ends in one line."""
-    with user_errors():
+    with user_errors(), quiet_when_piped():
         harden_vlm(*parse(VLMTrainer, words, prog, options=VLMArguments, name="harden-vlm"))
         part()
 
@@ -214,6 +214,8 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
     if args.should_save:
         print(f"\n{report}\n", *([comparison_text(results)] if results else []), sep="\n")
         print(f"in {time.time() - start:.0f} s; the whole VLM lies in {output}")
+        questions = ["evaluate-vlm", str(output), "--questions", "FILE"]
+        print(next_steps(*([] if results else [questions]), ["push", str(output), "OWNER/NAME", "--dry_run"]))
     if args.push_to_hub:
         part_and_push(trainer)
     return results
@@ -317,6 +319,7 @@ def ask(name: str, options: VLMArguments, args: VLMTrainingArguments, model: str
         group="colour/shape",
         model_name=model,
         samples_dir=args.output_dir,
+        progress=not args.disable_tqdm,
     )
 
 

@@ -26,7 +26,7 @@ from hf_robust_vision.evaluation.tasks.zero_shot import ZeroShot
 from hf_robust_vision.pixels import PixelTransform
 from hf_robust_vision.processes import barrier, meet, part, rank_and_world
 from hf_robust_vision.report.page import write_report
-from hf_robust_vision.report.tables import results_text
+from hf_robust_vision.report.tables import lying, results_text
 from hf_robust_vision.sanity.check import add_sanity, sanity_text
 from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import Encoder, load_encoder
@@ -189,14 +189,19 @@ def measure_model(
     return results
 
 
+def measured_text(results: Sequence[RobustnessResult]) -> str:
+    """Results, and the verdicts of their sanity checks where some were made, for a terminal."""
+    checked = any(result.sanity for result in results)
+    return "\n".join([results_text(results), *([sanity_text(results)] if checked else [])])
+
+
 def report_and_part(results: Sequence[RobustnessResult], output_dir: str | Path, examples: int) -> None:
     """Print what `measure_model` found and write the report, in the first process; then part."""
     # The others already wait in `part`: nothing in this branch may talk to them.
     if rank_and_world()[0] == 0:
-        print(results_text(results))
-        if any(result.sanity for result in results):
-            print(sanity_text(results))
-        print(*write_report([output_dir], output_dir, examples=examples), sep="\n")
+        print(measured_text(results))
+        pages = [str(page) for page in write_report([output_dir], output_dir, examples=examples)]
+        print("", lying(output_dir, pages), sep="\n")
     part()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, pretty_eps
+from hf_robust_vision.evaluation.results import RESULTS_FILE, RobustnessResult, eps_text, pretty_eps
 
 from .escape import Verbatim, markdown, one_line
 
@@ -80,14 +81,34 @@ def text_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def results_text(results: Sequence[RobustnessResult]) -> str:
-    """One line a result, for a terminal."""
-    return "\n".join(
-        one_line(
-            f"{row.dataset} ({row.split}, {row.num_samples}), {row.protocol}, {row.threat}: "
-            f"clean {point(row, 'clean')}, robust {point(row, 'robust')}"
-        )
-        for row in results
-    )
+    """A table for each data set and protocol: one line a radius, with what each attack leaves; for a terminal."""
+    groups: dict[tuple[Any, ...], list[RobustnessResult]] = {}
+    for row in results:
+        groups.setdefault((row.model, *row.run[:5], row.protocol, row.norm, row.num_samples), []).append(row)
+    return "\n\n".join(map(_table_of, groups.values()))
+
+
+def _table_of(rows: Sequence[RobustnessResult]) -> str:
+    first = rows[0]
+    group = "" if first.group == "all" else f", {first.group}"
+    head = f"{first.model} on {first.dataset} ({first.split}{group}, {counted(first.num_samples, 'sample')})"
+    measured = "" if first.metric == "accuracy" else f"{words(first.metric)}, "
+    # Of corruptions and captions an attack has no count of what it leaves.
+    names = list(dict.fromkeys(one["name"] for row in rows for one in row.attacks if "robust_accuracy" in one))
+    lines = [[row.threat, point(row, "clean"), *_left(row, names), point(row, "robust")] for row in rows]
+    columns = ["radius", "clean", *(f"after {name}" for name in names), "robust"]
+    return f"{one_line(f'{head}: {measured}{first.protocol}')}\n{text_table(columns, lines)}"
+
+
+def _left(row: RobustnessResult, names: Sequence[str]) -> list[str]:
+    left = {one["name"]: percent(one["robust_accuracy"]) for one in row.attacks if "robust_accuracy" in one}
+    return [left.get(name, "") for name in names]
+
+
+def lying(folder: str | Path, pages: Sequence[str] = ()) -> str:
+    """Where results lie, for a terminal: the numbers, and pages that show them."""
+    shown = [f"page: {page}" for page in pages if not page.endswith(".svg")]
+    return "\n".join([f"numbers: {Path(folder) / RESULTS_FILE}", *shown])
 
 
 def models_text(results: Sequence[RobustnessResult]) -> str:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
+from .base import weights_sha256
 from .load import Encoder, load_encoder
 from .vlm import VLMEncoder
 from .weights import check_weights, need_free
 
 
+RECORD_NAME = "interpolate_report.json"
 _NOT_THE_NETWORK = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
@@ -52,7 +54,7 @@ def interpolate(original: str | Path, hardened: str | Path, output_dir: str | Pa
     """Write the stock folder of a model between two folders or Hub ids, see `interpolate_encoders`.
 
     Of a vision-language model tower and projector are between; the rest, the same in both, is copied bit for bit. The
-    processor is that of the hardened one.
+    processor is that of the hardened one. `interpolate_report.json` holds both parents with the hashes of their weights.
 
     Raises:
         ValueError: As `interpolate_encoders`, if a model can not be read whole, or `output_dir` holds anything. Nothing
@@ -68,7 +70,16 @@ def interpolate(original: str | Path, hardened: str | Path, output_dir: str | Pa
     mixed.save_pretrained(folder)
     if processor is not None:  # a VLM's lies beside its weights, and came along
         processor.save_pretrained(folder)
+    parents = {"original": _parent(original, first), "hardened": _parent(hardened, last)}
+    record = {"schema": 1, **parents, "weight": weight, "sha256": weights_sha256(mixed), "vlm": processor is None}
+    (folder / RECORD_NAME).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
+
+
+def _parent(name: str | Path, encoder: Encoder) -> dict[str, str]:
+    """A parent by its Hub id or the name of its folder, and by its weights."""
+    path = Path(name)
+    return {"model": path.resolve().name if path.is_dir() else str(name), "sha256": weights_sha256(encoder)}
 
 
 def _between(original: Tensor, hardened: Tensor, weight: float) -> Tensor:

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -87,7 +87,8 @@ def make_text_bank(
         batch_size: Prompts per forward pass.
 
     Raises:
-        ValueError: If there are fewer than two classes, `check_templates` refuses a template, or the model gives NaN.
+        ValueError: If there are fewer than two classes, `check_templates` refuses a template, the tokenizer makes one text
+            of two names, or the model gives NaN.
     """
     check_class_names(class_names)
     check_templates(templates)
@@ -97,6 +98,7 @@ def make_text_bank(
         encoder.tokenize(tokenizer, prompts[start : start + batch_size])
         for start in range(0, len(prompts), batch_size)
     ]
+    _need_told_apart(class_names, len(templates), batches)
     # By content: neither a model's name nor the object tells whether its text tower was trained meanwhile. And by what
     # weights do not tell: activations, adapters, and the token that is read.
     weights, device = weights_sha256(encoder, but=_IMAGE_SIDE), encoder.logit_scale.device
@@ -108,6 +110,29 @@ def make_text_bank(
             del _MADE[next(iter(_MADE))]
         _MADE[key] = _embed(encoder, batches, tuple(class_names), tuple(templates))
     return _MADE[key]
+
+
+def _need_told_apart(class_names: Sequence[str], templates: int, batches: Sequence[dict[str, Tensor]]) -> None:
+    """Refuse different names of one text: a tokenizer that knows neither word, or cuts both off, writes them alike."""
+    texts = [text for tokens in batches for text in _texts(tokens)]
+    seen: dict[tuple[Any, ...], str] = {}
+    for place, name in enumerate(class_names):
+        other = seen.setdefault(tuple(texts[place * templates : (place + 1) * templates]), name)
+        # Names that differ in their case are as those that stand twice, of which `check_class_names` warns.
+        if other.casefold().split() != name.casefold().split():
+            raise ValueError(
+                f"the tokenizer makes one text of the classes {other!r} and {name!r}, so that the model can not tell them "
+                "apart: it does not know these words, or cuts the prompt off before them. Use names that it knows, "
+                "shorter templates, or another model."
+            )
+
+
+def _texts(tokens: Mapping[str, Tensor]) -> list[bytes]:
+    """The tokens of each prompt, without what only fills its batch up."""
+    ids, mask = tokens["input_ids"], tokens.get("attention_mask")
+    if mask is None:
+        return [row.numpy().tobytes() for row in ids.cpu()]
+    return [row[kept].numpy().tobytes() for row, kept in zip(ids.cpu(), mask.cpu().bool())]
 
 
 def _embed(

@@ -38,6 +38,7 @@ from .config import AdversarialTrainingArguments
 from .launchers import check_launcher, gathered, is_sharded, make_shardable
 from .layers import decay_learning_rates, freeze_first_blocks, learning_rate_scales, train_layers
 from .passes import PassCounter
+from .progress import put_bar
 from .publishing import PublishWhenMeasured
 from .resume import ResumableTrainer
 from .speed import compile_in_place, matmul_precision
@@ -127,6 +128,7 @@ class AdversarialTrainer(AttackTrainer, ResumableTrainer, StreamTrainer, Publish
         # Ours is a mean over one batch of an update, which `Trainer` has to divide by the accumulation steps. As a CLIP's
         # forward accepts loss kwargs, it would take it for divided already.
         self.model_accepts_loss_kwargs = False
+        put_bar(self)
         check_launcher(self.accelerator, adapter=args.use_peft, average=args.ema_decay > 0)
         self.average = WeightAverage(args.ema_decay) if args.ema_decay else None
         if self.average is not None:
@@ -331,13 +333,9 @@ class AdversarialTrainer(AttackTrainer, ResumableTrainer, StreamTrainer, Publish
         how = RobustnessProtocol(protocol, radii, self.args.attack_norm, batch_size=size, seed=seed)
         with self.as_measured():
             encoder = self.whole_encoder()
-            bank, name, loud = (
-                self.text_bank(dataset, encoder),
-                f"step {self.state.global_step}",
-                not self.args.disable_tqdm,
-            )
-            device = self.args.device
-            results = evaluate_zero_shot(encoder, bank, dataset, how, model_name=name, device=device, progress=loud)
+            bank, name = self.text_bank(dataset, encoder), f"step {self.state.global_step}"
+            where: Any = {"device": self.args.device, "progress": not self.args.disable_tqdm}
+            results = evaluate_zero_shot(encoder, bank, dataset, how, model_name=name, **where)
         named = {"clean_accuracy": results[0].clean_accuracy}
         named["robust_accuracy"] = next(result.robust_accuracy for result in results if result.eps == radii[0])
         named |= {result.robust_name: result.robust_accuracy for result in results if len(results) > 1}

@@ -85,4 +85,6 @@ def test_the_demo_is_asked_by_default(own, capsys):
     assert main(["evaluate-vlm", "demo-llava", *QUICK, "--max_samples", "2", "--output_dir", "out"]) == 0
     (result,) = load_results("out")
     assert (result.dataset, result.split, result.group, result.num_samples) == ("easy-vqa", "test", "colour/shape", 2)
-    assert "easy-vqa (test, 2), vlm-pgd-2, linf 8/255: clean" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "demo-llava on easy-vqa (test, colour/shape, 2 samples): answer accuracy, vlm-pgd-2\n" in said
+    assert "linf 8/255" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from hf_robust_vision import __version__
 from hf_robust_vision.cli import VERBS, main
 from hf_robust_vision.cli.harden import METHODS
 from hf_robust_vision.evaluation.results import load_results
-from hf_robust_vision.pipeline import measure
+from hf_robust_vision.report import page
 from hf_robust_vision.terminal import user_errors
 
 
@@ -51,8 +52,23 @@ def test_evaluate_says_the_cost_before_it_starts(folder, image_folder, capsys):
     cost = r"to measure: 6 images x 2 attack steps over 1 radius = at most 12 passes, about \d+ (s|min) here"
     assert re.search(cost, said)
     assert "--max_samples" in said
-    assert said.index("pgd-2") < said.index("to measure") < said.index(": clean ")
+    assert said.index("pgd-2") < said.index("to measure") < said.index("after pgd-2")
     assert load_results(folder)[0].num_samples == 6
+
+
+def test_a_verb_ends_with_where_things_lie_and_what_to_type(folder, image_folder, capfd):
+    """And no bar where it is piped; `--json` prints one answer."""
+    words = ["evaluate", "model", "--dataset", str(image_folder), *QUICK, "--output_dir", "out"]
+    assert main(words) == 0
+    said = capfd.readouterr()
+    assert "it/s" not in said.err
+    numbers, *pages, first, second = said.out.splitlines()[-5:]
+    assert (numbers, pages) == ("numbers: out/robustness.json", ["page: out/report.html", "page: out/report.md"])
+    assert first == f"next: hf-robust-vision harden fare --model_name_or_path model --dataset_name {image_folder}"
+    assert second == "      hf-robust-vision compare model OTHER_MODEL"
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["results"] == [result.to_dict() for result in load_results("out")]
 
 
 def test_report(folder, tmp_path, capsys):
@@ -83,7 +99,7 @@ def test_push_writes_the_card_of_a_model_that_evaluate_measured(folder, capsys):
 def test_as_many_examples_are_shown_as_were_saved(clip_folder, image_folder, tmp_path, monkeypatch):
     """findings-journey 10."""
     asked = []
-    monkeypatch.setattr(measure, "write_report", lambda *_, examples: asked.append(examples) or [])
+    monkeypatch.setattr(page, "write_report", lambda *_, examples: asked.append(examples) or [])
     words = ["--dataset", str(image_folder), *QUICK, "--save_examples", "6", "--output_dir", str(tmp_path / "out")]
     assert main(["evaluate", str(clip_folder), *words]) == 0
     assert asked == [6]

@@ -13,6 +13,7 @@ from hf_robust_vision.data.templates import CLASS_NAMES, IMAGENET, TEMPLATES, ge
 from hf_robust_vision.pipeline.measure import EvaluationSet
 from hf_robust_vision.pipeline.run_data import DataArguments, load_splits
 from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import check_templates, make_text_bank
 from tests.conftest import NAMES, SIZE
@@ -113,3 +114,18 @@ def test_each_set_has_its_hash(encoder, clip_folder):
     sets = ("photo", "openai-7", "openai-80")
     hashes = [make_text_bank(encoder, tokenizer, NAMES, get_templates(name)).template_hash for name in sets]
     assert len(set(hashes)) == 3
+
+
+def test_names_that_the_tokenizer_writes_alike_are_refused(clip_folder):
+    """Both words unknown, or both cut off; in another case they are as names that stand twice."""
+    encoder, tokenizer = load_encoder(clip_folder), load_tokenizer(clip_folder)
+    with pytest.raises(
+        ValueError, match="makes one text of the classes 'rose' and 'tulip'.*does not know these words"
+    ):
+        make_text_bank(encoder, tokenizer, ["red", "rose", "tulip"], ["a photo of a {}"])
+    far = "a photo of a " * 5 + "{}"
+    with pytest.raises(ValueError, match="one text of the classes 'red' and 'green'.*cuts the prompt off"):
+        make_text_bank(encoder, tokenizer, ["red", "green"], [far])
+    bank = make_text_bank(encoder, tokenizer, ["red", "green"], [far, "a photo of a {}"])
+    assert len(bank.class_names) == 2, "one template tells them apart"
+    make_text_bank(encoder, tokenizer, ["Rose", "red", "rose"], ["a photo of a {}"], batch_size=2)

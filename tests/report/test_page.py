@@ -347,9 +347,19 @@ def test_no_result_or_no_file_is_one_clear_line(tmp_path):
 
 
 def test_lines_for_a_terminal():
-    first, second = results_text(measured("before", (0.4, 0.2))).splitlines()
-    assert first == "tiny (test, 4), apgd-ce, linf 2/255: clean 75.0 % (30.1 to 95.1), robust 40.0 % (30.0 to 50.0)"
-    assert "4/255" in second
+    """A table whose columns align, with what each attack leaves where that was counted."""
+    rows = measured("before", (0.4, 0.2))
+    head, columns, first, second = results_text(rows).splitlines()
+    assert head == "before on tiny (test, 4 samples): apgd-ce"
+    assert columns.split() == ["radius", "clean", "robust"]
+    assert first.split("  ")[-2:] == ["75.0 % (30.1 to 95.1)", "40.0 % (30.0 to 50.0)"]
+    assert len({len(line) for line in (columns, first, second)}) == 1
+    rows[1].attacks = [{"name": "apgd-ce", "robust_accuracy": 0.3}, {"name": "apgd-t", "robust_accuracy": 0.2}]
+    _, columns, first, second = results_text(rows).splitlines()
+    assert re.split(r" {2,}", columns.strip()) == ["radius", "clean", "after apgd-ce", "after apgd-t", "robust"]
+    assert second.split()[-9:-5] == ["30.0", "%", "20.0", "%"]
+    assert len({len(line) for line in (columns, first, second)}) == 1
+    assert results_text([*rows, *measured("after", (0.4,))]).count("\n\n") == 1
 
 
 def test_points_of_a_curve_lie_where_their_numbers_say():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, 
 
 from hf_robust_vision import as_encoder, interpolate, interpolate_encoders, load_encoder
 from hf_robust_vision.cli import main
-from hf_robust_vision.towers.base import tensor_sha256
+from hf_robust_vision.towers.base import tensor_sha256, weights_sha256
 from tests.conftest import build_clip, build_processor
 from tests.towers.zoo import saved, tiny_processor
 
@@ -50,7 +51,9 @@ def test_the_ends_are_exact(weight, pair, tmp_path):
 def test_between_is_the_straight_line_and_stock(pair, tmp_path, capsys):
     words = ["interpolate", *map(str, pair), "--weight", "0.7", "--output_dir", str(tmp_path / "between")]
     assert main(words) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "between")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"next: hf-robust-vision evaluate {tmp_path / 'between'}"
+    assert str(tmp_path / "between" / "interpolate_report.json") in said[-2]
     first, last, found = (load_file(place / "model.safetensors") for place in (*pair, tmp_path / "between"))
     for name, value in found.items():
         torch.testing.assert_close(value, 0.3 * first[name] + 0.7 * last[name])
@@ -58,6 +61,19 @@ def test_between_is_the_straight_line_and_stock(pair, tmp_path, capsys):
     _, info = stock.from_pretrained(tmp_path / "between", output_loading_info=True)
     assert not info["missing_keys"]
     assert type(AutoProcessor.from_pretrained(tmp_path / "between")) is type(AutoProcessor.from_pretrained(pair[0]))
+
+
+def test_it_says_what_it_was_made_from(pair, tmp_path, capfd):
+    """Parents and child by the hashes of their weights, in the folder and for a machine."""
+    words = ["interpolate", *map(str, pair), "--weight", "0.25", "--output_dir", str(tmp_path / "between"), "--json"]
+    assert main(words) == 0
+    told = json.loads(capfd.readouterr().out)
+    record = json.loads((tmp_path / "between" / "interpolate_report.json").read_text())
+    assert told == record | {"output_dir": str(tmp_path / "between")}
+    assert [record[name]["model"] for name in ("original", "hardened")] == [place.name for place in pair]
+    wanted = [weights_sha256(load_encoder(place)) for place in (*pair, tmp_path / "between")]
+    assert [record["original"]["sha256"], record["hardened"]["sha256"], record["sha256"]] == wanted
+    assert (record["weight"], record["vlm"]) == (0.25, False)
 
 
 def test_both_stay_as_they_are(encoder):
