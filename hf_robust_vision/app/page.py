@@ -118,7 +118,10 @@ class _Page:
             self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=120)
 
     def _outputs(self) -> None:
-        self.state = gr.HTML(show.state("Choose an image, then press Attack."), elem_id="state")
+        # Apart: news of the progress may come in after a cancellation, and must not write over what it says.
+        with gr.Column(elem_id="state"):
+            self.progress = gr.HTML(visible=False)
+            self.state = gr.HTML(show.state("Choose an image, then press Attack."))
         self.answers: list[gr.HTML] = []
         self.attacked: list[gr.Image] = []
         self.changes: list[gr.Image] = []
@@ -143,16 +146,20 @@ class _Page:
         )
 
     def _events(self) -> None:
-        outputs = [self.state, self.attack, self.cancel, *self.answers, *self.attacked, *self.changes]
-        outputs += [self.results, self.curve, self.call]
         inputs = [self.pair, *self.named, self.picture, self.text, self.eps, self.steps]
-        run = self.attack.click(
-            self.run, inputs, outputs, concurrency_limit=1, concurrency_id="attack", show_progress="minimal",
-            show_progress_on=self.state, api_visibility="private",
+        said = [self.progress, self.state, self.attack, self.cancel]
+        shown = [*self.answers, *self.attacked, *self.changes, self.results, self.curve, self.call]
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        run = self.attack.click(self.waiting, None, said, **quick).then(
+            self.run, inputs, [*said, *shown], concurrency_limit=1, concurrency_id="attack",
+            show_progress="minimal", show_progress_on=self.state, api_visibility="private",
         )  # fmt: skip
-        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        self.cancel.click(self.cancelled, None, [self.state, self.attack, self.cancel], cancels=[run], **quick)
+        self.cancel.click(self.cancelled, None, said, cancels=[run], **quick)
         self.pair.change(self.chosen, self.pair, [self.text, *self.named], **quick)
+
+    def waiting(self) -> dict[Any, Any]:
+        """Nothing to press but cancel, also while others have their turn."""
+        return self._told("Waiting for a free turn.", busy=True)
 
     def chosen(self, name: str) -> list[Any]:
         """Fit the page to the pair that was chosen."""
@@ -160,9 +167,9 @@ class _Page:
         text = gr.update() if name == OWN else gr.update(value=CLASSES if "clip" in name else QUESTION)
         return [text, own, own]
 
-    def cancelled(self) -> list[Any]:
+    def cancelled(self) -> dict[Any, Any]:
         """Say so, and let the next attack begin."""
-        return [show.state("Cancelled: the attack has stopped."), *self._ready()]
+        return self._told("Cancelled: the attack has stopped.")
 
     def run(self, *values: Any) -> Iterator[dict[Any, Any]]:
         """Attack both models, and show each as it is done."""
@@ -176,7 +183,7 @@ class _Page:
                         words = f"the {SIDES[place]} model, " + (
                             f"eps {show.radius(news.eps)}" if news.eps else "loading"
                         )
-                        yield {self.state: show.progress((place + news.share) / 2, words)}
+                        yield {self.progress: show.progress((place + news.share) / 2, words)}
                     else:
                         found.append((SIDES[place], news))
                         yield self._side(place, news, asked)
@@ -186,7 +193,7 @@ class _Page:
         except Exception as error:
             if not mendable(error):
                 raise
-            yield {self.state: show.state(f"Not done: {one_line(error)}"), **dict(zip(self._buttons, self._ready()))}
+            yield self._told(f"Not done: {one_line(error)}")
 
     def read(self, name: str, original: str, hardened: str, file: str, text: str, eps: float, steps: float) -> Asked:
         """What was handed in, once it has been checked."""
@@ -215,21 +222,22 @@ class _Page:
     def _text(self, model: Opened, asked: Asked) -> str | Sequence[str]:
         return asked.text if model.answers else class_names(asked.text, self.limits)
 
-    @property
-    def _buttons(self) -> tuple[gr.Button, gr.Button]:
-        return self.attack, self.cancel
-
-    def _ready(self) -> list[Any]:
-        return [gr.update(interactive=True), gr.update(interactive=False)]
+    def _told(self, words: str, *, busy: bool = False) -> dict[Any, Any]:
+        """A line in the place of the progress, and the button that can be pressed now."""
+        return {
+            self.progress: gr.update(visible=False),
+            self.state: gr.update(value=show.state(words), visible=True),
+            self.attack: gr.update(interactive=not busy),
+            self.cancel: gr.update(interactive=busy),
+        }
 
     def _begun(self) -> dict[Any, Any]:
         empty = dict.fromkeys([*self.answers, *self.attacked, *self.changes, self.curve, self.call])
-        busy = {self.attack: gr.update(interactive=False), self.cancel: gr.update(interactive=True)}
         return {
             **empty,
-            **busy,
             self.results: gr.update(visible=True),
-            self.state: show.progress(0, "the picture is read"),
+            self.state: gr.update(visible=False),
+            self.progress: gr.update(value=show.progress(0, "the picture is read"), visible=True),
         }
 
     def _side(self, place: int, attack: ImageAttack, asked: Asked) -> dict[Any, Any]:
@@ -245,10 +253,9 @@ class _Page:
         models = (asked.pair.original, asked.pair.hardened)
         text = self._text(self.open(models[0]), asked)
         return {
-            self.state: show.state(f"Done. Time spent: {spent}."),
+            **self._told(f"Done. Time spent: {spent}."),
             self.curve: show.curve(found),
             self.call: show.call(models, text, asked.eps, asked.steps),
-            **dict(zip(self._buttons, self._ready())),
         }
 
 
