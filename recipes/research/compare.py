@@ -248,9 +248,15 @@ def compare_by_config(args: argparse.Namespace) -> Path:
         print("\n".join(f"{part}: at most about {value:.2f} processor hours" for part, value in hours.items()))
         write_json(docs, f"{table.name}-estimate", {"command": command, "cpu_hours": hours})
     elif args.choose:
+        old = choices.get(chosen_at)
+        if args.docs is None and old and old["settings"] != comparison.choice_settings():
+            raise ValueError(
+                f"{file} holds what other settings chose at {chosen_at}; delete it, or add --docs FOLDER."
+            )
         choices[chosen_at] = merge_choice(choices.get(chosen_at), {"command": command} | comparison.choose())
         write_json(docs, file.stem, choices)
     else:
+        docs_folder(args.docs, table.name, {"training": asdict(table.training), "test": asdict(table.test)})
         content = {"command": command} | comparison.measure(choices.get(chosen_at))
         write_json(docs, table.name, content)
         write_figure(docs, table.name, content)

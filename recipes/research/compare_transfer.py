@@ -105,6 +105,12 @@ class Comparison:
 
     # Choosing
 
+    def choice_settings(self) -> dict[str, Any]:
+        """What rows that are compared with each other have to share."""
+        seed = {"seed": self.table.test.seeds[0]}
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self.table.choice) | asdict(self.table.training) | seed))
+        return plain | {"passes": self.table.choice.passes}
+
     def choose(self) -> dict[str, Any]:
         """The learning rate of each row, then its weight, by the score on validation photos; then which of ours."""
         seed, rows = self.table.test.seeds[0], self.table.rows
@@ -125,7 +131,7 @@ class Comparison:
         }
         ours = [key for key, entry in chosen.items() if entry["ours"]]
         return {
-            "settings": {**asdict(self.table.choice), "seed": seed, **asdict(self.table.training)},
+            "settings": self.choice_settings(),
             "about": _about(done[next(iter(done))][0]),
             "model_sha256": self.sha256,
             "source": self.source,
@@ -347,7 +353,7 @@ class Comparison:
 def merge_choice(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """What was chosen now beside the rows of earlier commands that chose in the same way; which of ours, over all."""
     same = ("settings", "model_sha256")
-    if old is None or any(json.loads(json.dumps(new[key])) != old[key] for key in same):
+    if old is None or any(new[key] != old[key] for key in same):
         return new
     rows = old["rows"] | new["rows"]
     ours = [key for key, entry in rows.items() if entry["ours"]]

@@ -95,10 +95,9 @@ def write(tmp_path):
 def compare(small, write, data, clip_folder, tmp_path, monkeypatch):
     """The command; its words may change."""
     recipe = importlib.import_module("compare")
-    docs = tmp_path / "docs"
 
-    def run(*words, docs=docs):
-        fixed = ["--config", write(small), "--data", data, "--model", clip_folder, "--docs", docs]
+    def run(*words, docs=tmp_path / "docs"):
+        fixed = ["--config", write(small), "--data", data, "--model", clip_folder, *(["--docs", docs] if docs else [])]
         fixed += ["--output_dir", tmp_path / "runs", "--jobs", 1]
         monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, (*fixed, *words))])
         recipe.main()
@@ -111,6 +110,7 @@ def read(docs, name):
     return json.loads((docs / "results" / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_chosen_on_validation_measured_on_test_and_read_back(compare, tmp_path, data):
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit):
@@ -166,6 +166,23 @@ def test_chosen_on_validation_measured_on_test_and_read_back(compare, tmp_path, 
     new = set((tmp_path / "runs").rglob("model.safetensors")) - set(written)
     assert [path.parts[-3].split("-")[0] for path in new] == ["TIMATrainer"]
     assert "## Fine-tuned at 4/255: `small-long`" in (docs / "results-small.md").read_text()
+
+
+def test_published_numbers_are_not_replaced_by_those_of_other_settings(compare, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Comparison, "measure", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(Comparison, "choose", lambda *_: pytest.fail("something ran"))
+    results = tmp_path / "docs" / "results"
+    results.mkdir(parents=True)
+    published = {"command": "the command", "rows": [], "training": {"passes": 61}, "test": {}}
+    (results / "small.json").write_text(json.dumps(published))
+    (results / "small-choice.json").write_text(
+        json.dumps({"4/255": {"settings": {"passes": 61}, "rows": {}, "ours": None}})
+    )
+    for words, said in (([], "was made with passes 61, not 60"), (["--choose"], "holds what other settings chose")):
+        with pytest.raises(SystemExit):
+            compare(*words, docs=None)
+        assert said in capsys.readouterr().err
 
 
 def test_the_cost_is_said_before_and_nothing_is_trained(compare, tmp_path, capsys):
