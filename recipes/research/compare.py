@@ -246,7 +246,8 @@ def compare_by_config(args: argparse.Namespace) -> Path:
     if args.estimate:
         hours = comparison.estimate(choosing=chosen_at not in choices)
         print("\n".join(f"{part}: at most about {value:.2f} processor hours" for part, value in hours.items()))
-        write_json(docs, f"{table.name}-estimate", {"command": command, "cpu_hours": hours})
+        said_for = {"training": asdict(table.training), "test": asdict(table.test)}
+        write_json(docs, f"{table.name}-estimate", {"command": command, "cpu_hours": hours} | said_for)
     elif args.choose:
         old = choices.get(chosen_at)
         if args.docs is None and old and old["settings"] != comparison.choice_settings():

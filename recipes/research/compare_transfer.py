@@ -29,7 +29,14 @@ from transfer import Row, Sanity, Table
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import get_templates
-from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, pretty_eps, source_hash, versions
+from hf_robust_vision.evaluation.results import (
+    RobustnessResult,
+    eps_text,
+    pretty_eps,
+    source_hash,
+    versions,
+    wilson_interval,
+)
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks import ZeroShot
 from hf_robust_vision.files import write_atomically
@@ -260,9 +267,9 @@ class Comparison:
             "passes_per_update": self.cost(row),
             "updates": runs[0].budget.steps,
             "seeds": [run.seed for run in runs],
-            "sets": {name: {column: _accuracy([found[column]]) for column in columns} for name, found in hits.items()},
-            "mean": {column: _accuracy([found[column] for found in hits.values()]) for column in columns},
-            "score": _accuracy([found.score(lead) for found in hits.values()]),
+            "sets": {name: {column: accuracy([found[column]]) for column in columns} for name, found in hits.items()},
+            "mean": {column: accuracy([found[column] for found in hits.values()]) for column in columns},
+            "score": accuracy([found.score(lead) for found in hits.values()]),
             "left": {name: left_by([(run, done[run]) for run in runs], name) for name in hits},
             "sanity": sanity,
             "texts_kept": self._texts_kept(row, runs[0]),
@@ -479,15 +486,17 @@ def score(results: Sequence[RobustnessResult]) -> float:
     return statistics.mean([results[0].clean_accuracy, *(result.robust_accuracy for result in results)])
 
 
-def _accuracy(parts: Sequence[Tensor]) -> dict[str, Any]:
-    """Mean over data sets with its interval, and the value of each seed."""
+def accuracy(parts: Sequence[Tensor]) -> dict[str, Any]:
+    """Mean over data sets with its 95 % interval, and the value of each seed; `parts` as in `stratified_interval`.
+
+    The interval is the wider of the bootstrap's, over images and seeds, and Wilson's over all images, which stays honest
+    where next to none or nearly all of them stand.
+    """
     mean, low, high = stratified_interval(parts)
-    return {
-        "value": mean,
-        "low": low,
-        "high": high,
-        "seeds": torch.stack([part.mean(1) for part in parts]).mean(0).tolist(),
-    }
+    images = sum(part.shape[1] for part in parts)
+    lower, upper = wilson_interval(mean * images, images)
+    seeds = torch.stack([part.mean(1) for part in parts]).mean(0).tolist()
+    return {"value": mean, "low": min(low, lower), "high": max(high, upper), "seeds": seeds}
 
 
 def _shares(results: Sequence[RobustnessResult]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _table_section(key: str, content: Mapping[str, Any], estimate: Mapping[str, 
   AdamW, cosine schedule, {", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in training["options"].items())}; {seeds}.
 - Measured by {", then ".join(_said(row) for row in content["attacks"])}, worst case per sample, in the Linf ball.
 - {"; ".join(_set(each) for each in content["sets"])}.
-- In brackets 95 % intervals over images and seeds, by bootstrap. The score is the mean of clean and of
+- In brackets 95 % intervals: the wider of the bootstrap's over images and seeds and Wilson's over images. The score is the mean of clean and of
   {", ".join(content["lead_eps"][:-1])} and {content["lead_eps"][-1]}, over the sets.
 - Learning rates and weights were chosen on validation photos of the training set, see below.
 - Made with {made_with}; start checkpoint `{content["hashes"]["start"][:16]}`, prompts `{content["hashes"]["prompts"]}`,
@@ -107,6 +107,8 @@ Mean over the sets:
     )
     text += f"\nSanity checks of the first seed, {_checked(content)}:\n\n{_sanity(rows)}\n"
     text += f"\nHow the rows were trained:\n\n{_training(rows)}\n"
+    if estimate and any(estimate[key] != content[key] for key in ("training", "test")):
+        estimate = None  # it was made for other settings
     return text + f"\nProcessor hours, one thread a run:\n\n{_hours(content['cpu_hours'], estimate)}\n"
 
 
@@ -176,10 +178,10 @@ def _left(content: Mapping[str, Any]) -> str:
     cells = []
     for row in content["rows"]:
         for name, radii in row["left"].items():
-            after = [" > ".join(f"{100 * share:.1f}" for share in shares.values()) for shares in radii.values()]
+            after = [" / ".join(f"{100 * share:.1f}" for share in shares.values()) for shares in radii.values()]
             cells.append([row["label"], name, *after])
     radii = next(iter(content["rows"][0]["left"].values()))
-    order = " > ".join(next(iter(radii.values())))
+    order = " / ".join(next(iter(radii.values())))
     return markdown_table(["method", f"set: {order}", *radii], cells)
 
 
@@ -240,7 +242,7 @@ def _choice_section(choice: Mapping[str, Any]) -> str:
             f"{100 * tried['clean_accuracy']:.1f}",
             *(f"{100 * tried['robust_accuracy'][radius]:.1f}" for radius in radii),
             f"{100 * tried['score']:.1f}",
-            "chosen" if (tried["learning_rate"], tried["weight"]) == (entry["learning_rate"], entry["weight"]) else "",
+            "chosen" if _is_chosen(tried, entry) else "",
         ]
         for entry in choice["rows"].values()
         for tried in entry["tried"]
@@ -249,12 +251,19 @@ def _choice_section(choice: Mapping[str, Any]) -> str:
     ours = f"\nOf ours **{best['label']}** has the highest score, and is the one that is tested.\n" if best else ""
     return f"""## What was chosen at {eps}
 
+`{choice["command"]}`
+
 On {about["num_samples"]} validation photos of {about["dataset"]} that no fine-tuning saw, with seed {settings["seed"]} after
 {settings["passes"]:,.0f} passes, by {_said(about["attacks"][0])} alone; the highest mean of clean and of the radii. First the
 learning rate, then the share of the hardened weights between the original's and them.
 
 {markdown_table(["method", "rate", "weight", "clean", *radii, "score", ""], rows)}
 {ours}"""
+
+
+def _is_chosen(tried: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Of the original there is no choice."""
+    return bool(tried["learning_rate"]) and all(tried[key] == entry[key] for key in ("learning_rate", "weight"))
 
 
 def _margins_section(found: Mapping[str, Any]) -> str:

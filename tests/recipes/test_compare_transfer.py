@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from compare_run import Budget, harden, make_trainer
-from compare_transfer import Comparison, leads, left_by, merge_choice
+from compare_transfer import Comparison, accuracy, leads, left_by, merge_choice
 from comparison import paired_interval, stratified_interval
 from margins import describe
 from passes import Passes, passes_of, updates_for
@@ -367,6 +367,15 @@ def test_a_lead_is_on_the_mean_over_every_rival_and_on_no_set_far_below(mean, lo
     (found,) = leads(far + near)
     assert found["leads"] is lead
     assert found["nearest"]["other"] == "near"
+
+
+def test_an_accuracy_of_nothing_has_an_interval():
+    found = accuracy([torch.zeros(1, 100, dtype=torch.double)] * 2)
+    assert (found["value"], found["low"], found["seeds"]) == (0, 0, [0])
+    assert found["high"] == pytest.approx(1.96**2 / (200 + 1.96**2), rel=1e-3)  # Wilson's upper end at none of 200
+    apart = accuracy([torch.tensor([[1.0] * 100, [0.0] * 100], dtype=torch.double)])
+    assert apart["low"] < 0.01
+    assert apart["seeds"] == [1, 0]
 
 
 def test_margins_by_hand():
