@@ -246,8 +246,7 @@ def compare_by_config(args: argparse.Namespace) -> Path:
     if args.estimate:
         hours = comparison.estimate(choosing=chosen_at not in choices)
         print("\n".join(f"{part}: at most about {value:.2f} processor hours" for part, value in hours.items()))
-        said_for = {"training": asdict(table.training), "test": asdict(table.test)}
-        write_json(docs, f"{table.name}-estimate", {"command": command, "cpu_hours": hours} | said_for)
+        write_json(docs, f"{table.name}-estimate", {"command": command, "cpu_hours": hours} | table.settings())
     elif args.choose:
         old = choices.get(chosen_at)
         if args.docs is None and old and old["settings"] != comparison.choice_settings():
@@ -257,7 +256,7 @@ def compare_by_config(args: argparse.Namespace) -> Path:
         choices[chosen_at] = merge_choice(choices.get(chosen_at), {"command": command} | comparison.choose())
         write_json(docs, file.stem, choices)
     else:
-        docs_folder(args.docs, table.name, {"training": asdict(table.training), "test": asdict(table.test)})
+        docs_folder(args.docs, table.name, table.settings())
         content = {"command": command} | comparison.measure(choices.get(chosen_at))
         write_json(docs, table.name, content)
         write_figure(docs, table.name, content)

@@ -217,8 +217,7 @@ class Comparison:
         return {
             "title": self.table.title,
             "about": self.table.about,
-            "training": asdict(self.table.training),
-            "test": asdict(self.table.test),
+            **self.table.settings(),
             "attacks": done[some][0].attacks,
             "sanity": asdict(self.table.sanity),
             "sets": self._sets(done[some]),

@@ -222,6 +222,11 @@ class Table:
     rows: tuple[Row, ...]
     compete: bool  # of the rows that are ours, the one that was chosen stands for all
 
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, in plain values."""
+        asked = [row.key for row in self.rows]
+        return {"asked": asked, "training": dataclasses.asdict(self.training), "test": dataclasses.asdict(self.test)}
+
     def budget(self, steps: int, learning_rate: float) -> Budget:
         """Of one row."""
         options = tuple(sorted(self.training.options.items()))

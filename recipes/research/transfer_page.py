@@ -107,7 +107,7 @@ Mean over the sets:
     )
     text += f"\nSanity checks of the first seed, {_checked(content)}:\n\n{_sanity(rows)}\n"
     text += f"\nHow the rows were trained:\n\n{_training(rows)}\n"
-    if estimate and any(estimate[key] != content[key] for key in ("training", "test")):
+    if estimate and any(estimate.get(key) != content[key] for key in ("asked", "training", "test")):
         estimate = None  # it was made for other settings
     return text + f"\nProcessor hours, one thread a run:\n\n{_hours(content['cpu_hours'], estimate)}\n"
 
