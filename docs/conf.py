@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from typing import Any
 
+from myst_parser.parsers.sphinx_ import MystParser
 from transformers import TrainingArguments
 
 from hf_robust_vision import __version__ as release
@@ -36,6 +38,33 @@ html_copy_source = html_show_sourcelink = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 
+class NotebookParser(MystParser):
+    """A notebook with the outputs that it was saved with, as a page; nothing is run."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document: Any) -> None:
+        """Cell by cell."""
+        cells = json.loads(inputstring)["cells"]
+        super().parse("\n\n".join(part for cell in cells for part in parts_of(cell)), document)
+
+
+def parts_of(cell: Any) -> list[str]:
+    """The Markdown of a cell and of what it gave."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return [source]
+    parts = [f"```python\n{source}\n```"]
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+        if "image/png" in data:
+            parts.append(f"![{cell['metadata']['alt']}](data:image/png;base64,{''.join(data['image/png']).strip()})")
+        elif text and output.get("name") != "stderr":
+            parts.append(f"```text\n{text}\n```")
+    return parts
+
+
 def without_all_fields(app: Any, what: str, name: str, obj: Any, *_: Any) -> tuple[str, str] | None:
     """Arguments are some hundred fields of transformers: what a class adds is listed instead."""
     return ("", "") if what == "class" and issubclass(obj, TrainingArguments) else None
@@ -53,5 +82,7 @@ def with_own_fields(app: Any, what: str, name: str, obj: Any, options: Any, line
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(NotebookParser)
     app.connect("autodoc-process-signature", without_all_fields)
     app.connect("autodoc-process-docstring", with_own_fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ import hf_robust_vision
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 FENCE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1\n", re.MULTILINE | re.DOTALL)
 
 
@@ -44,7 +47,7 @@ def test_every_page_is_in_the_contents_once():
             entries = [line for line in block.splitlines() if line and not line.startswith(":")]
             names = [re.sub(r"^.*<(.+)>$", r"\1", entry) for entry in entries]
             listed.update((page.parent / name).relative_to(DOCS).as_posix() for name in names)
-    pages = [page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES]
+    pages = [page.relative_to(DOCS).with_suffix("").as_posix() for page in [*PAGES, *NOTEBOOKS]]
     assert listed == Counter(pages) - Counter(["index"])
 
 
@@ -131,9 +134,25 @@ def test_every_page_is_two_clicks_away(site):
     reached = {top / "index.html"}
     for _ in range(2):
         reached |= {file for page in reached & set(site) for file, _ in site[page].links}
-    pages = {(top / page.relative_to(DOCS)).with_suffix(".html") for page in PAGES}
+    pages = {(top / page.relative_to(DOCS)).with_suffix(".html") for page in [*PAGES, *NOTEBOOKS]}
     assert pages <= reached
     assert "perturb" in (top / "searchindex.js").read_text()
+
+
+@pytest.mark.slow
+def test_notebooks_are_shown_with_what_they_gave(site):
+    for notebook in NOTEBOOKS:
+        (file,) = (file for file in site if file.stem == notebook.stem)
+        code = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+        outputs = [output for cell in code for output in cell["outputs"]]
+        shown = html.unescape(file.read_text())
+        printed = [
+            line for one in outputs if one.get("name") == "stdout" for line in "".join(one["text"]).splitlines()
+        ]
+        assert printed
+        assert all(line.strip() in shown for line in printed)
+        pictures = [picture["src"] for picture in site[file].pictures if picture["src"].startswith("data:image/png")]
+        assert len(pictures) == sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 @pytest.mark.slow
