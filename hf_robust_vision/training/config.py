@@ -27,7 +27,7 @@ from .savings import SavingArguments
 WHOLE = {
     "max_steps": -1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1, "attack_steps": 0, "eval_attack_steps": 1, "lora_r": 1, "lora_alpha": 1,
-    "freeze_blocks": 0, "cache_targets_mb": 0, "carry_starts_mb": 0, "probe_every": 0,
+    "freeze_blocks": 0, "global_batch_size": 1, "cache_targets_mb": 0, "carry_starts_mb": 0, "probe_every": 0,
 }  # fmt: skip
 REAL = (
     "learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "adam_epsilon",
@@ -35,7 +35,7 @@ REAL = (
 )  # fmt: skip
 MAY_CHANGE = (
     "eval_protocol", "eval_attack_steps", "eval_eps", "on_collapse", "matmul_precision", "cache_targets_mb",
-    "probe_every", "on_overfitting",
+    "probe_every", "on_overfitting", "global_batch_size",
 )  # fmt: skip
 OPTIMISATION = (
     "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "weight_decay", "max_grad_norm",
@@ -83,6 +83,8 @@ class AdversarialTrainingArguments(SavingArguments):
             `WeightAverage`; training goes on from the latest ones.
         matmul_precision: "high" (TF32) or "medium" (bfloat16) inside float32 matrix products of a training step, by
             `torch.set_float32_matmul_precision`; measurements always run at the precision that is set outside.
+        global_batch_size: Images that an update sees, however many processes there are: each takes its share, in parts of at
+            most `per_device_train_batch_size`, and `gradient_accumulation_steps` is set to their number.
         cache_targets_mb: MiB of memory of each process for the original's features of clean images, which then are
             computed once a sample; 0 computes them at each step. For data that is the same at every epoch.
     """
@@ -126,17 +128,23 @@ class AdversarialTrainingArguments(SavingArguments):
         default=0.0, metadata={"help": "Decay of an average of the weights, e.g. 0.999; 0: none."}
     )
     matmul_precision: str = field(default="highest", metadata={"help": "highest, high or medium, in training steps."})
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Images of an update over all processes; the rest follows from it."}
+    )
     cache_targets_mb: int = field(default=0, metadata={"help": "MiB for the original's features; 0: no cache."})
 
     def __post_init__(self) -> None:
         self.apply_fast()
         self._check_numbers()
+        self._share_out()
         self._join_launcher()
         self.remove_unused_columns = False
         if str(getattr(self, "resume_from_checkpoint", None)).lower() in ("false", ""):  # as YAML and a shell say it
             self.resume_from_checkpoint = None
         # Without a name, trackio would open a second run for what is logged after training.
         self.run_name = getattr(self, "run_name", None) or Path(self.output_dir).absolute().name
+        if not self.dataloader_num_workers:
+            self.dataloader_persistent_workers = False  # a file may ask for it, and a command line for no workers
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it at every epoch
         self._check_radii()
@@ -183,6 +191,27 @@ class AdversarialTrainingArguments(SavingArguments):
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay:g}.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay:g}.")
+
+    def _share_out(self: Any) -> None:
+        """Make the global batch of what the processes take at once."""
+        # Before the launcher is joined: a configuration of DeepSpeed reads the batch there.
+        world, wanted = int(os.environ.get("WORLD_SIZE", 1)), self.global_batch_size
+        if wanted is None:
+            return
+        if wanted % world:
+            raise ValueError(
+                f"global_batch_size={wanted} can not be shared out over {world} processes; start a number of processes "
+                "that divides it."
+            )
+        each, most = wanted // world, min(self.per_device_train_batch_size, wanted // world)
+        fits = next(size for size in range(most, 0, -1) if each % size == 0)
+        if 2 * fits <= most:  # a prime share, say: an update in single images
+            raise ValueError(
+                f"global_batch_size={wanted} is {each} images for each of {world} processes, which parts of at most "
+                f"{self.per_device_train_batch_size} can only make as {each // fits} x {fits}; type a "
+                f"--per_device_train_batch_size that divides {each}."
+            )
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = fits, each // fits
 
     def _join_launcher(self) -> None:
         # Without `use_cpu`, on a machine without accelerators, bf16 is refused, and each process of a launcher runs

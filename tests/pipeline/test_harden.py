@@ -352,9 +352,7 @@ class TestConfigs:
     def test_published_setting_on_a_stand_in(self, monkeypatch, clip_folder, image_folder, tmp_path):
         """Every path of the published file, with model and data swapped for tiny ones."""
         config = ROOT / "hf_robust_vision" / "configs" / "sim_clip_vitl14_imagenet_eps4.yaml"
-        small = (
-            "--max_steps 2 --per_device_train_batch_size 4 --warmup_steps 1 --dataloader_num_workers 0 --use_cpu true"
-        )
+        small = "--max_steps 2 --global_batch_size 4 --warmup_steps 1 --dataloader_num_workers 0 --use_cpu true"
         small += (
             " --eval_steps 1 --save_steps 1 --validation_size 3 --test_steps 2 --max_test_samples 5 --logging_steps 1"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import HfArgumentParser
@@ -11,7 +13,7 @@ from hf_robust_vision.methods.sim_clip import SimCLIPArguments
 from hf_robust_vision.methods.tima import TIMAArguments
 from hf_robust_vision.processes import PATIENCE
 from hf_robust_vision.training.config import Radius
-from tests.training.helpers import arguments
+from tests.training.helpers import SGD, arguments, largest_gap, make_trainer, weights
 
 
 @pytest.mark.parametrize(
@@ -168,3 +170,37 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(SimCLIPArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match=r"2 GPUs.*accelerate launch"):
         arguments(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("world", "wanted", "at_once", "made"),
+    [(1, 64, 64, (64, 1)), (8, 64, 64, (8, 1)), (1, 64, 24, (16, 4)), (2, 128, 16, (16, 4)), (4, 512, 512, (128, 1))],
+)
+def test_a_global_batch_is_that_of_any_number_of_processes(world, wanted, at_once, made, monkeypatch):
+    """findings-scale 3: eight processes made 512 of the paper's 64."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    args = SimpleNamespace(global_batch_size=wanted, per_device_train_batch_size=at_once)
+    SimCLIPArguments._share_out(args)  # alone: the launcher would look for the other processes
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == made
+    assert world * made[0] * made[1] == wanted
+
+
+@pytest.mark.parametrize(
+    ("world", "wanted", "at_once", "message"),
+    [(3, 64, 8, "over 3 processes; start a number"), (1, 62, 20, r"62 images .* 31 x 2; type a --per_device")],
+)
+def test_a_global_batch_that_can_not_be_made_is_refused(world, wanted, at_once, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, global_batch_size=wanted, per_device_train_batch_size=at_once)
+
+
+@pytest.mark.parametrize(("at_once", "parts"), [(6, 1), (3, 2), (4, 2)])
+def test_parts_of_a_global_batch_are_the_whole(at_once, parts, clip_folder, tmp_path):
+    settings = SGD | {"double": True, "max_steps": 1}
+    whole = make_trainer(clip_folder, tmp_path, **settings)
+    shared = make_trainer(clip_folder, tmp_path, global_batch_size=6, per_device_train_batch_size=at_once, **settings)
+    assert shared.args.gradient_accumulation_steps == parts
+    for trainer in (whole, shared):
+        trainer.train()
+    assert largest_gap(weights(whole), weights(shared)) < 1e-12
