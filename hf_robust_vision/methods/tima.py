@@ -46,6 +46,8 @@ class TIMAArguments(AdversarialTrainingArguments):
         takd_student: Image whose prediction the image tower's distillation draws to the original's clean one.
         text_params: What of the text tower trains: "encoder" (all of it, the default), "projection" or "none" (the
             default with `use_peft`; an adapter reaches the text tower only where this asks for it).
+        prompts_at_once: Prompts that the text tower keeps for its backward pass; of more it computes each part anew there,
+            a third more work on text for the memory of one part. 0 keeps all.
     """
 
     variant: str = field(default="aaai", metadata={"help": "aaai (2026) or v1 (2024)."})
@@ -64,8 +66,11 @@ class TIMAArguments(AdversarialTrainingArguments):
         default=None, metadata={"help": "encoder, projection or none; default encoder (use_peft: none)."}
     )
 
+    prompts_at_once: int = field(default=256, metadata={"help": "Prompts that the text tower keeps at once; 0: all."})
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        need_number(self, "prompts_at_once", whole=True)
         if self.gate is None:
             self.gate = "none" if self.variant == "v1" else "class"
         if self.takd_weight is None:
@@ -152,6 +157,7 @@ class TIMATrainer(ClassTrainer):
         templates = get_templates(self.args.templates)
         tokenizer = getattr(self.processing_class, "tokenizer", None)
         prompts = class_prompts(self.bank.class_names, templates)
+        self.accelerator.unwrap_model(self.model).prompts_at_once = self.args.prompts_at_once
         self.prompts = self.reference.encoder.tokenize(tokenizer, prompts, self.args.device)
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hf_robust_vision.pixels import PixelTransform
@@ -143,6 +144,7 @@ class DualEncoder(PooledEncoder):
     logit_scale: Tensor
     text_inputs: ClassVar[tuple[str, ...]]  # what the text tower reads of a tokenizer's output
     text_head: ClassVar[str]  # path of the linear layer into the common space
+    prompts_at_once: int = 0  # of a forward pass that keeps them for its backward pass; 0: all
 
     def forward(  # type: ignore[override]
         self,
@@ -154,8 +156,19 @@ class DualEncoder(PooledEncoder):
         """Encode images (see `see`), prompts (as of `tokenize`), or both."""
         output = self.see(images, token_layer, language_tokens) if images is not None else EncoderOutput()
         if prompts is not None:
-            output["text_embeds"] = self.encode_prompts(prompts)
+            output["text_embeds"] = self._encode_in_parts(prompts)
         return output
+
+    def _encode_in_parts(self, prompts: Mapping[str, Tensor]) -> Tensor:
+        count, size = len(next(iter(prompts.values()))), self.prompts_at_once
+        if not 0 < size < count:
+            return self.encode_prompts(prompts)
+        # What a part keeps for its backward pass is computed anew there: memory is that of one part, not of all classes.
+        # With gradients only, since there is nothing to keep otherwise.
+        parts = [{key: value[at : at + size] for key, value in prompts.items()} for at in range(0, count, size)]
+        if not torch.is_grad_enabled():
+            return torch.cat([self.encode_prompts(part) for part in parts])
+        return torch.cat([checkpoint(self.encode_prompts, part, use_reentrant=False) for part in parts])
 
     def padding(self) -> dict[str, Any]:
         """How a tokenizer is to pad the prompts of a batch."""

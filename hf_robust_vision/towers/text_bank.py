@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +29,9 @@ from .load import as_encoder
 
 _IMAGE_SIDE = ("vision_model.", "visual_projection.")  # weights that a text bank does not depend on
 _KEPT = 8  # banks; one of a thousand classes takes 3 MB
+_ON_DISK = (
+    10_000  # prompts of a bank that is kept on disk, too: a thousand classes in 80 templates take minutes on a CPU
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ def make_text_bank(
     """Embed every class name in every template, normalise, average, normalise again.
 
     A bank of the same text weights, tokens and device is not made again: methods that leave the text tower alone ask for
-    one before, during and after training.
+    one before, during and after training. One of 10,000 prompts or more is kept in Hugging Face's cache (`HF_HOME`) for
+    later runs.
 
     Args:
         model: The CLIP or SigLIP model whose text tower classifies.
@@ -108,7 +116,14 @@ def make_text_bank(
     if key not in _MADE:
         while len(_MADE) >= _KEPT:
             del _MADE[next(iter(_MADE))]
-        _MADE[key] = _embed(encoder, batches, tuple(class_names), tuple(templates))
+        file = _file(key) if len(prompts) >= _ON_DISK else None
+        classes = _read(file, len(class_names)) if file is not None else None
+        if classes is None:
+            classes = _embed(encoder, batches, len(templates))
+            if file is not None:
+                _write(file, classes)
+        scale, bias = encoder.logit_scale.exp().item(), float(getattr(encoder, "logit_bias", torch.zeros(())).item())
+        _MADE[key] = TextBank(classes.to(device), tuple(class_names), tuple(templates), scale, bias)
     return _MADE[key]
 
 
@@ -135,21 +150,40 @@ def _texts(tokens: Mapping[str, Tensor]) -> list[bytes]:
     return [row[kept].numpy().tobytes() for row, kept in zip(ids.cpu(), mask.cpu().bool())]
 
 
-def _embed(
-    encoder: DualEncoder,
-    batches: Sequence[dict[str, Tensor]],
-    class_names: tuple[str, ...],
-    templates: tuple[str, ...],
-) -> TextBank:
+def _embed(encoder: DualEncoder, batches: Sequence[dict[str, Tensor]], templates: int) -> Tensor:
     with torch.no_grad(), attack_mode(encoder):
-        embeddings = [encoder.encode_prompts(tokens) for tokens in batches]
-        classes = class_embeddings(torch.cat(embeddings), len(templates))
-        scale, bias = float(encoder.logit_scale.exp()), float(getattr(encoder, "logit_bias", 0.0))
-    if not math.isfinite(scale + bias) or not bool(torch.isfinite(classes).all()):
+        classes = class_embeddings(torch.cat([encoder.encode_prompts(tokens) for tokens in batches]), templates)
+        scale, bias = encoder.logit_scale.exp(), getattr(encoder, "logit_bias", torch.zeros(()))
+    if not all(bool(torch.isfinite(value).all()) for value in (classes, scale, bias)):
         raise ValueError(
             "the text embeddings, logit_scale or logit_bias of the model are not finite: every image would be class 0."
         )
-    return TextBank(classes, class_names, templates, scale, bias)
+    return classes
+
+
+def _file(key: tuple[object, ...]) -> Path:
+    """Where a bank of this key lies, in Hugging Face's cache; versions of torch may round otherwise."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    digest = hashlib.sha256(repr((key, torch.__version__)).encode()).hexdigest()[:32]
+    return home / "hf_robust_vision" / "text_banks" / f"{digest}.safetensors"
+
+
+def _read(file: Path, classes: int) -> Tensor | None:
+    """Class embeddings that were made before; None where there are none, or the file is not whole."""
+    try:
+        found = load_file(file)["classes"].clone()  # what is loaded is a map of the file
+    except (OSError, KeyError, SafetensorError):
+        return None
+    return found if found.ndim == 2 and len(found) == classes else None
+
+
+def _write(file: Path, classes: Tensor) -> None:
+    # A cache that can not be written costs time only. Under a name of its own first: processes write at once.
+    with suppress(OSError, SafetensorError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        save_file({"classes": classes.cpu().contiguous()}, part)
+        part.replace(file)
 
 
 def check_templates(templates: Sequence[str]) -> None:

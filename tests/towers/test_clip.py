@@ -326,6 +326,28 @@ def test_a_text_bank_is_made_once(encoder, clip_folder, embedded):
     assert embedded == [len(NAMES) * len(TEMPLATES)]
 
 
+def test_a_large_text_bank_is_read_from_disk_by_later_runs(encoder, clip_folder, embedded, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(text_bank, "_ON_DISK", len(NAMES) * len(TEMPLATES))
+    tokenizer, made = load_tokenizer(clip_folder), []
+    for run in range(4):
+        monkeypatch.setattr(text_bank, "_MADE", {})  # as in a process of its own
+        if run == 2:  # cut off: it is made again
+            (file,) = (tmp_path / "hf_robust_vision" / "text_banks").iterdir()
+            file.write_bytes(file.read_bytes()[:50])
+        if run == 3:
+            change_text_weight(encoder)
+        made.append(make_text_bank(encoder, tokenizer, NAMES, TEMPLATES))
+    assert len(embedded) == 3, "runs 0, 2 and 3"
+    assert all(torch.equal(bank.embeddings, made[0].embeddings) for bank in made[:3])
+    assert made[1].logit_scale == made[0].logit_scale
+    assert not torch.equal(made[3].embeddings, made[0].embeddings)
+    assert len(list((tmp_path / "hf_robust_vision" / "text_banks").iterdir())) == 2
+    monkeypatch.setattr(text_bank, "_MADE", {})
+    monkeypatch.setenv("HF_HOME", str(file / "no folder"))
+    make_text_bank(encoder, tokenizer, NAMES, TEMPLATES)  # a cache that can not be written costs time only
+
+
 def change_text_weight(model):
     with torch.no_grad():
         model.text_model.encoder.layers[1].mlp.fc1.weight[0, 0] += 1e-3
