@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The words that name a labelled dataset, for `data`."""
-    parser.add_argument("--dataset", help="folder or Hub name; default: the demo")
+    parser.add_argument("--dataset", "--dataset_name", help="folder or Hub name; default: the demo")
     parser.add_argument("--config", help="configuration of a Hub dataset")
     parser.add_argument("--split", default="test", help="of the dataset")
     parser.add_argument("--image_column", help="default: the one of images")
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         from hf_robust_vision.pipeline.measure import measure_model, measured_text, protocol_of
 
         results = measure_model(args.model, [data(args)], protocol_of(vars(args)), args.output_dir, **measuring(args))
-    own = ["--dataset_name", args.dataset] if args.dataset else []
-    then = (["harden", "fare", "--model_name_or_path", args.model, *own], ["compare", args.model, "OTHER_MODEL"])
+    own = ["--dataset", args.dataset] if args.dataset else []
+    then = (["harden", "fare", "--model", args.model, *own], ["compare", args.model, "OTHER_MODEL"])
     answer_with_report(args, results, args.save_examples, measured_text, then)
     return 0

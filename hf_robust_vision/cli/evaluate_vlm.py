@@ -68,6 +68,6 @@ def run(args: argparse.Namespace) -> int:
             examples=args.save_examples,
             progress=sys.stderr.isatty(),
         )
-    then = (["harden-vlm", args.model, "--dataset_name", "IMAGES"], ["swap", args.model, "HARDENED_TOWER"])
+    then = (["harden-vlm", args.model, "--dataset", "IMAGES"], ["swap", args.model, "HARDENED_TOWER"])
     answer_with_report(args, results, args.save_examples, then=then)
     return 0

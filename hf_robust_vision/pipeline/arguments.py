@@ -37,7 +37,9 @@ OFTEN = {
 class PipelineArguments(DataArguments):
     """What to harden, on which data, and how to measure it."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the demo."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id; default: the demo.", "aliases": ["--model"]}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     vlm: str | None = field(default=None, metadata={"help": "VLM that is to read it, for feature language_tokens."})
     test_protocol: str = field(default="robustvlm", metadata={"help": "Attacks of the reported numbers."})

@@ -73,10 +73,12 @@ class VLMArguments:
     """
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id; default: the demo LLaVA."}
+        default=None, metadata={"help": "Folder or Hub id; default: the demo LLaVA.", "aliases": ["--model"]}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Images; default: the demo's."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Images; default: the demo's.", "aliases": ["--dataset"]}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split to fine-tune on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the image; default: found."})

@@ -33,7 +33,9 @@ class DataArguments:
     A folder `<class>/<image>` without splits is divided into train, validation and test (`read_folder`).
     """
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset or folder; default: the demo."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset or folder; default: the demo.", "aliases": ["--dataset"]}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split to fine-tune on."})
     validation_split: str | None = field(

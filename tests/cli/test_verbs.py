@@ -11,10 +11,13 @@ import sys
 
 import pytest
 
-from hf_robust_vision import __version__
-from hf_robust_vision.cli import VERBS, main
+from hf_robust_vision import __version__, pipeline
+from hf_robust_vision.cli import VERBS, main, make_parser
 from hf_robust_vision.cli.harden import METHODS
 from hf_robust_vision.evaluation.results import load_results
+from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
+from hf_robust_vision.pipeline.arguments import PipelineArguments
+from hf_robust_vision.pipeline.harden_vlm import VLMArguments, VLMTrainer
 from hf_robust_vision.report import page
 from hf_robust_vision.terminal import user_errors
 
@@ -64,7 +67,7 @@ def test_a_verb_ends_with_where_things_lie_and_what_to_type(folder, image_folder
     assert "it/s" not in said.err
     numbers, *pages, first, second = said.out.splitlines()[-5:]
     assert (numbers, pages) == ("numbers: out/robustness.json", ["page: out/report.html", "page: out/report.md"])
-    assert first == f"next: hf-robust-vision harden fare --model_name_or_path model --dataset_name {image_folder}"
+    assert first == f"next: hf-robust-vision harden fare --model model --dataset {image_folder}"
     assert second == "      hf-robust-vision compare model OTHER_MODEL"
     assert main([*words, "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
@@ -158,6 +161,17 @@ def test_harden_reads_the_demo_as_its_recipe_does(method, monkeypatch):
     assert (args.output_dir, args.max_steps, options.max_test_samples) == (f"outputs/{method}-demo", 2, 128)
     assert args.attack_eps == 8 / 255
     assert args.learning_rate > 1e-5
+
+
+def test_a_model_and_its_data_are_spelled_alike_by_all_verbs():
+    """The names of transformers stay as they were."""
+    for model, data in (("--model", "--dataset"), ("--model_name_or_path", "--dataset_name")):
+        words = [model, "some/clip", data, "photos"]
+        for trainer, options in ((SimCLIPTrainer, PipelineArguments), (VLMTrainer, VLMArguments)):
+            found, _ = pipeline.parse(trainer, words, options=options, name="x")
+            assert (found.model_name_or_path, found.dataset_name) == ("some/clip", "photos")
+        for verb in ("evaluate", "attack", "compare"):
+            assert make_parser().parse_args([verb, "some/clip", data, "photos"]).dataset == "photos"
 
 
 def test_version(capsys):
