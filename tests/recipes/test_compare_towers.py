@@ -114,6 +114,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
         "training": {
             "max_steps": 7,
             "per_device_train_batch_size": 8,
+            "attack_eps": 8 / 255,
             "attack_steps": 2,
             "lr_scheduler_type": "cosine",
         },
