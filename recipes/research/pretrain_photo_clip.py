@@ -1,4 +1,4 @@
-"""Train a small CLIP on photos from scratch, in about 4.5 hours on one core.
+"""Train a small CLIP on photos from scratch, in about two hours on one core.
 
     python recipes/research/pretrain_photo_clip.py --data PHOTOS --output_dir outputs/photo-clip
 
@@ -291,7 +291,7 @@ class Pretraining:
 
 def main() -> None:
     """Train or go on training, save a stock folder in half precision, print its accuracies on the test splits."""
-    parser = training_parser(__doc__, output_dir="outputs/photo-clip", epochs=40)
+    parser = training_parser(__doc__, output_dir="outputs/photo-clip", epochs=18)
     parser.add_argument("--data", type=Path, required=True, help=f"folder that holds {', '.join(SETS)}")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--checkpoint_minutes", type=float, default=10)
