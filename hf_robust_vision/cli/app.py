@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_robust_vision.terminal import at_least
+from hf_robust_vision.terminal import at_least, quiet_when_piped
 
 
 def add(commands: Any) -> None:
@@ -28,5 +28,6 @@ def run(args: argparse.Namespace) -> int:
     """Serve until interrupted."""
     from hf_robust_vision.app.serve import serve
 
-    serve([tuple(pair) for pair in args.pair], host=args.host, port=args.port)
+    with quiet_when_piped():
+        serve([tuple(pair) for pair in args.pair], host=args.host, port=args.port)
     return 0

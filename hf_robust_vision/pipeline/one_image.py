@@ -188,7 +188,7 @@ def _question(opened: Opened, picture: Tensor, text: str | Sequence[str]) -> VQA
 
 def _choice(opened: Opened, picture: Tensor, text: str | Sequence[str]) -> ZeroShot:
     names = [text] if isinstance(text, str) else list(text)
-    if len(names) < 2 or len(set(names)) < len(names):
+    if len(names) < 2 or len({" ".join(name.casefold().split()) for name in names}) < len(names):
         raise ValueError(f"{opened.name} chooses among class names: wanted at least two, each once, got {names}.")
     encoder, demo = opened.model, set(names) <= set(CLASS_NAMES)
     _need_known(opened, names)
@@ -206,16 +206,12 @@ def _choice(opened: Opened, picture: Tensor, text: str | Sequence[str]) -> ZeroS
 
 
 def _need_known(opened: Opened, names: Sequence[str]) -> None:
-    """Refuse class names that the tokenizer can not read, or can not tell apart."""
+    """Refuse a class name with a word that the tokenizer does not know: it would stand for any other such word."""
     unknown = getattr(opened.words, "unk_token_id", None)
-    seen: dict[tuple[int, ...], str] = {}
     for name in names:
-        ids = tuple(opened.words(name, add_special_tokens=False)["input_ids"])
+        ids = opened.words(name, add_special_tokens=False)["input_ids"]
         if not ids or (unknown is not None and unknown in ids):
             raise ValueError(f"the tokenizer of {opened.name} does not know {name!r}: name it in other words.")
-        if ids in seen:
-            raise ValueError(f"the tokenizer of {opened.name} can not tell {name!r} from {seen[ids]!r}.")
-        seen[ids] = name
 
 
 def _batch(clean: Attempt) -> Batch:

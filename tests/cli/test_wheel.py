@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_robust_vision.evaluation.results import load_results
+from hf_robust_vision.pipeline.twins import TOWER_FILE, TWINS
 
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,8 @@ def test_what_is_in_it(wheel):
     assert {Path(name).name for name in names if "/report/pages/" in name} == PAGES
     for model in ("demo-clip", "demo-llava", "demo-smolvlm"):
         assert any(f"/{model}/" in name and name.endswith(".safetensors") for name in names)
+    for twin in TWINS.values():
+        assert any(name.endswith(f"/{twin}/{TOWER_FILE}") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"hf_robust_vision"}
     assert "hf_robust_vision/py.typed" in names
     assert wheel.stat().st_size < 15e6

@@ -106,7 +106,7 @@ def test_the_answer_of_the_file_is_that_of_the_rounded_image(clip, file, tmp_pat
         ("red circle", "at least two"),
         (["red circle", "red circle"], "each once"),
         (["red circle", "xylophone"], "does not know 'xylophone'"),
-        (["red circle", "RED CIRCLE"], "can not tell 'RED CIRCLE' from 'red circle'"),
+        (["red circle", "RED CIRCLE"], "each once"),
     ],
 )
 def test_class_names_that_are_no_choice_are_refused(clip, file, text, words):
