@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_rows
 from hf_robust_vision.evaluation.single import Watch
@@ -96,14 +97,21 @@ class _Page:
             gr.Textbox(label="Its hardened twin: folder or Hub id", elem_id="hardened", **hidden),
         ]
         self.picture: Any = gr.Image(
-            label="Image", sources=["upload", "clipboard"], height=240, buttons=[], image_mode=None, elem_id="image",
-            elem_classes="pixels", alt_text="the image to attack",
+            label="Image", sources=["upload", "clipboard"], height=240, buttons=[], image_mode=None, type="filepath",
+            format="png", elem_id="image", elem_classes="pixels", alt_text="the image to attack",
         )  # fmt: skip
         # On the object: of a subclass gradio would write a `.pyi` file beside this one.
         self.picture.preprocess = _path
         self.picture.async_move_resource_to_block_cache = _uploaded(self.picture)
-        if examples := _examples():
-            gr.Examples(examples, [self.picture], label="Examples: shapes of the demo", examples_per_page=EXAMPLES)
+        self.examples = _examples()
+        shown = {"label": "Examples: shapes of the demo", "samples_per_page": EXAMPLES, "visible": bool(self.examples)}
+        self.choice = gr.Dataset(
+            components=[self.picture],
+            samples=[[file] for file in self.examples],
+            type="index",
+            elem_id="examples",
+            **shown,
+        )
         self.text = gr.Textbox(
             QUESTION,
             label="Question, or for a CLIP class names parted by commas",
@@ -155,6 +163,7 @@ class _Page:
             show_progress="minimal", show_progress_on=self.state, api_visibility="private",
         )  # fmt: skip
         self.cancel.click(self.cancelled, None, said, cancels=[run], **quick)
+        self.choice.click(self.example, self.choice, self.picture, **quick)
         self.pair.change(self.chosen, self.pair, [self.text, *self.named], **quick)
 
     def waiting(self) -> dict[Any, Any]:
@@ -166,6 +175,11 @@ class _Page:
         own = gr.update(visible=name == OWN)
         text = gr.update() if name == OWN else gr.update(value=CLASSES if "clip" in name else QUESTION)
         return [text, own, own]
+
+    def example(self, place: int) -> Image.Image:
+        """The picture that was chosen."""
+        with Image.open(self.examples[place]) as picture:
+            return picture.convert("RGB")
 
     def cancelled(self) -> dict[Any, Any]:
         """Say so, and let the next attack begin."""
@@ -276,7 +290,7 @@ def _uploaded(component: gr.Image) -> Callable[[Any], Awaitable[str | None]]:
     return only_uploads
 
 
-def _examples() -> list[list[str]]:
+def _examples() -> list[str]:
     """The first test image of some classes of the demo; none where its data is not installed."""
     try:
         rows = demo_rows("test")
@@ -285,4 +299,4 @@ def _examples() -> list[list[str]]:
     first: dict[int, str] = {}
     for row in rows:
         first.setdefault(row["label"], row["image"])
-    return [[first[label]] for label in sorted(first)[:: len(first) // EXAMPLES]][:EXAMPLES]
+    return [first[label] for label in sorted(first)[:: len(first) // EXAMPLES]][:EXAMPLES]

@@ -34,7 +34,7 @@ def main() -> None:
         wide = browser.new_context(viewport={"width": 1180, "height": 900}).new_page()
         wide.set_default_timeout(600_000)
         wide.goto(app.local_url)
-        wide.locator("button.gallery-item, .gallery button").first.click()
+        wide.locator("#examples button, #examples .gallery-item").first.click()
         wide.wait_for_selector("#image img")
         wide.click("#attack")
         wide.wait_for_function("() => document.querySelector('#state').innerText.includes('Done.')")
