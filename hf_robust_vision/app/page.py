@@ -33,7 +33,7 @@ class Pair:
         return f"{self.original} and {twin}"
 
 
-DEMO = (Pair("demo-llava", "demo-llava-hardened"),)
+DEMO = (Pair("demo-llava", "demo-llava-hardened"), Pair("demo-clip", "demo-clip-hardened"))
 QUESTION, CLASSES = "what color is the shape?", ", ".join(CLASS_NAMES)
 OWN = "models of your own: name them below"
 SIDES = ("original", "hardened")

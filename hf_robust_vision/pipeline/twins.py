@@ -15,7 +15,7 @@ from hf_robust_vision.towers.load import load_encoder, load_named
 from hf_robust_vision.towers.weights import load_state_dict
 
 
-TWINS = {"demo-llava-hardened": "demo-llava"}  # and what each is the twin of
+TWINS = {"demo-clip-hardened": "demo-clip", "demo-llava-hardened": "demo-llava"}  # and what each is the twin of
 TOWER_FILE = "hardened_tower.safetensors"  # beside the original's weights
 TRAINED = ("vision_model.", "visual_projection.")  # all that hardening may change
 
