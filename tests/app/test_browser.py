@@ -38,7 +38,7 @@ def address():
     """Of an app in this process, whose attacks are threads that a test can count."""
     from hf_robust_vision.app.serve import serve
 
-    app = serve(wait=False)
+    app = serve(port=7911, wait=False)  # the Space has its own
     yield app.local_url.rstrip("/")
     app.close()
 
