@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from hf_robust_vision.data.decode import CorruptImageError, decode_image
+from hf_robust_vision.data.decode import CorruptImageError, decode_image, picture_size
 
 
 EPS = (1, 32)  # in 255ths of the pixel range
@@ -42,9 +40,8 @@ def check_picture(path: str | Path | None, limits: Limits) -> Path:
     if file.stat().st_size > limits.megabytes * 1e6:
         raise ValueError(f"the image file is over {limits.megabytes:g} MB: upload a smaller one.")
     try:
-        with Image.open(file) as picture:
-            width, height = picture.size
-    except Exception as error:  # on a hostile file PIL raises anything
+        width, height = picture_size(file)
+    except CorruptImageError as error:
         raise ValueError("the file is damaged, or no picture: upload a PNG, JPEG or WebP.") from error
     if width * height > limits.megapixels * 1e6:
         raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from hf_robust_vision.data.decode import decode_image
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_rows
 from hf_robust_vision.evaluation.single import Watch
 from hf_robust_vision.pipeline.one_image import ImageAttack, Opened, attack_image, open_model
@@ -178,8 +179,7 @@ class _Page:
 
     def example(self, place: int) -> Image.Image:
         """The picture that was chosen."""
-        with Image.open(self.examples[place]) as picture:
-            return picture.convert("RGB")
+        return show.picture(decode_image(self.examples[place]))
 
     def cancelled(self) -> dict[Any, Any]:
         """Say so, and let the next attack begin."""

@@ -56,6 +56,15 @@ def decode_image(value: Any, name: str = "image") -> Tensor:
         raise CorruptImageError(f"{name} {reason}; pass --skip_corrupt to go on without it.") from error
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Width and height by the head of a file, before its pixels are read; a `CorruptImageError` where there is none."""
+    try:
+        with Image.open(path, formats=_formats()) as picture:
+            return picture.size
+    except Exception as error:  # on a hostile file PIL raises anything
+        raise CorruptImageError(f"{path} is damaged, or no picture.") from error
+
+
 def undecoded(rows: Any, column: str) -> Any:
     """Rows of `datasets` that give the file of an image and leave it to `decode_image`; any others as they are."""
     import datasets

@@ -44,7 +44,7 @@ def test_evaluate_report_and_remeasure(evaluate, clip_folder, tmp_path, capsys):
     assert "1. apgd-ce: APGD on cross-entropy, 2 steps, 5 restarts\n  linf, eps 0.5/255, 1/255\n" in said
     assert "left out, not defined for so few classes: apgd-dlr-targeted" in said
     assert "\n  linf, eps 0.5/255, 1/255\n" in said
-    assert f"clean {100 * results[0].clean_accuracy:.1f} %" in said
+    assert f"\nlinf 0.5/255  {100 * results[0].clean_accuracy:.1f} % (" in said
     ids = AdversarialImages(tmp_path / "out" / results[0].images).ids()
     assert len(ids) == 2
     assert ids[1] - ids[0] == 3  # spread over the classes, which a folder holds one after the other

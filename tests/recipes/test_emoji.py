@@ -226,11 +226,13 @@ def test_benchmark_holds_out_the_listed_names_and_knows_its_data(emoji, clip_fol
         emoji_benchmark(tmp_path, clip_folder)
 
 
-def test_text_distances_are_told_apart_by_what_names_share(recipe, encoder, clip_folder):
+def test_text_distances_are_told_apart_by_what_names_share(recipe):
     module = recipe("pretrain_emoji_clip")
-    tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(clip_folder)
-    found = module.text_cosines(encoder, tokenizer, ("man red", "woman red", "man blue", "green"))
-    texts = module.make_text_bank(encoder, tokenizer, ("man red", "woman red", "man blue", "green"), module.PROMPTS)
+    names = ("man red", "woman red", "man blue", "green")
+    tokenizer = module.build_tokenizer(module.PROMPTS, names)
+    encoder = module.as_encoder(module.build_model(tokenizer, patch=32, width=32, layers=1))
+    found = module.text_cosines(encoder, tokenizer, names)
+    texts = module.make_text_bank(encoder, tokenizer, names, module.PROMPTS)
     cosines = np.triu((texts.embeddings @ texts.embeddings.T).numpy(), 1)
     assert found["man and woman"] == pytest.approx(cosines[0, 1])
     assert found["a shared word"] == pytest.approx(cosines[0, 2])
