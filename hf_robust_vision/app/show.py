@@ -56,7 +56,7 @@ def answers(attack: ImageAttack, eps: str) -> str:
         note = f"<p>On the PNG, whose pixels are rounded, it says <b>{escape(attack.answer_of_file)}</b>.</p>"
     return (
         f'<div class="answers {"fell" if last.fell else "stands"}"><p class="verdict">{verdict}</p><table>'
-        f"<thead><tr><td></td><th>answer</th><th>confidence</th></tr></thead><tbody>{cells}</tbody></table>{note}</div>"
+        f"<thead><tr><td></td><th>answer</th><th>confidence in the first answer</th></tr></thead><tbody>{cells}</tbody></table>{note}</div>"
     )
 
 

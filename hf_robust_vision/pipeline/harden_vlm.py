@@ -32,6 +32,7 @@ from hf_robust_vision.terminal import next_steps, quiet_when_piped, user_errors
 from hf_robust_vision.towers.base import EncoderOutput, attack_mode, weights_sha256
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.vlm import VLMEncoder, path_of
+from hf_robust_vision.towers.weights import reading
 from hf_robust_vision.training.config import Radius
 from hf_robust_vision.training.publishing import check_push
 
@@ -233,12 +234,8 @@ def make_trainer(options: VLMArguments, args: VLMTrainingArguments, name: str) -
         raise ValueError(
             f"a VLM is hardened at what its language model reads; type --feature language_tokens, got {args.feature}."
         )
-    try:
+    with reading(name):
         encoder = load_encoder(name, revision=options.model_revision, resolution=options.resolution)
-    except OSError as error:
-        raise ValueError(
-            f"{name} is neither a model folder nor a model of the Hub that can be read: {error}"
-        ) from error
     if not isinstance(encoder, VLMEncoder):
         raise ValueError(
             f"{name} is no vision-language model; for a CLIP type hf-robust-vision harden sim-clip --vlm NAME."

@@ -32,7 +32,7 @@ from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.load import Encoder, load_encoder
 from hf_robust_vision.towers.processors import load_tokenizer
 from hf_robust_vision.towers.text_bank import make_text_bank
-from hf_robust_vision.towers.weights import local_or_hub
+from hf_robust_vision.towers.weights import local_or_hub, reading
 from hf_robust_vision.training.config import Radius
 
 from .estimate import say_cost
@@ -227,20 +227,12 @@ def load_model(
 
 def check_model(model: str) -> None:
     """Refuse a name that is no model's, by a look at its config alone."""
-    try:
+    with reading(model):
         AutoConfig.from_pretrained(local_or_hub(shipped(model)))
-    except OSError as error:
-        raise ValueError(
-            f"{model} is neither a model folder nor a model of the Hub that can be read: {error}"
-        ) from error
 
 
 def read_model(model: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Encoder, str]:
     """An encoder with or without a text tower, and the folder or Hub id that the rest of it is read from."""
     folder = shipped(model)
-    try:
+    with reading(model):
         return load_encoder(folder, revision=revision, dtype=dtype), folder
-    except OSError as error:
-        raise ValueError(
-            f"{model} is neither a model folder nor a model of the Hub that can be read: {error}"
-        ) from error

@@ -16,6 +16,7 @@ from .load import load_encoder
 from .processors import load_tokenizer
 from .stock import need_gradient
 from .vlm import VLMEncoder
+from .weights import reading
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,10 @@ def check_load(name: str | Path, *, revision: str | None = None, resolution: int
     Raises:
         ValueError: If it can not be read whole, or no finite gradient comes back; the message says what to do.
     """
-    try:
+    with reading(name):
         encoder = load_encoder(name, revision=revision, resolution=resolution).eval()
         if isinstance(encoder, DualEncoder):
             load_tokenizer(name, revision=revision)
-    except OSError as error:
-        raise ValueError(
-            f"{name} is neither a model folder nor a model of the Hub that can be read: {error}"
-        ) from error
     vlm = isinstance(encoder, VLMEncoder)
     reads = "language_tokens" if vlm else "image_embeds"
 

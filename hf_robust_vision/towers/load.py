@@ -29,7 +29,7 @@ from .dual import PooledEncoder
 from .processors import load_image_processor
 from .siglip import SiglipEncoder, refuse_free_size
 from .vlm import VLMEncoder, is_vlm, load_vlm, view_vlm
-from .weights import load_pretrained, local_or_hub
+from .weights import load_pretrained, local_or_hub, reading
 
 
 Encoder = Any  # a PooledEncoder or VLMEncoder
@@ -144,12 +144,8 @@ def load_named(
     """
     place = local_or_hub(name)
     refuse_adapter(place)
-    try:
+    with reading(name):
         config = AutoConfig.from_pretrained(place, revision=revision)
-    except OSError as error:
-        raise ValueError(
-            f"{name} is neither a model folder nor a model of the Hub that can be read: {error}"
-        ) from error
     named = (getattr(config, "architectures", None) or ("",))[0]
     kind = getattr(transformers, named, None)
     if kind is None:

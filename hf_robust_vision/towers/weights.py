@@ -6,7 +6,8 @@ import difflib
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ _OLD_BUFFERS = "embeddings.position_ids"  # whole numbers that old versions of t
 def is_weights_file(path: str | Path) -> bool:
     """Whether a path is that of a single file of weights, be it there or not."""
     return Path(path).is_file() or Path(path).suffix in _SUFFIXES
+
+
+@contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """Read a model that somebody named: an `OSError` inside becomes a `ValueError` with that name."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{name} is neither a model folder nor a model of the Hub that can be read: {error}"
+        ) from error
 
 
 def local_or_hub(name: str | Path) -> str:

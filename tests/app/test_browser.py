@@ -132,13 +132,19 @@ def test_the_call_on_the_page_finds_what_the_page_shows(browser, address, files,
         assert shares == pytest.approx([100 * float(lines[0][3]), 100 * float(lines[-1][3])], abs=0.1)
 
 
-def test_cancel_stops_the_attack_and_the_next_one_begins(browser, address, files):
+def attacked_for_long(browser, address, files):
+    """A page whose attack has begun, and would go on for 100 steps."""
     page, _ = opened(browser, address)
     upload(page, files["yellow rectangle"])
     set_steps(page, 100)
     page.click("#attack")
     wait_for(page, "eps")
     assert len(attacks()) == 1
+    return page
+
+
+def test_cancel_stops_the_attack_and_the_next_one_begins(browser, address, files):
+    page = attacked_for_long(browser, address, files)
     page.click("#cancel")
     wait_for(page, "Cancelled")
     assert wait_until(lambda: not attacks(), 30)
@@ -152,12 +158,7 @@ def test_cancel_stops_the_attack_and_the_next_one_begins(browser, address, files
 
 
 def test_a_tab_that_is_closed_stops_its_attack(browser, address, files):
-    page, _ = opened(browser, address)
-    upload(page, files["yellow rectangle"])
-    set_steps(page, 100)
-    page.click("#attack")
-    wait_for(page, "eps")
-    assert len(attacks()) == 1
+    page = attacked_for_long(browser, address, files)
     page.context.close()
     assert wait_until(lambda: not attacks(), 60)
 
