@@ -19,8 +19,8 @@ from hf_robust_vision.app.serve import serve
 
 
 def small(png: bytes, file: Path) -> None:
-    """In 128 colours: a page has few, and the repository keeps each version for ever."""
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
+    """Without an alpha channel, in true colours: a palette would draw another perturbation than the one that was found."""
+    Image.open(io.BytesIO(png)).convert("RGB").save(file, optimize=True)
 
 
 def main() -> None:
