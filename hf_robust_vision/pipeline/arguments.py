@@ -20,6 +20,7 @@ from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.terminal import Defaults, Parser
 from hf_robust_vision.training.base import AdversarialTrainer
 from hf_robust_vision.training.config import Radius
+from hf_robust_vision.training.savings import FAST
 
 from .run_data import DataArguments
 
@@ -125,7 +126,8 @@ def parse(
         What is read into `options`, and the arguments of `trainer_class`.
 
     Raises:
-        ValueError: If the file can not be read, or holds a name that is no argument or a value of another type.
+        ValueError: If the file can not be read, or holds a name that is no argument or a value of another type; or if
+            `--fast` is typed beside what it decides.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = name or trainer_class.method.lower()
@@ -143,6 +145,9 @@ def parse(
         raise ValueError(f"{config}: {stray} are no arguments of {trainer_class.__name__}.")
     parser.set_defaults(**{key: _typed(actions[key], value, f"{config}: {key}") for key, value in values.items()})
     namespace = parser.parse_args(words)  # again, over the defaults of the file: so the command line wins
+    if namespace.fast and (twice := sorted(_typed_names(parser, words) & FAST.keys())):
+        decided = ", ".join(FAST)
+        raise ValueError(f"fast decides {decided}; got --{twice[0]} as well: leave it out, or type --fast false.")
     if namespace.disable_tqdm is None:
         namespace.disable_tqdm = not sys.stderr.isatty()  # bars where a person looks
     if namespace.output_dir is None:
@@ -150,6 +155,12 @@ def parse(
         namespace.output_dir = f"outputs/{name}-{Path(source).name}"
     pipeline, training = parser.parse_dict(vars(namespace), allow_extra_keys=True)
     return pipeline, training
+
+
+def _typed_names(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
+    """Of the arguments that stand on the command line."""
+    flags = {word.partition("=")[0] for word in words}
+    return {action.dest for action in parser._actions if flags & set(action.option_strings)}
 
 
 def _typed(action: argparse.Action, value: Any, where: str) -> Any:

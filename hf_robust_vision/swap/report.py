@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_robust_vision.files import write_atomically
+
 from .journal import LOCK, Journal
 
 
@@ -71,10 +73,8 @@ class SwapReport:
 
     def save(self, path: str | Path) -> Path:
         """Write `swap_report.json` into a folder, usually that of the saved VLM, and return its path."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / REPORT_NAME
-        target.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        target = Path(path) / REPORT_NAME
+        write_atomically(target, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
         return target
 
     def restore(self) -> None:

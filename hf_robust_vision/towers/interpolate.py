@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
+from hf_robust_vision.files import write_atomically
+
 from .base import weights_sha256
 from .load import Encoder, load_encoder
 from .vlm import VLMEncoder
@@ -72,7 +74,7 @@ def interpolate(original: str | Path, hardened: str | Path, output_dir: str | Pa
         processor.save_pretrained(folder)
     parents = {"original": _parent(original, first), "hardened": _parent(hardened, last)}
     record = {"schema": 1, **parents, "weight": weight, "sha256": weights_sha256(mixed), "vlm": processor is None}
-    (folder / RECORD_NAME).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(folder / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return folder
 
 

@@ -31,9 +31,9 @@ class SavingArguments(TrainingArguments):
     """Arguments that save passes of the training attack; every method takes them.
 
     Args:
-        fast: The recommended fast setting, over whatever else is given for the arguments that it sets: 2 attack steps of
-            the default length from a random start, each on half of the patch tokens, and bf16. A tower that can not drop
-            tokens sees all.
+        fast: The recommended fast setting, over whatever else a file or a call gives for the arguments that it decides (a
+            command line that types one of them is refused): 2 attack steps of the default length from a random start,
+            each on half of the patch tokens, and bf16. A tower that can not drop tokens sees all.
         attack_token_share: Each step of the training attack sees another part of the patch tokens, see `TokenShare`;
             for CLIP and SigLIP towers, and not for what a language model reads.
         carry_starts_mb: MiB of memory of each process for the perturbations of samples, from which their next attack

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hf_robust_vision.data.demo import CLASS_NAMES, demo_rows
-from tests.app.browser import CHROMIUM, opened, set_steps, state, upload, wait_for
+from tests.app.browser import CHROMIUM, PATIENCE, opened, set_steps, state, upload, wait_for
 
 
 pytest.importorskip("gradio", reason='no gradio: pip install "hf-robust-vision[app]"')
@@ -223,11 +223,19 @@ def test_all_of_it_by_keyboard(browser, address, files):
                 return
         raise AssertionError(f"{selector} is not reached")
 
-    page.wait_for_timeout(2000)  # what has focus before the page is alive hears no key
-    tab_to("#image button")
-    with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
-    chooser.value.set_files(str(files["green circle"]))
+    def chooser():
+        """A page that isn't alive yet hears no key, whatever it shows: a visitor goes there again."""
+        for _ in range(PATIENCE // 10_000):
+            tab_to("#image button")
+            try:
+                with page.expect_file_chooser(timeout=10_000) as asked:
+                    page.keyboard.press("Enter")
+                return asked.value
+            except playwright.TimeoutError:
+                continue
+        raise AssertionError("Enter on the upload opens nothing")
+
+    chooser().set_files(str(files["green circle"]))
     page.wait_for_selector("#image img")
     tab_to("#text")
     page.keyboard.press("Control+A")

@@ -376,6 +376,15 @@ class TestConfigs:
         with pytest.raises(ValueError, match=r"\['max_step'\] are no arguments of SimCLIPTrainer"):
             pipeline.parse(SimCLIPTrainer, ["--config", str(tmp_path / "c.yaml")])
 
+    def test_fast_decides_over_a_file_and_not_over_what_is_typed(self):
+        _, args = pipeline.parse(SimCLIPTrainer, ["--fast", "true"])  # the demo's file has attack_steps of its own
+        assert (args.attack_steps, args.attack_token_share) == (2, 0.5)
+        for typed in (["--attack_steps", "5"], ["--attack_token_share=1"], ["--no_attack_random_start"]):
+            with pytest.raises(ValueError, match="fast decides attack_steps.*leave it out"):
+                pipeline.parse(SimCLIPTrainer, ["--fast", "true", *typed])
+        _, args = pipeline.parse(SimCLIPTrainer, ["--fast", "false", "--attack_steps", "5"])
+        assert args.attack_steps == 5
+
     def test_demo_is_read_only_where_nothing_is_named(self):
         demo = ROOT / "hf_robust_vision" / "configs" / "sim_clip_demo.yaml"
         options, args = pipeline.parse(SimCLIPTrainer, ["--max_steps", "2"], demo)
