@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import pytest
 
 import hf_robust_vision
+from tests.app.browser import CHROMIUM
 
 
 ROOT = Path(__file__).parents[1]
@@ -165,3 +166,46 @@ def test_the_reference_has_the_docstrings(site):
         '<code class="docutils literal notranslate"><span class="pre">attack_eps</span></code>'
         in text["training.html"]
     )
+
+
+LOOK = """element => {
+    const shown = [getComputedStyle(element).color];
+    for (let one = element; one; one = one.parentElement) shown.push(getComputedStyle(one).backgroundColor);
+    return shown;
+}"""
+
+
+def luminance(colour):
+    """Of `rgb(...)`, relative, from 0 to 1 (WCAG 2)."""
+    parts = [float(part) / 255 for part in re.findall(r"[\d.]+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_look_right(site, scheme, tmp_path):
+    """Four pages in a real browser, wide and on a phone; `--basetemp FOLDER` keeps their pictures."""
+    driver = pytest.importorskip("playwright.sync_api", reason="no playwright")
+    (top,) = {file.parent for file in site if file.name == "search.html"}
+    with driver.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        seen = set()
+        for width in (1280, 400):
+            page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+            for name in ("index", "quickstart", "how-to-harden-a-vlm", "api/attacks"):
+                page.goto((top / f"{name}.html").as_uri())
+                page.screenshot(path=tmp_path / f"{name.replace('/', '-')}-{scheme}-{width}.png")
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+                for selector in ("article h1", "article p", "article a.reference", "article pre span"):
+                    if page.locator(selector).count() == 0:
+                        continue
+                    seen.add(selector)
+                    colour, *behind = page.eval_on_selector(selector, LOOK)
+                    ground = next(one for one in behind if one not in ("rgba(0, 0, 0, 0)", "transparent"))
+                    dark, light = sorted((luminance(colour), luminance(ground)))
+                    assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, selector, colour, ground)
+                    assert (luminance(ground) < luminance(colour)) == (scheme == "dark"), (name, selector)
+        assert len(seen) == 4
+        browser.close()
