@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,19 @@ def run(args: argparse.Namespace) -> int:
             settings = {"name": label, "device": args.device, "dtype": getattr(torch, args.dtype)}
             settings |= {"examples": args.save_examples, "progress": sys.stderr.isatty()}
             results += measure_model(model, [images], how, args.output_dir, **settings)
+    from hf_robust_vision.report.paired import pairs_of
     from hf_robust_vision.report.tables import models_text
 
     then = (["push", "BEST_MODEL", "OWNER/NAME", "--collection", "TITLE", "--dry_run"],)
-    answer_with_report(args, results, args.save_examples, models_text, then)
+    pairs = cache(lambda: pairs_of(results, args.output_dir))  # only the first process answers, once files are written
+    answer_with_report(
+        args,
+        results,
+        args.save_examples,
+        lambda rows: "\n\n".join(filter(None, (models_text(rows), pairs().text()))),
+        then,
+        lambda: pairs().to_dict(),
+    )
     return 0
 
 

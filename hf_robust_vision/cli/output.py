@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -30,11 +30,16 @@ def working(args: argparse.Namespace) -> Iterator[None]:
 
 
 def answer_with_report(
-    args: argparse.Namespace, results: Any, examples: int, text: Any = None, then: Sequence[Sequence[str]] = ()
+    args: argparse.Namespace,
+    results: Any,
+    examples: int,
+    text: Any = None,
+    then: Sequence[Sequence[str]] = (),
+    more: Callable[[], dict[str, Any]] = dict,
 ) -> None:
     """Print what was measured, where it lies and what to type `then`, and write the report, in the first process; part.
 
-    `text` says the results in words, by default `results_text`.
+    `text` says the results in words, by default `results_text`; `more` is what the JSON holds besides.
     """
     from hf_robust_vision.processes import part, rank_and_world
     from hf_robust_vision.report.page import write_report
@@ -43,7 +48,7 @@ def answer_with_report(
     # The others already wait in `part`: nothing in this branch may talk to them.
     if rank_and_world()[0] == 0:
         pages = [str(page) for page in write_report([args.output_dir], args.output_dir, examples=examples)]
-        values = {"schema": 1, "results": [result.to_dict() for result in results], "pages": pages}
+        values = {"schema": 1, "results": [result.to_dict() for result in results], "pages": pages} | more()
         told = [
             (text or results_text)(results),
             "",

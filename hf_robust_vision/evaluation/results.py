@@ -174,7 +174,7 @@ def _mean_interval(values: Sequence[float], z: float = 1.959963984540054) -> tup
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def wilson_interval(hits: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(hits: float, count: float, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson score interval of a proportion; (0, 1) of nothing.
 
     Reference:

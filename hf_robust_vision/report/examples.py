@@ -15,17 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from hf_robust_vision.evaluation.images import AdversarialImages
-from hf_robust_vision.evaluation.results import RobustnessResult, load_samples, pretty_eps
+from hf_robust_vision.evaluation.results import RobustnessResult, SampleRecord, pretty_eps
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One result with the label and the colour of its model, and the folder of its files."""
+    """One result with the label and the colour of its model, the folder of its files, and its records if they lie there."""
 
     label: str
     colour: int
     result: RobustnessResult
     folder: Path
+    records: Sequence[SampleRecord] = ()
 
 
 class _Saved:
@@ -35,7 +36,7 @@ class _Saved:
         result = measured.result
         self.measured, self.eps = measured, result.eps
         self.images = AdversarialImages(measured.folder / str(result.images))
-        self.records = {record.id: record for record in load_samples(measured.folder / str(result.samples))}
+        self.records = {record.id: record for record in measured.records}
 
     def name(self, answer: int | str) -> str:
         names = self.measured.result.class_names
@@ -126,10 +127,10 @@ def pick_examples(measured: Sequence[Measured], count: int) -> list[Example]:
 
 
 def _has_images(measured: Measured) -> bool:
-    result, folder = measured.result, measured.folder
-    if result.images is None or result.samples is None or result.severity is not None:
+    result = measured.result
+    if result.images is None or not measured.records or result.severity is not None:
         return False
-    return (folder / result.images).is_dir() and (folder / result.samples).is_file()
+    return (measured.folder / result.images).is_dir()
 
 
 def picture(image: Tensor) -> str:

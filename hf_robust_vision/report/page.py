@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from hf_robust_vision.evaluation.consistency import check_results
 from hf_robust_vision.evaluation.results import RobustnessResult, load_results, pretty_eps
 from hf_robust_vision.files import write_atomically
 
-from . import protocol
+from . import classes, paired, protocol
 from .curve import COLOURS, axes_of, colours_of, curve_of, draw_curves
 from .examples import Measured, pick_examples
 from .tables import percent, point, setting, training_settings, words
@@ -51,7 +52,10 @@ class Section(protocol.Table):
         super().__init__([(one.label, one.result) for one in measured])
         self.place = place
         self.radii = sorted({(result.level, pretty_eps(result)) for _, result in self.results})
+        self.levels = [level for level, _ in self.radii]
         self.models = [ModelRow([one for one in measured if one.label == label]) for label in dict(self.results)]
+        self.paired = paired.Pairs(measured)
+        self.classes = classes.class_tables(measured)
         self.examples = pick_examples(measured, examples)
 
     @property
@@ -94,6 +98,7 @@ def write_report(
         "means": _means(sections),
         "versions": ", ".join(sorted(versions)),
         "colours": COLOURS,
+        "about": {"paired": paired.ABOUT, "classes": classes.ABOUT},
     }
     folder = Path(output_dir)
     pages = [folder / "report.html", folder / "report.md"]
@@ -111,7 +116,7 @@ def read_measured(files: Sequence[str | Path]) -> list[Measured]:
     "before" becomes "undefended", "after" the training method; models that would share a label carry a piece of their
     hash. The undefended model, where there is one, has the first place and colour.
     """
-    rows: list[tuple[str, RobustnessResult, Path]] = []
+    rows: list[Measured] = []
     for file in files:
         named, path = _split(str(file))
         try:
@@ -119,20 +124,20 @@ def read_measured(files: Sequence[str | Path]) -> list[Measured]:
         except OSError as error:
             raise ValueError(f"{path} is no robustness.json and holds none: {error}") from error
         folder = path if path.is_dir() else path.parent
-        check_results(results, folder)
-        rows += [(_label(result, named), result, folder) for result in results]
+        records = check_results(results, folder)
+        rows += [Measured(_label(one, named), 0, one, folder, records.get(str(one.samples), ())) for one in results]
     if not rows:
         raise ValueError(f"no results in {', '.join(map(str, files))}.")
-    models = Counter(label for label, _ in {(label, result.model_sha256) for label, result, _ in rows})
+    models = Counter(label for label, _ in {(row.label, row.result.model_sha256) for row in rows})
     unique = [
-        (label if models[label] == 1 else f"{label} {result.model_sha256[:6]}", result, folder)
-        for label, result, folder in rows
+        row if models[row.label] == 1 else replace(row, label=f"{row.label} {row.result.model_sha256[:6]}")
+        for row in rows
     ]
-    colours = colours_of((label for label, _, _ in unique), "undefended")
+    colours = colours_of((row.label for row in unique), "undefended")
     found: dict[tuple[Any, ...], Measured] = {}
-    for label, result, folder in unique:
-        key = (label, protocol.alike(result), result.level)
-        found.setdefault(key, Measured(label, colours[label], result, folder))
+    for row in unique:
+        key = (row.label, protocol.alike(row.result), row.result.level)
+        found.setdefault(key, replace(row, colour=colours[row.label]))
     return sorted(found.values(), key=lambda one: one.colour)
 
 

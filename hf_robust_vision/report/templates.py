@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jinja2
 
+from hf_robust_vision.evaluation.paired import points
+
 from .escape import markdown, markdown_code, python
 from .tables import markdown_table, percent
 
@@ -24,6 +26,7 @@ def template(name: str) -> jinja2.Template:
     )
     if name.endswith(".md"):
         environment.finalize = markdown
-    environment.filters |= {"percent": percent, "code": markdown_code, "python": python, "px": "{:.1f}".format}
+    environment.filters |= {"percent": percent, "points": points, "px": "{:.1f}".format}
+    environment.filters |= {"code": markdown_code, "python": python}
     environment.globals["table"] = markdown_table
     return environment.get_template(name)

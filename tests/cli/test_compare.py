@@ -31,6 +31,10 @@ def test_two_models(clip_folder, image_folder, tmp_path, monkeypatch, capfd):
     head = lines.index(["model", "clean", "1/255", "4/255"])
     assert [line[0] for line in lines[head + 1 : head + 3]] == ["before", "mine"]
     assert f"{100 * results[1].robust_accuracy:.1f}" in lines[head + 1]
+    # The second table is the difference of each to the first, which is nothing here: the weights are equal.
+    at = next(place for place, line in enumerate(lines) if line[:2] == ["minus", "before,"])
+    assert lines[at + 1] == ["model", "clean", "1/255", "4/255"]
+    assert lines[at + 2][:2] == ["mine", "+0.0"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "undefended" in page
     assert "mine" in page
@@ -42,3 +46,12 @@ def test_two_models(clip_folder, image_folder, tmp_path, monkeypatch, capfd):
     assert main([*words, "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert [row["robust_accuracy"] for row in told["results"]] == [row.robust_accuracy for row in results]
+    assert [(row["model"], row["minus"], row["accuracy"], row["eps"]) for row in told["paired"]] == [
+        ("mine", "before", "clean_accuracy", None),
+        ("mine", "before", "robust_accuracy", 1 / 255),
+        ("mine", "before", "robust_accuracy", 4 / 255),
+    ]
+    for row in told["paired"]:
+        assert row["difference"] == 0
+        assert row["ci95"][0] < 0 < row["ci95"][1]
+    assert told["not_paired"] == ""

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from hf_robust_vision.report.curve import LEFT, RIGHT, WIDTH
 from hf_robust_vision.report.page import write_report
 from tests.report.test_page import with_images
+from tests.report.test_paired import STRONG, WEAK, write
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -30,6 +32,8 @@ window.onload = () => { document.getElementById("seen").textContent = JSON.strin
   bands: all("svg.curve .band", (e) => [...box(e), getComputedStyle(e).fill]),
   names: all("svg.curve .name", (e) => [e.textContent, ...box(e)]),
   rows: all("table.accuracy tbody tr", (e) => e.innerText.replace(/\\s+/g, " ")),
+  pairs: all("table.paired tbody tr", (e) => e.innerText.replace(/\\s+/g, " ")),
+  faint: all("table.paired .equal", (e) => getComputedStyle(e).color),
   strips: all("svg.strip rect[opacity]", (e) => box(e)[0] / box(e.parentNode)[0]),
   wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   loaded: performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:")),
@@ -68,6 +72,38 @@ def test_table_shows_the_numbers(seen):
     ]
     widths = [0.561, 0.561, 0.731, 0.561, 0.561, 0.731]
     assert seen["strips"] == pytest.approx(widths, abs=0.01)  # as wide as their intervals
+
+
+def test_differences_are_shown(seen):
+    """Of three samples one stands for the second model only: nothing that tells the two apart, so all is faint."""
+    assert seen["pairs"] == ["strong +0.0 -56.1 to +56.1 +0.0 -56.1 to +56.1 +33.3 -31.6 to +71.8"]
+    assert len(seen["faint"]) == 3
+
+
+def test_a_narrow_screen_scrolls_inside_its_tables_only(tmp_path):
+    """The page with long names in the tables of differences and classes, the hidden one opened."""
+    long = [f"{'very long name of a class ' * 3}{number}" for number in range(12)]
+    records = [replace(one, id=f"{n} {one.id}", label=n, clean=n) for n in range(12) for one in (WEAK[0], STRONG[10])]
+    folder = write(write(tmp_path, "before", records, class_names=long), "m" * 60, records, class_names=long)
+    write(folder, "x" * 60, len(records), class_names=long)  # without records, for the sentence
+    page = html.escape(write_report([folder], folder)[0].read_text().replace("<details>", "<details open>"))
+    frames = "".join(f'<iframe width="{width}" height="800" srcdoc="{page}"></iframe>' for width in (320, 400))
+    look = """<pre id="seen"></pre><script>window.onload = () => {
+      const seen = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => ({
+        wide: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+        tables: [...page.querySelectorAll("table.paired, table.classes")].map((e) => e.getBoundingClientRect().height),
+      }));
+      document.getElementById("seen").textContent = JSON.stringify(seen);
+    };</script>"""
+    outside = tmp_path / "narrow.html"
+    outside.write_text(f'<!doctype html><meta charset="utf-8">{frames}{look}')
+    dom = chromium(tmp_path, "--window-size=1100,1000", "--dump-dom", outside.as_uri())
+    views = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)[1]))
+    assert len(views) == 2
+    for view in views:
+        assert len(view["tables"]) == 1 + 2 * 2
+        assert all(height > 40 for height in view["tables"])
+        assert view["wide"] <= 0
 
 
 def test_curves_are_drawn(seen):
