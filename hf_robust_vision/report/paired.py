@@ -18,7 +18,7 @@ from .tables import text_table
 
 
 ABOUT = (
-    "Points of accuracy over the same samples, with Newcombe's paired 95 % intervals, not corrected for their number. "
+    "Points over the same samples, with Newcombe's paired 95 % intervals, not corrected for their number. "
     "An interval that holds 0 does not tell two models apart; none says anything about other training seeds."
 )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import pytest
+
 from hf_robust_vision.evaluation.results import wilson_interval
 from hf_robust_vision.report.classes import class_tables
 from hf_robust_vision.report.page import read_measured, write_report
@@ -51,12 +53,18 @@ def test_the_worst_come_first_and_the_others_can_be_opened(tmp_path):
     assert "3 more classes are in `report.html`." in lines
 
 
-def test_ties_are_broken_by_larger_radii_and_then_by_clean_accuracy(tmp_path):
-    """All fall at 2/255 but one fox; of the others dogs are worse on clean images."""
-    first = [replace(record(sample, sample == 2, sample != 4), id=sample) for sample in range(9)]
-    second = [replace(one, fooled_by=one.fooled_by or "apgd-ce") for one in first]
-    (table,) = class_tables(read_measured([write(tmp_path, "m", first, second)]))
-    assert [row.name for row in table.rows] == ["dog", "cat", "fox"]
+@pytest.mark.parametrize(
+    ("near", "far", "wrong", "order"),
+    [
+        ({0, 1, 2, 5}, {0, 2}, {3, 6, 8}, ["dog", "cat", "fox"]),  # 1, 1 and 2 stand, then 1, 0 and 1
+        ({2}, set(), {4, 5, 8}, ["dog", "cat", "fox"]),  # of those of whom none stands dogs are worse on clean images
+    ],
+)
+def test_ties_are_broken_by_larger_radii_and_then_by_clean_accuracy(tmp_path, near, far, wrong, order):
+    """Of nine images 0, 3, 6 are cats, 1, 4, 7 dogs, 2, 5, 8 foxes; those in `near` and `far` stand at a radius."""
+    levels = [[record(sample, sample in stands, sample not in wrong) for sample in range(9)] for stands in (near, far)]
+    (table,) = class_tables(read_measured([write(tmp_path, "m", *levels)]))
+    assert [row.name for row in table.rows] == order
 
 
 def test_without_records_there_is_no_table(tmp_path):
