@@ -181,31 +181,34 @@ def test_readme_has_the_table_of_the_report():
 
 
 def test_swap_table_is_what_was_measured():
-    results = json.loads((ROOT / "docs" / "results" / "swap_llava.json").read_text())["results"]
-    page = (ROOT / "docs" / "how-to-swap-llava.md").read_text()
+    """docs/how-to-swap-llava.md and README.md against the files of the recipe, and those against each other."""
+    folder, page = ROOT / "docs" / "results", (ROOT / "docs" / "how-to-swap-llava.md").read_text()
+    results = json.loads((folder / "swap_llava.json").read_text())["results"]
+    report = json.loads((folder / "swap_llava_report.json").read_text())
+    by = {(row["group"].strip(), round(255 * row["eps"]), row["model"]): row for row in results}
+    assert all(row["num_samples"] == 300 for row in results)
 
-    def cells(group, kind):
-        rows = [row for row in results if row["group"].strip() == group]
-        assert [row["model"] for row in rows] == ["before", "after"]
-        return rows, [
-            "{:.1f} % ({:.1f} to {:.1f})".format(
-                100 * row[f"{kind}_accuracy"], *(100 * end for end in row["ci95"][f"{kind}_accuracy"])
-            )
-            for row in rows
-        ]
+    def pair(group, eps, kind):
+        return [cell(by[group, eps, model], kind) for model in ("before", "after")]
 
-    rows, clean = cells("colour/shape", "clean")
-    _, robust = cells("colour/shape", "robust")
-    assert f"| colour and shape, clean | {clean[0]} | {clean[1]} |" in page
-    assert f"| colour and shape, attacked at 8/255 | {robust[0]} | {robust[1]} |" in page
-    assert all(row["num_samples"] == 300 and row["eps"] == 8 / 255 for row in rows)
+    for name, group, eps, kind in (
+        ("colour and shape, clean", "colour/shape", 8, "clean"),
+        ("colour and shape, attacked at 8/255", "colour/shape", 8, "robust"),
+        ("colour and shape, attacked at 16/255", "colour/shape", 16, "robust"),
+    ):
+        assert f"| {name} | {' | '.join(pair(group, eps, kind))} |" in page
     for name, group in {
         "the same on a blank image": "blank image",
         "yes/no, clean": "yes/no",
         "yes/no on a blank image": "yes/no, blank",
     }.items():
-        _, values = cells(group, "clean")
-        assert f"| {name} | {values[0].split(' (')[0]} | {values[1].split(' (')[0]} |" in page
+        values = [value.split(" (")[0] for value in pair(group, 0, "clean")]
+        assert f"| {name} | {' | '.join(values)} |" in page
+    assert f"is {report['towers'][0]['drift']:.3f}" in page
+    told = " ".join((ROOT / "README.md").read_text().split())
+    shares = [by["colour/shape", eps, model]["robust_accuracy"] for eps in (8, 16) for model in ("before", "after")]
+    low, high, far_low, far_high = (f"{100 * share:.1f}" for share in shares)
+    assert f"from {low} to {high} % at 8/255 and from {far_low} to {far_high} % at 16/255" in told
 
 
 def test_towers_page_is_what_its_numbers_say():
@@ -214,39 +217,38 @@ def test_towers_page_is_what_its_numbers_say():
     row = next(row for row in content["paired"] if row["eps"] == "8/255")
     mean, low, high = (100 * row[key] for key in ("difference", "low", "high"))
     readme = (ROOT / "README.md").read_text()
-    assert f"keeps {mean:.1f} points more answers" in readme
+    assert f"keeps {mean:.1f} points more answers" in " ".join(readme.split())
     assert f"paired interval {low:+.1f} to {high:+.1f}]" in readme
 
 
-def test_what_moves_the_hardening_of_a_vlm_is_what_was_measured():
-    content = json.loads((ROOT / "docs" / "results" / "hardening-llava.json").read_text())
-    assert (ROOT / "docs" / "results" / "hardening-llava.md").read_text() == towers_page(content, "hardening-llava")
+@pytest.mark.parametrize(("name", "place"), [("llava", 0), ("smolvlm", 1)])
+def test_what_moves_the_hardening_of_a_vlm_is_what_was_measured(name, place):
+    content = json.loads((ROOT / "docs" / "results" / f"hardening-{name}.json").read_text())
+    page = (ROOT / "docs" / "results" / f"hardening-{name}.md").read_text()
+    assert page == towers_page(content, f"hardening-{name}")
     page = (ROOT / "docs" / "how-to-harden-a-vlm.md").read_text().split("## What moves it")[1].split("\n## ")[0]
-    table = [line.split(" | ", 1)[1] for line in page.splitlines() if line.startswith("| ")][1:]
+    header, _, *table = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)[place].splitlines()
+    radii = [word for word in header.strip("| ").split(" | ") if "/255" in word]
     measured = []
     for row in content["rows"]:
-        shares = [row["answers_clean"], row["answers"]["8/255"], row["answers"]["16/255"], row["zero_shot_clean"]]
+        shares = [row["answers_clean"], *(row["answers"][eps] for eps in radii), row["zero_shot_clean"]]
         seconds = f"{row['cpu_seconds'][0]:.0f} |" if row["learning_rate"] else "|"
-        measured.append(" | ".join([*(f"{100 * share[0]:.0f} %" for share in shares), seconds]))
-    assert sorted(table) == sorted(measured)
+        measured.append(" | ".join([*(f"{100 * share[0]:.0f} %" for share in shares if share), seconds]))
+    assert sorted(line.split(" | ", 1)[1] for line in table) == sorted(measured)
 
 
-def test_the_table_of_hardened_vlms_is_that_of_its_files():
+@pytest.mark.parametrize("name", ["llava", "smolvlm"])
+def test_the_tables_of_vlms_hardened_in_place_are_those_of_their_files(name):
     """docs/how-to-harden-a-vlm.md and README.md against what was measured."""
-    page = (ROOT / "docs" / "how-to-harden-a-vlm.md").read_text()
+    page, readme = ((ROOT / file).read_text() for file in ("docs/how-to-harden-a-vlm.md", "README.md"))
+    results = json.loads((ROOT / "docs" / "results" / f"harden_vlm_{name}.json").read_text())["results"]
     columns = []
-    for name in ("llava", "smolvlm"):
-        results = json.loads((ROOT / "docs" / "results" / f"harden_vlm_{name}.json").read_text())["results"]
-        for model in ("before", "after"):
-            own = [result for result in results if result["model"] == model]
-            columns.append([cell(own[0], "clean"), *(cell(result, "robust") for result in own)])
-            readme = (ROOT / "README.md").read_text()
-            assert name == "llava" or f"{100 * own[0]['robust_accuracy']:.1f}" in readme
-    rows = [
-        f"| {' | '.join([name, *cells])} |"
-        for name, cells in zip(("clean", "8/255 (trained)", "16/255"), zip(*columns))
-    ]
-    assert all(row in page for row in rows), rows
+    for model in ("before", "after"):
+        own = [result for result in results if result["model"] == model]
+        columns.append([cell(own[0], "clean"), *(cell(result, "robust") for result in own)])
+        assert f"{100 * own[0]['robust_accuracy']:.1f}" in readme
+    for words in zip(("clean", "8/255 (trained)", "16/255"), *columns):
+        assert f"| {' | '.join(words)} |" in page
 
 
 def test_the_claims_of_three_seeds_are_those_of_their_files():
