@@ -26,9 +26,9 @@ MAY_IMPORT = {
     "configs": set(),
     "terminal": set(),
     "doctor": {"processes"},
-    "towers": {"pixels"},
+    "towers": {"files", "pixels"},
     "data": {"files", "processes", "pixels", "towers"},  # towers for class names only
-    "swap": {"towers", "pixels"},
+    "swap": {"files", "towers", "pixels"},
     "evaluation": {"files", "processes", "attacks", "pixels", "towers", "data"},
     "sanity": {"attacks", "pixels", "towers", "data", "evaluation"},
     "report": {"files", "processes", "attacks", "pixels", "towers", "evaluation"},
