@@ -109,3 +109,9 @@ def test_the_demo_runs_from_it(wheel, tmp_path):
         env=environment, cwd=empty, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert found.startswith(str(place)), "the checkout was imported, not the wheel"
+    doctor = subprocess.run(
+        [place / "bin" / "hf-robust-vision", "doctor"],
+        env=environment | {"HF_HUB_OFFLINE": "1"}, cwd=empty, capture_output=True, text=True,
+    )  # fmt: skip
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert doctor.stdout.rstrip().endswith("all that the package needs is here")
