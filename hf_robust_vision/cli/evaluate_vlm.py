@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             examples=args.save_examples,
             progress=sys.stderr.isatty(),
         )
-    then = (["harden-vlm", args.model, "--dataset", "IMAGES"], ["swap", args.model, "HARDENED_TOWER"])
+    swap = ["swap", args.model, "HARDENED_TOWER", "--output_dir", "DIR"]
+    then = (["harden-vlm", args.model, "--dataset", "IMAGES"], swap)
     answer_with_report(args, results, args.save_examples, then=then)
     return 0

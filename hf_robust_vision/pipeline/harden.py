@@ -87,7 +87,8 @@ def run(
             _write(output, results, trainer, options)
         print_table(results, seconds=time.time() - start)
         print(f"model: {output}", lying(output, [str(page) for page in write_report([output], output)]), sep="\n")
-        print(next_steps(["swap", "VLM", str(output)], ["push", str(output), "OWNER/NAME", "--dry_run"]))
+        swap = ["swap", "VLM", str(output), "--output_dir", "DIR"]
+        print(next_steps(swap, ["push", str(output), "OWNER/NAME", "--dry_run"]))
     if args.push_to_hub and test is not None:
         part_and_push(trainer, dataset=test, device=trainer.args.device)
     return results

@@ -17,6 +17,7 @@ from hf_robust_vision.data.questions import read_questions
 from hf_robust_vision.evaluation.results import load_results, load_samples
 from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
 from hf_robust_vision.towers.load import load_named
+from tests.cli.next_lines import next_lines
 
 
 pytest.importorskip("easy_vqa")
@@ -75,10 +76,13 @@ def test_captions(own, capsys):
     (own / "mine.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
     words = ["--captions", "mine.jsonl", "--prompt", "what color is the shape?", *QUICK, "--output_dir", "out"]
     assert main(["evaluate-vlm", "demo-llava", *words]) == 0
+    said = capsys.readouterr().out
+    then = ["harden-vlm demo-llava --dataset IMAGES", "swap demo-llava HARDENED_TOWER --output_dir DIR"]
+    assert next_lines(said) == then
     (result,) = load_results("out")
     assert (result.task, result.metric, result.num_samples) == ("caption", "chrF2", 2)
     assert [attack["name"] for attack in result.attacks] == ["pgd-2-nll-ref0"]
-    assert "robust" in capsys.readouterr().out
+    assert "robust" in said
 
 
 def test_the_demo_is_asked_by_default(own, capsys):

@@ -20,6 +20,7 @@ from hf_robust_vision.pipeline.arguments import PipelineArguments
 from hf_robust_vision.pipeline.harden_vlm import VLMArguments, VLMTrainer
 from hf_robust_vision.report import page
 from hf_robust_vision.terminal import user_errors
+from tests.cli.next_lines import next_lines
 
 
 QUICK = ["--protocol", "quick", "--steps", "2", "--eps", "1/255", "--device", "cpu"]
@@ -145,6 +146,8 @@ def test_harden_own_data(clip_folder, image_folder, tmp_path, monkeypatch, capsy
     assert "output: outputs/fare-tiny-images" in said
     assert "measured on 4 of 6 images of test; for all: --max_test_samples 0" in said
     assert "to measure: 8 images" in said
+    then = ["swap VLM outputs/fare-tiny-images --output_dir DIR", "push outputs/fare-tiny-images OWNER/NAME --dry_run"]
+    assert next_lines(said) == then
     assert {path.name for path in output.glob("report.*")} == {"report.html", "report.md"}
     assert {result.num_samples for result in load_results(output)} == {4}
 
