@@ -205,6 +205,9 @@ def test_swap_table_is_what_was_measured():
         values = [value.split(" (")[0] for value in pair(group, 0, "clean")]
         assert f"| {name} | {' | '.join(values)} |" in page
     assert f"is {report['towers'][0]['drift']:.3f}" in page
+    clip = json.loads((folder / "sim_clip_demo_llava.json").read_text())["results"][-1]
+    told = " ".join(page.split())
+    assert f"right about {100 * clip['clean_accuracy']:.1f} % of {clip['num_samples']} clean test images" in told
     told = " ".join((ROOT / "README.md").read_text().split())
     shares = [by["colour/shape", eps, model]["robust_accuracy"] for eps in (8, 16) for model in ("before", "after")]
     low, high, far_low, far_high = (f"{100 * share:.1f}" for share in shares)

@@ -22,7 +22,7 @@ from hf_robust_vision.data.sources import ImageSource, load_labelled_images, str
 from hf_robust_vision.data.splits import without_corrupt
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results, versions
 from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
-from hf_robust_vision.files import write_atomically
+from hf_robust_vision.files import read_json, write_atomically
 from hf_robust_vision.methods.features import FeatureDistance, token_variances
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
 from hf_robust_vision.pixels import PixelTransform
@@ -111,6 +111,9 @@ class VLMTrainingArguments(SimCLIPArguments):
     """Those of Sim-CLIP, at what the language model reads."""
 
     feature: str = field(default="language_tokens", metadata={"help": "What is drawn to the original's."})
+    attack_steps: int = field(
+        default=2, metadata={"help": "Gradient steps of the training attack; five gave no more."}
+    )
 
 
 class VLMTrainer(SimCLIPTrainer):
@@ -222,6 +225,23 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
     if args.push_to_hub:
         part_and_push(trainer)
     return results
+
+
+def check_rest(name: str) -> None:
+    """Refuse a hardened VLM whose language model is no longer the one that its report names; others pass.
+
+    Raises:
+        ValueError: If other weights than those of tower and projector were changed after the hardening.
+    """
+    report = Path(name) / REPORT_NAME
+    if not report.is_file():
+        return
+    encoder = load_encoder(name)
+    if encoder.origin.rest_sha256(encoder) != read_json(report.read_text(encoding="utf-8"), report)["rest_sha256"]:
+        raise ValueError(
+            f"weights beside tower and projector in {name} are not those that its {REPORT_NAME} names: it was changed after "
+            f"it was hardened. Harden it again, or delete {REPORT_NAME} there to measure it as another model."
+        )
 
 
 def make_trainer(options: VLMArguments, args: VLMTrainingArguments, name: str) -> VLMTrainer:

@@ -20,9 +20,11 @@ from hf_robust_vision.evaluation.tasks import VQA, Captions, VLMProtocol
 from hf_robust_vision.evaluation.tasks.vlm import VLMTask
 from hf_robust_vision.processes import barrier, meet, rank_and_world
 from hf_robust_vision.towers.load import load_named
+from hf_robust_vision.towers.stock import need_hook
 from hf_robust_vision.towers.vlm import is_vlm
 
 from .estimate import say_cost
+from .harden_vlm import check_rest
 from .measure import check_output
 
 
@@ -99,7 +101,8 @@ def measure_vlm(
         progress: Show a bar.
 
     Raises:
-        ValueError: If the model is no VLM or can not be attacked, or a file or the results in `output_dir` can not be read.
+        ValueError: If the model is no VLM or can not be attacked, was hardened and then changed, or a file or the results in
+            `output_dir` can not be read.
     """
     device = meet(device)
     check_output(output_dir)
@@ -108,7 +111,10 @@ def measure_vlm(
         raise ValueError("there is nothing to ask: no image can be read.")
     vlm = load_named(shipped(model), revision=revision, dtype=dtype)
     if not is_vlm(vlm):
+        if not hasattr(vlm, "get_text_features"):  # as a CLIP has
+            need_hook(vlm, f"{model} ({type(vlm).__name__})", "get_decoder")
         raise ValueError(f"{model} is a {type(vlm).__name__}, no vision-language model; type evaluate for a CLIP.")
+    check_rest(shipped(model))
     vlm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task = asked.task(vlm, AutoProcessor.from_pretrained(shipped(model), revision=revision), samples)
     say_cost(task, how.robustness(), "--max_samples N, or fewer --steps")

@@ -12,15 +12,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel
+from transformers import CLIPModel, GitConfig, GitForCausalLM
 
 from hf_robust_vision.cli import main
+from hf_robust_vision.evaluation.tasks import VLMProtocol
 from hf_robust_vision.hub.release import prepare_release
 from hf_robust_vision.methods.fare import FARETrainer
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.pipeline import harden_vlm as harden_module
 from hf_robust_vision.pipeline import parse, run
-from hf_robust_vision.pipeline.harden_vlm import VLMArguments, VLMTrainer, harden_vlm
+from hf_robust_vision.pipeline.harden_vlm import VLMArguments, VLMTrainer, check_rest, harden_vlm
+from hf_robust_vision.pipeline.measure_vlm import Asked, measure_vlm
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.vlm import LanguageReader
@@ -102,6 +104,42 @@ def test_only_the_tower_changes(family, photos, tmp_path):
     encoder = load_encoder(tmp_path / "out")
     assert weights_sha256(encoder.tower) == report["tower_sha256_after"]
     assert encoder.origin.rest_sha256(encoder) == report["rest_sha256"]
+
+
+def test_a_language_model_that_changed_afterwards_is_refused(vlm, photos, tmp_path):
+    """By the hash that the report holds; without a report it is another model, and is asked."""
+    out = tmp_path / "out"
+    harden(vlm, photos, out)
+    asked, how = Asked(max_samples=1), VLMProtocol(eps=(8 / 255,), steps=1, restarts=1)
+    check_rest(str(out))
+    weights = load_file(out / "model.safetensors")
+    name = next(name for name in weights if "language_model" in name and weights[name].ndim == 2)
+    weights[name][0, 0] += 1
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"weights beside tower and projector in .* are not those that its harden_rep"
+    ):
+        measure_vlm(str(out), asked, how, tmp_path / "results", progress=False)
+    assert not list((tmp_path / "results").glob("*"))
+    (out / "harden_report.json").unlink()
+    check_rest(str(out))
+
+
+def test_what_is_no_vlm_is_told_what_it_lacks(tmp_path):
+    """A CLIP is sent to its own verb; a model that reads images without the hook is told of the hook."""
+    how = VLMProtocol(eps=(8 / 255,), steps=1, restarts=1)
+    with pytest.raises(ValueError, match=r"is a CLIPModel, no vision-language model; type evaluate for a CLIP"):
+        measure_vlm("demo-clip", Asked(max_samples=1), how, tmp_path / "a", progress=False)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = GitConfig(vision_config=sizes | {"image_size": 32, "patch_size": 16}, vocab_size=64, **sizes)
+    GitForCausalLM(config).save_pretrained(tmp_path / "git")
+    with pytest.raises(ValueError, match=r"git \(GitForCausalLM\) has no get_image_features\(\)"):
+        measure_vlm(str(tmp_path / "git"), Asked(max_samples=1), how, tmp_path / "b", progress=False)
+
+
+def test_defaults_are_those_that_were_screened(tmp_path):
+    args = VLMTrainer.args_class(output_dir=str(tmp_path))
+    assert (args.feature, args.form, args.attack_steps) == ("language_tokens", "frozen", 2)
 
 
 def test_the_projector_trains_if_asked(vlm, photos, tmp_path):
