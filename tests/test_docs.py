@@ -17,6 +17,7 @@ from hf_robust_vision import pipeline
 from hf_robust_vision.cli import make_parser
 from hf_robust_vision.evaluation.results import load_results
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
+from tests.cli.next_lines import read
 
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,16 @@ def test_cli_commands_parse(code, tmp_path):
             pipeline.parse(trainer_of(recipe), [*words[3:], "--output_dir", str(tmp_path)])
         if words[:1] == ["hf-robust-vision"] and words[1] not in ("harden", "harden-vlm"):  # whose recipes read them
             make_parser().parse_args(words[1:])
+
+
+def test_commands_in_the_tables_of_wishes_parse():
+    """Each as it stands there, with its words in capitals."""
+    text = (ROOT / "docs" / "which-tool.md").read_text(encoding="utf-8")
+    tables = "".join(line for line in text.splitlines(keepends=True) if line.startswith("|"))
+    lines = re.findall(r"`hf-robust-vision ([^`]+)`", tables)
+    assert len(lines) > 15
+    for line in lines:
+        read(shlex.split(line))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,10 @@ VERBS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0, or 1 where something could not be done, or 2 where a word is wrong; then one line says what."""
+    """Run one command: 0, or 1 where something could not be done, or 2 where a word is wrong; then one line says what.
+
+    130 where it was interrupted, as a shell says it.
+    """
     try:
         with user_errors():
             args = make_parser().parse_args(argv)
@@ -60,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> Parser:

@@ -13,7 +13,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("convert", help="open_clip or OpenAI vision weights to a stock CLIPModel folder")
     parser.set_defaults(run=run)
     parser.add_argument("checkpoint", help=".pt or .safetensors file")
-    parser.add_argument("--base", required=True, help="folder or Hub id of the CLIPModel that was fine-tuned")
+    parser.add_argument(
+        "--base", required=True, help='folder or Hub id of the CLIPModel that was fine-tuned, or "demo-clip"'
+    )
     parser.add_argument("--output_dir", "--output", required=True, help="folder to write")
     parser.add_argument("--hidden_act", help="refuse a base with another activation, e.g. quick_gelu")
     parser.add_argument("--num_attention_heads", type=at_least(1), help="refuse a base with another number of heads")
@@ -21,10 +23,11 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder."""
+    from hf_robust_vision.data.demo import shipped
     from hf_robust_vision.swap.convert import convert_checkpoint
 
     settings = {"hidden_act": args.hidden_act, "num_attention_heads": args.num_attention_heads}
     with quiet_when_piped():
-        print(convert_checkpoint(args.checkpoint, args.base, args.output_dir, **settings))
+        print(convert_checkpoint(args.checkpoint, shipped(args.base), args.output_dir, **settings))
     print(next_steps(["evaluate", args.output_dir, "--dataset", "IMAGES"]))
     return 0

@@ -38,7 +38,10 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class_names", help="file of names in label order, local or of the dataset, or openai-imagenet"
     )
-    parser.add_argument("--templates", help="photo, tecoa, openai-7, openai-80 or a file, as above; default: photo")
+    parser.add_argument(
+        "--templates",
+        help="photo, tecoa, openai-7, openai-80 or a file, found as that of --class_names is; default: photo",
+    )
     parser.add_argument(
         "--resolution", type=at_least(1), help="attack square images of this size; default: the tower's"
     )
@@ -100,13 +103,31 @@ def data(args: argparse.Namespace) -> Any:
     return EvaluationSet(**{name: value for name, value in vars(args).items() if name in names})
 
 
+def chosen(args: argparse.Namespace) -> list[str]:
+    """What was typed of the data, the attack and the radii, for another verb to measure alike."""
+    parser = argparse.ArgumentParser()
+    add_data(parser)
+    add_attack(parser)
+    words = []
+    for name, default in (vars(parser.parse_args([])) | {"eps": EPS}).items():
+        value = getattr(args, name)
+        if value != default:
+            words += [f"--{name}"] if value is True else [f"--{name}", *map(str, value if name == "eps" else [value])]
+    return words
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, print, report."""
     with working(args):
         from hf_robust_vision.pipeline.measure import measure_model, measured_text, protocol_of
 
         results = measure_model(args.model, [data(args)], protocol_of(vars(args)), args.output_dir, **measuring(args))
+    from hf_robust_vision.data.demo import shipped
+
     own = ["--dataset", args.dataset] if args.dataset else []
-    then = (["harden", "fare", "--model", args.model, *own], ["compare", args.model, "OTHER_MODEL"])
+    # A model that is named would leave out the settings of the demo.
+    demo = not args.dataset and shipped(args.model) != args.model
+    harden = ["harden", "fare", *([] if demo else ["--model", args.model, *own])]
+    then = (harden, ["compare", args.model, "OTHER_MODEL", *chosen(args)])
     answer_with_report(args, results, args.save_examples, measured_text, then)
     return 0

@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("results", nargs="+", help="robustness.json files, or their folders; LABEL=FILE names a model")
     parser.add_argument("--output_dir", default="outputs/report", help="where report.html and report.md go")
-    parser.add_argument("--title", default="Robustness report")
+    parser.add_argument("--title", default="Robustness report", help="of the page")
     parser.add_argument("--examples", type=at_least(0), default=4, help="attacked images shown for each dataset")
 
 

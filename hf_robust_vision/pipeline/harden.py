@@ -89,6 +89,8 @@ def run(
         print(f"model: {output}", lying(output, [str(page) for page in write_report([output], output)]), sep="\n")
         swap = ["swap", "VLM", str(output), "--output_dir", "DIR"]
         print(next_steps(swap, ["push", str(output), "OWNER/NAME", "--dry_run"]))
+    elif args.should_save:
+        _say_unmeasured(output, hardened, options)
     if args.push_to_hub and test is not None:
         part_and_push(trainer, dataset=test, device=trainer.args.device)
     return results
@@ -137,6 +139,14 @@ def _check_push(options: PipelineArguments, args: AdversarialTrainingArguments) 
         check_push(args)
     if args.push_to_hub and not options.measure:
         raise ValueError("--push_to_hub true publishes measured models only; leave --measure false out.")
+
+
+def _say_unmeasured(output: Path, hardened: Encoder, options: PipelineArguments) -> None:
+    """Where the model lies, and how it is measured; a vision tower alone is measured in a VLM."""
+    data = ["--dataset", options.dataset_name] if options.dataset_name else []
+    measure = ["evaluate", str(output), *data, "--output_dir", str(output)]
+    alone = ["swap", "VLM", str(output), "--output_dir", "DIR"]
+    print(f"model: {output}", next_steps(measure if isinstance(hardened, DualEncoder) else alone), sep="\n")
 
 
 def part_and_push(trainer: AdversarialTrainer, **verified: Any) -> None:

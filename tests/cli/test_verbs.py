@@ -6,14 +6,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hf_robust_vision import __version__, pipeline
 from hf_robust_vision.cli import VERBS, main, make_parser
 from hf_robust_vision.cli.harden import METHODS
+from hf_robust_vision.data.demo import demo_checkpoint
 from hf_robust_vision.evaluation.results import load_results
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.pipeline.arguments import PipelineArguments
@@ -66,13 +70,23 @@ def test_a_verb_ends_with_where_things_lie_and_what_to_type(folder, image_folder
     assert main(words) == 0
     said = capfd.readouterr()
     assert "it/s" not in said.err
-    numbers, *pages, first, second = said.out.splitlines()[-5:]
+    numbers, *pages, _, _ = said.out.splitlines()[-5:]
     assert (numbers, pages) == ("numbers: out/robustness.json", ["page: out/report.html", "page: out/report.md"])
-    assert first == f"next: hf-robust-vision harden fare --model model --dataset {image_folder}"
-    assert second == "      hf-robust-vision compare model OTHER_MODEL"
+    alike = f"--dataset {image_folder} --protocol quick --steps 2 --eps 1/255"
+    then = [f"harden fare --model model --dataset {image_folder}", f"compare model OTHER_MODEL {alike}"]
+    assert next_lines(said.out) == then
     assert main([*words, "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["results"] == [result.to_dict() for result in load_results("out")]
+
+
+def test_the_demo_is_hardened_with_its_settings(tmp_path, capsys):
+    """Which `harden` reads only where no model is named."""
+    pytest.importorskip("easy_vqa")
+    words = ["evaluate", "demo-clip", *QUICK, "--max_samples", "2", "--skip_corrupt", "--output_dir", str(tmp_path)]
+    assert main(words) == 0
+    alike = "--max_samples 2 --skip_corrupt --protocol quick --steps 2 --eps 1/255"
+    assert next_lines(capsys.readouterr().out) == ["harden fare", f"compare demo-clip OTHER_MODEL {alike}"]
 
 
 def test_report(folder, tmp_path, capsys):
@@ -114,6 +128,14 @@ def test_export_and_convert(clip_folder, tmp_path):
     words = ["--base", str(clip_folder), "--output", str(tmp_path / "again")]
     assert main(["convert", str(tmp_path / "tower.pt"), *words]) == 0
     assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_export_and_convert_know_the_demo(tmp_path):
+    assert main(["export", "demo-clip", "--to", "open_clip", "--output", str(tmp_path / "tower.pt")]) == 0
+    words = ["--base", "demo-clip", "--output_dir", str(tmp_path / "again")]
+    assert main(["convert", str(tmp_path / "tower.pt"), *words]) == 0
+    again, shipped = (load_file(place / "model.safetensors") for place in (tmp_path / "again", demo_checkpoint()))
+    assert all(torch.equal(again[name], value) for name, value in shipped.items())
 
 
 def test_harden_own_data(clip_folder, image_folder, tmp_path, monkeypatch, capsys):
@@ -214,6 +236,12 @@ def test_help_loads_no_framework():
     code = "import sys; from hf_robust_vision.cli import main; main(['evaluate', '--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(page, "write_report", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert main(["report", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from hf_robust_vision.pipeline.harden_vlm import VLMArguments, VLMTrainer
 from hf_robust_vision.sanity import rivals
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.training.checkpoints import complete_checkpoint, mark_complete
+from tests.cli.next_lines import next_lines
 from tests.conftest import NAMES
 from tests.methods.toy_method import ToyTrainer
 from tests.training.ranks import CONTEXT, free_port
@@ -292,8 +293,13 @@ def test_overwrite_and_skip_corrupt(monkeypatch, clip_folder, image_folder, tmp_
     assert {result.num_samples for result in load_results(output)} == {5}
 
 
-def test_measure_false_only_trains(monkeypatch, clip_folder, image_folder, tmp_path):
-    run_recipe(monkeypatch, words(clip_folder, image_folder, tmp_path / "out", "--measure", "false"))
+def test_measure_false_only_trains(monkeypatch, clip_folder, image_folder, tmp_path, capsys):
+    """And ends with where the model lies, and how it is measured."""
+    output = tmp_path / "out"
+    run_recipe(monkeypatch, words(clip_folder, image_folder, output, "--measure", "false"))
+    said = capsys.readouterr().out
+    assert f"model: {output}\n" in said
+    assert next_lines(said) == [f"evaluate {output} --dataset {image_folder} --output_dir {output}"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "out" / "robustness.json").exists()
 
