@@ -78,6 +78,8 @@ def test_workflows_name_what_is_there(file):
         for step in job["steps"]:
             assert len({"uses", "run"} & set(step)) == 1
             assert all((ROOT / name).is_file() for name in re.findall(r"\.ci/\w+", step.get("run", "")))
+    if file.name == "release.yml":
+        assert set(jobs["publish"]["needs"]) == {"build", "tests"}
     if file.name == "ci.yml":
         tested = {
             python for job in jobs.values() for python in job.get("strategy", {}).get("matrix", {}).get("python", [])
@@ -86,6 +88,12 @@ def test_workflows_name_what_is_there(file):
             line.rsplit(" ", 1)[1] for line in PROJECT["project"]["classifiers"] if re.search(r":: 3\.\d+$", line)
         }
         assert tested == named
+
+
+def test_the_sdist_holds_what_its_tests_read():
+    kept = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert {"/.agents", "/.ci", "/.github", "/SECURITY.md", "/tests", "/recipes", "/docs"} <= set(kept)
+    assert all((ROOT / path.removeprefix("/")).exists() for path in kept)
 
 
 @pytest.mark.parametrize(

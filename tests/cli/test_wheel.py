@@ -56,7 +56,8 @@ def test_the_sdist_and_what_pypi_would_say(wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "docs/conf.py", "recipes/sim_clip.py"} <= names
-    assert "tests/cli/test_wheel.py" in names
+    assert {"tests/cli/test_wheel.py", "SECURITY.md", ".ci/run", ".github/workflows/ci.yml"} <= names
+    assert any(name.startswith(".agents/skills/") and name.endswith("/SKILL.md") for name in names)
     assert not [name for name in names if name.startswith("recipes/research/photo_clip")]
     pictures = {name for name in names if name.endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))}
     assert {name.rsplit("/", 1)[0] for name in pictures} <= {"docs/results"}
