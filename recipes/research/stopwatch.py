@@ -2,8 +2,9 @@
 
     python recipes/research/stopwatch.py
 
-A virtual environment that sees the packages of this one (torch is installed before), a folder `<class>/<image>` without
-splits, and a CLIP in a folder whose tokenizer knows the names: made here of the demo's pictures and the demo's CLIP.
+A virtual environment that sees the packages of this one (all dependencies are there, torch among them), a folder
+`<class>/<image>` without splits, and a CLIP in a folder whose tokenizer knows the names: made here of the demo's pictures and
+the demo's CLIP.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def make_environment(folder: Path) -> Path:
     """An environment of its own that finds this one's packages, but not this package; the folder of its programs."""
     venv.create(folder, with_pip=True)
     (inside,) = folder.glob("lib/python*/site-packages")
-    (inside / "torch-was-here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (inside / "all-but-this.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin"
 
 
