@@ -290,5 +290,10 @@ def test_the_claims_of_three_seeds_are_those_of_their_files():
         assert f"| {key} | {value:.1f} % | {' | '.join(cells)} |" in page
         assert f"{value:.1f} to {low[key][0]:.1f} %" in told
     assert f"to {high['8/255'][0]:.1f} and {high['16/255'][0]:.1f} %, clean {high['clean'][0]:.1f} %" in told
+    before, after = of_seeds("hardening-smolvlm-9", page)
+    for key, (mean, deviation) in after.items():
+        assert f"| {key} | {before[key]:.1f} % | {mean:.1f} ± {deviation:.1f} % |" in page
+    for key in ("clean", "10/255"):
+        assert f"{before[key]:.1f} to {after[key][0]:.1f} %" in told
     before, after = of_seeds("hardening-transfer", page, seeds=1)
     assert all(f"| {key} | {before[key]:.1f} % | {mean:.1f} % |" in page for key, (mean, _) in after.items())

@@ -8,14 +8,17 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from hf_robust_vision.training.launchers import check_launcher
 from tests.launcher import ROOT, TWO, launch, outcome, recipe
+from tests.towers import zoo
 from tests.training.helpers import SGD, largest_gap
 from tests.training.ranks import final, free_port, said, start
 
@@ -151,3 +154,23 @@ def test_the_deepspeed_file_passes_our_own_check(monkeypatch):
         mixed_precision="no", state=SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=plugin)
     )
     check_launcher(accelerator, adapter=False)
+
+
+@pytest.mark.slow
+def test_a_vlm_is_hardened_in_two_processes(image_folder, tmp_path):
+    """One of them writes the whole VLM, of which the tower alone has changed."""
+    zoo.saved("llava", tmp_path / "vlm")
+    output = tmp_path / "out"
+    words = ["--model_name_or_path", tmp_path / "vlm", "--dataset_name", image_folder, "--output_dir", output]
+    words += ["--max_steps", 2, "--per_device_train_batch_size", 2, "--attack_eps", "8/255", "--learning_rate", 1e-2]
+    words += ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--use_cpu", "true"]
+    status, said, wrong = outcome(launch(*TWO, ROOT / "recipes" / "harden_vlm.py", *words))
+    assert status == 0, wrong
+    assert said.count("the whole VLM lies in") == 1
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "vlm", output))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("vision_tower" in name for name in changed)
+    report = json.loads((output / "harden_report.json").read_text())
+    assert report["training"]["world_size"] == 2
