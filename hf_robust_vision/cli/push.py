@@ -37,14 +37,17 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Publish; a model that was measured and has no card yet gets one first."""
     from hf_robust_vision.hub.adversarial import RECORD_NAME
-    from hf_robust_vision.hub.push import push_robust_encoder
+    from hf_robust_vision.hub.push import check_id, push_robust_encoder
     from hf_robust_vision.hub.push_images import push_images
+    from hf_robust_vision.hub.release import check_measured
     from hf_robust_vision.processes import check_device
 
     check_device(args.device)
     folder = Path(args.folder)
     measured = (folder / "robustness.json").is_file() and not (folder / RECORD_NAME).is_file()
     if measured and not (folder / "README.md").exists():
+        check_id(args.repo_id)
+        check_measured(folder, args.what)  # a push that is refused leaves no card behind
         print(f"wrote {_write_card(folder, args)}")
     settings = {
         name: value for name, value in vars(args).items() if name not in ("command", "run", "folder", "repo_id")

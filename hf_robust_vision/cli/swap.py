@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         report = swap_folder(shipped(args.vlm), shipped(args.tower), args.output_dir, **settings)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    then = next_steps(["evaluate-vlm", args.output_dir, "--questions", "FILE"])
+    then = next_steps(["evaluate-vlm", args.output_dir, "--questions", "FILE", "--output_dir", args.output_dir])
     text = f"{report}\nthe whole VLM lies in {args.output_dir}; now measure its answers.\n{then}"
     answer(args, report.to_dict() | {"output_dir": args.output_dir}, text)
     return 0

@@ -20,6 +20,7 @@ from hf_robust_vision.report import protocol
 from hf_robust_vision.report.curve import axes_of
 from hf_robust_vision.report.tables import counted, percent, point, training_settings
 from hf_robust_vision.report.templates import template
+from hf_robust_vision.towers.vlm import vlm_class
 
 from .eval_files import eval_files
 from .usage import usage_block
@@ -125,6 +126,8 @@ def write_card(folder: str | Path, results: Sequence[RobustnessResult], **settin
     """
     check_results(results, folder)
     path, config = Path(folder) / "README.md", Path(folder) / "config.json"
+    if vlm := vlm_class(folder):
+        settings["model_class"] = vlm
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "siglip":
         settings["model_class"] = "SiglipModel"
     write_atomically(path, str(make_card(results, **settings)))

@@ -23,6 +23,7 @@ from hf_robust_vision.towers.dual import DualEncoder
 from hf_robust_vision.towers.interpolate import RECORD_NAME as INTERPOLATE_REPORT
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
+from hf_robust_vision.towers.vlm import vlm_class
 
 from .card import eval_results, hardened, headline, is_hub_id, set_kind
 from .eval_files import EVAL_FOLDER, PREFIX, eval_files
@@ -31,6 +32,7 @@ from .usage import KINDS, replace_usage, usage_block
 
 CARD = "README.md"
 HARDEN_REPORT = "harden_report.json"  # beside a VLM whose tower was hardened in place
+SWAP_REPORT = "swap_report.json"  # beside a VLM that was given another tower
 PICTURE = "robustness.png"
 # In the config of a tower alone: its hash, and that of the model that was measured.
 TOWER_RECORD = "robust_vision_record"
@@ -42,7 +44,7 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_PAPERS = (RESULTS_FILE, PICTURE, HARDEN_REPORT, INTERPOLATE_REPORT, "LICENSE*", "NOTICE*")
+_PAPERS = (RESULTS_FILE, PICTURE, HARDEN_REPORT, SWAP_REPORT, INTERPOLATE_REPORT, "LICENSE*", "NOTICE*")
 
 # Of an earlier push to the same repository; what it held beside them is not ours to delete.
 REPLACED = (
@@ -92,8 +94,7 @@ def prepare_release(
         ValueError: If something is missing, leads out of the folder, was not measured, or belongs to other weights.
     """
     folder = Path(folder)
-    kind = _kind(folder, what)
-    results = _check_results(folder)
+    kind, results, encoder = check_measured(folder, what)
     card = _check_card(folder, results)
     files: dict[str, Path | bytes] = {}
     if kind == "adapter":
@@ -101,7 +102,6 @@ def prepare_release(
         config, base_model = _check_adapter(place, base_model)
         files |= {CONFIG_FILE: config, WEIGHTS_FILE: place / WEIGHTS_FILE}
     else:
-        encoder = _check_vlm(folder, results) if kind == "vlm" else _check_model(folder, results)
         files |= _matching(folder, (*_MODEL, *_PROCESSOR, *_TOKENIZER)) if kind != "tower" else _tower(folder, encoder)
     files |= _matching(folder, _PAPERS) | eval_files(results)
     files |= {str(result.samples): folder / str(result.samples) for result in load_results(folder) if result.samples}
@@ -112,6 +112,19 @@ def prepare_release(
     set_kind(card.data, kind, base_model)
     card.data["license"] = license or card.data.get("license")
     return Release(kind, files, results, card, base_model)
+
+
+def check_measured(folder: str | Path, what: str | None = None) -> tuple[str, list[RobustnessResult], Any]:
+    """What a folder is pushed as, the results of its hardened model, and that model, but for an adapter, loaded.
+
+    Raises:
+        ValueError: If something but the card is missing, was not measured, or belongs to other weights.
+    """
+    folder = Path(folder)
+    kind, results = _kind(folder, what), _check_results(folder)
+    if kind == "adapter":
+        return kind, results, None
+    return kind, results, (_check_vlm if kind == "vlm" else _check_model)(folder, results)
 
 
 def need_inside(folder: Path, files: Iterable[Path]) -> None:
@@ -127,8 +140,10 @@ def _kind(folder: Path, what: str | None) -> str:
     if what not in (None, *KINDS):
         raise ValueError(f"what={what!r} is not one of {', '.join(map(repr, KINDS))}.")
     adapter, model = holds_adapter(_adapter_folder(folder)), (folder / "config.json").is_file()
-    own = "vlm" if (folder / HARDEN_REPORT).is_file() else "model"
-    kind = what or ("adapter" if adapter and not model else own)
+    vlm = vlm_class(folder)
+    kind = what or ("adapter" if adapter and not model else "vlm" if vlm else "model")
+    if vlm and kind in ("model", "tower"):
+        raise ValueError(f"{folder} holds a {vlm}, which is pushed whole; leave out --what {kind}.")
     if not (adapter if kind == "adapter" else model):
         wanted = CONFIG_FILE if kind == "adapter" else "config.json"
         other = "; it holds an adapter: type --what adapter" if adapter else ""
@@ -143,9 +158,10 @@ def _adapter_folder(folder: Path) -> Path:
 
 def _check_results(folder: Path) -> list[RobustnessResult]:
     if not (folder / RESULTS_FILE).is_file():
+        measure = "evaluate-vlm" if vlm_class(folder) else "evaluate"
         raise ValueError(
-            f"{folder} has no {RESULTS_FILE}: measure the model first, by a recipe or evaluate_zero_shot and "
-            "save_results; a robust model is published with its numbers."
+            f"{folder} has no {RESULTS_FILE}: measure the model first, into its own folder (a robust model is published "
+            f"with its numbers): hf-robust-vision {measure} {folder} --output_dir {folder}"
         )
     results = load_results(folder)
     after = hardened(results)

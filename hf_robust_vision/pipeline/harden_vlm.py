@@ -220,7 +220,7 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
     if args.should_save:
         print(f"\n{report}\n", *([comparison_text(results)] if results else []), sep="\n")
         print(f"in {time.time() - start:.0f} s; the whole VLM lies in {output}")
-        questions = ["evaluate-vlm", str(output), "--questions", "FILE"]
+        questions = ["evaluate-vlm", str(output), "--questions", "FILE", "--output_dir", str(output)]
         print(next_steps(*([] if results else [questions]), ["push", str(output), "OWNER/NAME", "--dry_run"]))
     if args.push_to_hub:
         part_and_push(trainer)
@@ -271,8 +271,8 @@ def _check_push(args: VLMTrainingArguments, asked: bool) -> None:
     check_push(args)
     if not asked:
         raise ValueError(
-            "--push_to_hub true publishes measured models only, and this run asks nothing: measure what it leaves with "
-            "evaluate_vqa, then type hf-robust-vision push."
+            "--push_to_hub true publishes measured models only, and this run asks nothing: measure what it leaves, then "
+            f"push that: hf-robust-vision evaluate-vlm {args.output_dir} --output_dir {args.output_dir}"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -183,6 +184,16 @@ def is_vlm(model: Any) -> bool:
         and hasattr(model, "get_decoder")
         and not hasattr(model, "get_text_features")
     )
+
+
+def vlm_class(folder: str | Path) -> str | None:
+    """Name of the class of the VLM in a folder, by its config alone; None where that names no VLM."""
+    path = Path(folder) / "config.json"
+    try:
+        named: str = json.loads(path.read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, LookupError, TypeError):  # what is wrong with it tells who loads the model
+        return None
+    return named if is_vlm(getattr(transformers, named, None)) else None
 
 
 def view_vlm(vlm: Any, processor: Any, resolution: int | None = None) -> Any:

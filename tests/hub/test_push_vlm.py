@@ -1,0 +1,84 @@
+"""A VLM with another tower in it, from `swap` or `interpolate` to what a push uploads."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from hf_robust_vision.cli import main
+from hf_robust_vision.hub.release import prepare_release
+
+
+pytest.importorskip("easy_vqa")
+
+
+def ask(folder):
+    """By the line that `swap` and `harden-vlm` print."""
+    quick = ["--max_samples", "2", "--steps", "1", "--restarts", "1", "--eps", "8/255", "--save_examples", "0"]
+    assert main(["evaluate-vlm", str(folder), *quick, "--device", "cpu", "--output_dir", str(folder)]) == 0
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What `swap` wrote, measured."""
+    folder = tmp_path_factory.mktemp("swapped") / "vlm"
+    assert main(["swap", "demo-llava", "demo-clip", "--output_dir", str(folder)]) == 0
+    ask(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(measured, tmp_path):
+    return shutil.copytree(measured, tmp_path / "vlm")
+
+
+def test_what_swap_wrote(folder, capsys):
+    assert main(["push", str(folder), "me/x", "--dry_run", "--license", "mit"]) == 0
+    said = capsys.readouterr().out
+    assert "would push the vlm to me/x" in said
+    assert {"swap_report.json", "model.safetensors", "processor_config.json"} <= set(said.split())
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert "clip" not in card.data.tags
+    assert "A `LlavaForConditionalGeneration`" in card.text
+
+
+def test_what_interpolate_wrote(tmp_path):
+    out = tmp_path / "between"
+    words = ["demo-llava", "demo-llava", "--weight", "0.5", "--output_dir", str(out)]
+    assert main(["interpolate", *words]) == 0
+    ask(out)
+    assert main(["push", str(out), "me/x", "--dry_run"]) == 0
+    release = prepare_release(out)
+    assert release.kind == "vlm"
+    assert "interpolate_report.json" in release.files
+
+
+@pytest.mark.parametrize("what", ["model", "tower"])
+def test_it_is_pushed_whole(folder, what, capsys):
+    assert main(["push", str(folder), "me/x", "--dry_run", "--what", what]) == 1
+    assert f"holds a LlavaForConditionalGeneration, which is pushed whole; leave out --what {what}" in (
+        capsys.readouterr().err
+    )
+    assert not (folder / "README.md").exists()
+
+
+def test_a_push_that_is_refused_leaves_no_card(folder, capsys):
+    weights = load_file(folder / "model.safetensors")
+    weights[min(weights)] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    before = sorted(path.name for path in folder.iterdir())
+    assert main(["push", str(folder), "me/x", "--dry_run"]) == 1
+    assert "was measured on other weights" in capsys.readouterr().err
+    assert main(["push", str(folder), "a/b/c", "--dry_run"]) == 1
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_the_refusal_names_the_line_to_type(folder, measured, clip_folder, capsys):
+    (folder / "robustness.json").unlink()
+    for place, verb in ((folder, "evaluate-vlm"), (clip_folder, "evaluate")):
+        assert main(["push", str(place), "me/x", "--dry_run"]) == 1
+        assert f"hf-robust-vision {verb} {place} --output_dir {place}" in capsys.readouterr().err
