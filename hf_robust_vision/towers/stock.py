@@ -8,6 +8,8 @@ before anything is trained or measured.
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from .base import attack_mode
 from .weights import FLOATS
@@ -127,6 +130,31 @@ def _quantised(vlm: nn.Module, tensors: Sequence[Tensor]) -> str | None:
     layers = (type(module) for module in vlm.modules())
     kinds = (f"{kind.__module__}.{kind.__name__}" for kind in layers if ".quantized." in kind.__module__)
     return next((str(tensor.dtype) for tensor in tensors if tensor.dtype not in FLOATS), next(kinds, None))
+
+
+def warn_of_another(image_processor: Any, config: Any, name: str) -> None:
+    """Warn of an image processor that transformers pairs neither with a VLM nor with its tower: another model's, perhaps.
+
+    It may make the right shapes all the same, with another mean, and then all is trained and measured on wrong pixels.
+
+    Args:
+        image_processor: Of the VLM's processor.
+        config: Of the VLM.
+        name: Of its class, for the warning.
+    """
+    tower = getattr(getattr(config, "vision_config", None), "model_type", "")
+    kinds = (config.model_type, re.sub("_vision(_model)?$", "", tower))
+    pairs = (pair for kind in kinds if (pair := IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)))
+    # By backend; some releases have a tuple, with None for one that is not there.
+    known = {each for pair in pairs for each in (pair.values() if isinstance(pair, Mapping) else pair) if each}
+    plain = dict.fromkeys(re.sub("(Fast|Pil)$", "", each) for each in sorted(known))
+    mine = type(image_processor).__name__
+    if plain and re.sub("(Fast|Pil)$", "", mine) not in plain:
+        warnings.warn(
+            f"the image processor is a {mine}, and transformers pairs {name} with {' or '.join(plain)}: if it is another "
+            "model's, load this one's with AutoProcessor.from_pretrained.",
+            stacklevel=3,
+        )
 
 
 def need_hook(vlm: Any, name: str, *more: str) -> None:

@@ -26,7 +26,7 @@ from .adapters import has_adapter, save_adapter
 from .base import EncoderOutput, weights_sha256
 from .graft import Origin
 from .processors import load_image_processor
-from .stock import compare, need_gradient, need_hook, on_tensors, processed, ramps, refuse_unlike
+from .stock import compare, need_gradient, need_hook, on_tensors, processed, ramps, refuse_unlike, warn_of_another
 from .weights import check_weights, local_or_hub, weights_files
 
 
@@ -358,6 +358,7 @@ def _compare_with_stock(encoder: Any) -> None:
             comes back from there.
     """
     processor, name = type(encoder.image_processor).__name__, encoder.stock_class.__name__
+    warn_of_another(encoder.image_processor, encoder.config, name)
     side = encoder.probe().shape[-1]
     picture, images = ramps(side * 3 // 2 + 1, side * 2)
     stock = encoder.image_processor(images=[[picture]], return_tensors="pt")

@@ -20,7 +20,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from hf_robust_vision.pixels import PixelTransform
 
-from .stock import compare, need_gradient, on_tensors, processed, ramps, refuse_unlike
+from .stock import compare, need_gradient, on_tensors, processed, ramps, refuse_unlike, warn_of_another
 
 
 HEAD_SHARE = 1 / 8  # of a prompt's tokens that stand before the image, from which on a pass of their own saves time
@@ -188,6 +188,7 @@ class StockInputs(VLMInputs):
                     f"wanted the processor of a vision-language model or a VLMInputs, got {type(processor).__name__} "
                     f"without {part}: load it with AutoProcessor.from_pretrained."
                 )
+        warn_of_another(processor.image_processor, vlm.config, type(vlm).__name__)
         self.processor, self.image_token, self.name = processor, processor.image_token, type(processor).__name__
         super().__init__(vlm, processor.tokenizer, OwnSize())
         unknown = getattr(self.tokenizer, "unk_token_id", None)

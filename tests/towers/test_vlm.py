@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import accelerate
@@ -337,6 +338,22 @@ class TestRefusals:
         vlm, _ = tiny_vlm("llava")
         _, processor = tiny_vlm("qwen2_5_vl")
         with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration can not read what Qwen2VLImageProcessor"):
+            view_vlm(vlm, processor)
+
+    def test_a_processor_of_the_same_shapes_is_warned_of(self):
+        """Nothing else would tell: SigLIP's mean in the place of CLIP's."""
+        vlm, own = tiny_vlm("llava")
+        side = own.crop_size["height"]
+        other = transformers.SiglipImageProcessor(size={"height": side, "width": side})
+        said = r"is a SiglipImageProcessor, and transformers pairs LlavaFor\w+ with CLIPImageProcessor or LlavaImageProcessor"
+        with pytest.warns(UserWarning, match=said):
+            view_vlm(vlm, other)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_its_own_processor_is_not(self, family):
+        vlm, processor = tiny_vlm(family)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="the image processor is a")
             view_vlm(vlm, processor)
 
     @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
