@@ -57,6 +57,7 @@ class CardSettings:
     # Hub id of the original. A mere folder name is told in the text only: as metadata it would link to somebody else's
     # model, or to none.
     base_model: str | None = None
+    tower: str | None = None  # where the tower of a VLM comes from, if it was swapped in
     dataset: str | None = None  # Hub id of the fine-tuning data; None where it is not on the Hub
     tags: Sequence[str] = ()  # more of them, such as the method
     picture: str | None = None  # file name of the curve beside the card
@@ -143,6 +144,8 @@ def license_of(name: str | Path, kind: str = "model") -> str | None:
     """
     if str(name) in DEMO_MODELS and not Path(name).is_dir():
         return "apache-2.0"
+    if kind == "model" and not Path(name).is_dir() and not is_hub_id(str(name)):
+        return None  # a folder's name in a record: on the Hub it would be somebody else's
     card = Path(name) / "README.md" if Path(name).is_dir() else name
     reader: Any = {"model": ModelCard, "dataset": DatasetCard}[kind]
     try:

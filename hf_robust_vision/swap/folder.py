@@ -36,6 +36,7 @@ def swap_folder(
     model = load_named(vlm, revision=revision, dtype="auto")
     processor = AutoProcessor.from_pretrained(str(vlm), revision=revision)
     report = swap_vision_encoder(model, source, processor=processor, **settings)
+    report.original = Path(vlm).resolve().name if Path(vlm).is_dir() else str(vlm)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         model.save_pretrained(draft)

@@ -47,6 +47,7 @@ class SwapReport:
     checks: list[str]  # what was checked, in words
     warnings: list[str]  # what the reader should know
     versions: dict[str, str]  # of the libraries
+    original: str | None = None  # folder's name or Hub id of the VLM; None where it was in memory
     _journal: Journal | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

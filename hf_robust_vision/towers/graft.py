@@ -24,7 +24,10 @@ from .weights import check_weights
 
 
 # What describes a model or its numbers is of the original, and would be untrue of the result.
-_NOT_OURS = ("README.md", "robustness.json", "swap_report.json", "harden_report.json", "training_args.bin")
+_NOT_OURS = (
+    *("README.md", "robustness.json", "training_args.bin"),
+    *("swap_report.json", "harden_report.json", "interpolate_report.json"),
+)
 _CHUNK = 2**24  # bytes that are read at a time
 _DRAFT = ".writing-"
 _CONFIG = "config.json"

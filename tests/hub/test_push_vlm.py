@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_robust_vision.cli import main
+from hf_robust_vision.hub.card import license_of
 from hf_robust_vision.hub.release import prepare_release
 
 
@@ -43,7 +45,50 @@ def test_what_swap_wrote(folder, capsys):
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
     assert "clip" not in card.data.tags
-    assert "A `LlavaForConditionalGeneration`" in card.text
+    assert (
+        "A `LlavaForConditionalGeneration` made from `demo-llava`: its vision tower is that of `demo-clip`"
+        in card.text
+    )
+    assert "unknown" not in card.text
+    assert "Not recorded." not in card.text
+
+
+def test_what_harden_vlm_wrote_of_own_images(tmp_path, capsys):
+    """The line that it prints measures; the card tells method, original and training."""
+    for number in range(2):
+        Image.new("RGB", (64, 64), (90 * number, 40, 80)).save(tmp_path / f"{number}.png")
+    out = tmp_path / "out"
+    words = ["--dataset", str(tmp_path), "--max_steps", "1", "--attack_steps", "1", "--test_steps", "1", "--seed", "0"]
+    words += [
+        "--per_device_train_batch_size",
+        "2",
+        "--save_strategy",
+        "no",
+        "--report_to",
+        "none",
+        "--use_cpu",
+        "true",
+    ]
+    assert main(["harden-vlm", "demo-llava", *words, "--output_dir", str(out)]) == 0
+    assert f"evaluate-vlm {out} --questions FILE --output_dir {out}" in capsys.readouterr().out
+    ask(out)
+    assert main(["push", str(out), "me/x", "--dry_run"]) == 0
+    card = ModelCard.load(out / "README.md")
+    assert "A `LlavaForConditionalGeneration` made from `demo-llava`: its vision tower was fine-tuned" in card.text
+    assert "Sim-CLIP" in card.text
+    assert "- attack steps: 1" in card.text
+    assert card.data.license == "apache-2.0"
+    assert "sim-clip" in card.data.tags
+    assert "clip" not in card.data.tags
+    assert prepare_release(out).kind == "vlm"
+
+
+def test_a_folder_s_name_is_nobody_s_licence(tmp_path, monkeypatch):
+    """An original that was a local folder is not looked for on the Hub."""
+    asked = []
+    monkeypatch.setattr(ModelCard, "load", lambda *names, **_: asked.append(names))
+    assert license_of("my-vlm") is None
+    assert asked == []
 
 
 def test_what_interpolate_wrote(tmp_path):
