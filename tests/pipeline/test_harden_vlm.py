@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -140,6 +141,15 @@ def test_what_is_no_vlm_is_told_what_it_lacks(tmp_path):
 def test_defaults_are_those_that_were_screened(tmp_path):
     args = VLMTrainer.args_class(output_dir=str(tmp_path))
     assert (args.feature, args.form, args.attack_steps) == ("language_tokens", "frozen", 2)
+
+
+def test_a_stream_without_labels(vlm, photos, tmp_path):
+    images = [{"image": Image.open(file).convert("RGB")} for file in sorted(photos.rglob("*.png"))]
+    rows = datasets.Dataset.from_list(images, features=datasets.Features({"image": datasets.Image()}))
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    harden(vlm, tmp_path / "data", tmp_path / "out", "--streaming", "true")
+    assert tower_changed(vlm, tmp_path / "out")
 
 
 def test_the_projector_trains_if_asked(vlm, photos, tmp_path):

@@ -22,6 +22,8 @@ from torch import nn
 from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
+from hf_robust_vision.swap.layouts import SiglipTower
+from hf_robust_vision.swap.towers import find_towers
 from hf_robust_vision.towers import graft
 from hf_robust_vision.towers.base import Reads, freeze_unread, weights_sha256
 from hf_robust_vision.towers.load import load_encoder
@@ -315,10 +317,20 @@ class TestSaving:
         assert not (tmp_path / "again").exists()
 
 
-def test_the_table_of_the_guide_is_the_families_tested_here():
+def test_the_table_of_the_guide_is_what_the_families_are():
+    """Each row is of a family tested here, with the tower that a swap finds in it, if it finds one."""
     page = (Path(__file__).parents[2] / "docs" / "how-to-harden-a-vlm.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \|", page.split("## What is supported")[1], re.MULTILINE)
-    assert rows == [NAMES[family] for family in FAMILIES]
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", page.split("## What is supported")[1], re.MULTILINE)
+    assert [name for name, *_ in rows] == [NAMES[family] for family in FAMILIES]
+    for (_, told, way), family in zip(rows, FAMILIES):
+        try:
+            (tower,) = find_towers(tiny_vlm(family)[0])
+            kind = "SigLIP" if isinstance(tower, SiglipTower) else "CLIP"
+        except ValueError:
+            kind = "its own"
+        assert told.startswith(kind), family
+        # PaliGemma's has been trained with it since, and is no published SigLIP any more.
+        assert (way == "in place, or swapped") == (kind != "its own" and family != "paligemma"), family
 
 
 class Wall(torch.autograd.Function):
