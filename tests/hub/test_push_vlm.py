@@ -83,6 +83,14 @@ def test_what_harden_vlm_wrote_of_own_images(tmp_path, capsys):
     assert prepare_release(out).kind == "vlm"
 
 
+def test_harden_vlm_names_the_line_before_it_trains(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_robust_vision.pipeline.harden_vlm.check_push", lambda args: None)
+    words = ["--dataset", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--push_to_hub", "true"]
+    assert main(["harden-vlm", "demo-llava", *words, "--use_cpu", "true", "--report_to", "none"]) == 1
+    line = f"hf-robust-vision evaluate-vlm {tmp_path / 'out'} --output_dir {tmp_path / 'out'}"
+    assert line in capsys.readouterr().err
+
+
 def test_a_folder_s_name_is_nobody_s_licence(tmp_path, monkeypatch):
     """An original that was a local folder is not looked for on the Hub."""
     asked = []
