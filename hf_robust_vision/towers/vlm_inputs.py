@@ -202,6 +202,7 @@ class StockInputs(VLMInputs):
         self.takes = frozenset(inspect.signature(unwrapped.forward).parameters)
         self.placeholder = getattr(vlm.config, "image_token_id", None)
         self.encoded = lru_cache(4096)(self._encoded)  # attacks ask again at every step
+        self._begun: tuple[Mapping[str, Tensor], dict[str, Any]] | None = None
         self._check()
 
     def written(self, prompt: str) -> str:
@@ -259,8 +260,18 @@ class StockInputs(VLMInputs):
         """The text behind what all prompts say before the image, and the model's state there, computed for one of them.
 
         Only where the order of tokens alone decides what a token reads: kinds of tokens place Qwen's, and mask Gemma 3's
-        and PaliGemma's. And only where there is much before the image, as this is one more pass.
+        and PaliGemma's. And only where there is much before the image, as this is one more pass: for the steps of an
+        attack, which all ask with the same text, it is made once.
         """
+        if self._begun is None or self._begun[0] is not text:
+            self._begun = text, self._begin(text)
+        # A forward pass writes what it reads into the state, and the next one begins where this one did.
+        return {
+            name: value if isinstance(value, Tensor) else copy.deepcopy(value)
+            for name, value in self._begun[1].items()
+        }
+
+    def _begin(self, text: Mapping[str, Tensor]) -> dict[str, Any]:
         ids, mask = text["input_ids"], text["attention_mask"]
         places, pads = torch.arange(ids.shape[1], device=ids.device), (mask == 0).sum(1, keepdim=True)
         moved = ids.gather(1, (places + pads).clamp(max=len(places) - 1))

@@ -167,6 +167,14 @@ def test_what_stands_before_the_image_is_read_once(family, order, monkeypatch):
         values.append((logits.detach(), *torch.autograd.grad(logits.square().mean(), images)))
     for ours, expected in zip(*values):
         assert far(ours, expected) < 1e-5
+    passes = []
+    listening = inputs.vlm.register_forward_pre_hook(
+        lambda module, args, given: passes.append("pixel_values" in given), with_kwargs=True
+    )
+    monkeypatch.undo()
+    pgd(AnswerLoss(task), images.detach(), LinfBall(8 / 255), steps=3, noise=StartNoise(0, [1, 2]))
+    listening.remove()
+    assert passes.count(False) == (saved > 0), "once for all steps of an attack"
     other = answer_task(inputs, [prompts[0], "w99 " + prompts[1]], ["w90", "w91"], size).text
     assert inputs.begun(other)["input_ids"].shape == other["input_ids"].shape, "they do not begin alike"
 
