@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -37,6 +37,8 @@ OFTEN = {
 @dataclass
 class PipelineArguments(DataArguments):
     """What to harden, on which data, and how to measure it."""
+
+    about: ClassVar[str] = "measure, harden, measure again."  # for the help
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id; default: the demo.", "aliases": ["--model"]}
@@ -77,15 +79,15 @@ class RecipeParser(Parser, HfArgumentParser):
     """Reads the arguments of a run from dataclasses; help is short, `--help_all` is not."""
 
     def __init__(
-        self, trainer_class: type[AdversarialTrainer], prog: str | None = None, options: type = PipelineArguments
+        self, trainer_class: type[AdversarialTrainer], prog: str | None = None, options: Any = PipelineArguments
     ) -> None:
         super().__init__(
             (options, trainer_class.args_class),
             prog=prog,
             formatter_class=Defaults,
             usage="%(prog)s [--config FILE] [--NAME VALUE ...]",
-            description=f"{trainer_class.method}: measure, harden, measure again. Without a model, a dataset and a config "
-            "it runs the offline demo.",
+            description=f"{trainer_class.method}: {options.about} Without a model, a dataset and a config it runs the "
+            "offline demo.",
             epilog="--help_all also lists the arguments that every `Trainer` of transformers has.",
         )
         self.add_argument("--config", help="YAML file of the arguments below, or the name of a shipped one")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,11 @@ class VLMArguments:
         overwrite: Replace what an earlier run left in `output_dir`.
         cpu_threads: Threads of each process on a CPU; 0 shares the cores out evenly.
     """
+
+    about: ClassVar[str] = (
+        "the vision tower inside a VLM, in place; the language model is neither run nor loaded. The command line takes the "
+        "model's name in the first place, too."
+    )
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id; default: the demo LLaVA.", "aliases": ["--model"]}

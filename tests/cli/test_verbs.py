@@ -271,3 +271,11 @@ def test_what_a_user_can_mend_is_one_line(error):
     assert "\n" not in caught.value.code
     assert str(getattr(error, "filename", None) or "") in caught.value.code
     assert len(caught.value.code) > len("error: ")
+
+
+def test_the_help_of_harden_vlm_is_its_own(capsys):
+    """Not that of `harden`, whose parser reads its words."""
+    assert main(["harden-vlm", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the vision tower inside a VLM, in place" in said
+    assert "measure again" not in said
