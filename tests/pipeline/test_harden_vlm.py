@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, GitConfig, GitForCausalLM
 
 from hf_robust_vision.cli import main
+from hf_robust_vision.data.sources import ImageSource, load_labelled_images
 from hf_robust_vision.evaluation.tasks import VLMProtocol
 from hf_robust_vision.hub.release import prepare_release
 from hf_robust_vision.methods.fare import FARETrainer
@@ -322,6 +323,25 @@ class TestThroughAProjector:
         with torch.no_grad():
             assert torch.equal(encoder(images, language_tokens=True).language_tokens, whole(images).language_tokens)
         assert not any("projector" in name for name in encoder.state_dict())
+
+    def test_training_it_is_training_the_tower_in_place(self, vlm, clip, photos, tmp_path):
+        """What is measured of one holds for the other: three updates of both end at the same weights."""
+        whole, reader = load_encoder(vlm), LanguageReader(str(vlm))
+        alone = load_encoder(clip)
+        alone.vision_model.load_state_dict(whole.tower.state_dict())
+        alone.read_by(reader)
+        start = {name: value.clone() for name, value in whole.tower.state_dict().items()}
+        images = load_labelled_images(ImageSource(photos, label_column=None), "train", whole.transform)
+        settings = {"max_steps": 3, "per_device_train_batch_size": 2, "attack_eps": "8/255", "attack_steps": 2}
+        settings |= {"learning_rate": 1e-3, "weight_decay": 1e-4, "max_grad_norm": 1.0, "feature": "language_tokens"}
+        settings |= {"form": "frozen", "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+        for name, encoder in {"in place": whole, "alone": alone}.items():
+            args = SimCLIPTrainer.args_class(output_dir=str(tmp_path / name), **settings)
+            SimCLIPTrainer(model=encoder, args=args, train_dataset=images).train()
+        there, here = whole.tower.state_dict(), alone.vision_model.state_dict()
+        assert any(not torch.equal(there[name], value) for name, value in start.items())
+        for name, value in there.items():
+            torch.testing.assert_close(here[name], value, atol=1e-6, rtol=1e-5)
 
     def test_one_reader_for_two_towers(self, vlm, clip):
         """The first one goes on with its own tower."""
