@@ -240,7 +240,12 @@ def test_help_loads_no_framework():
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(page, "write_report", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    assert main(["report", "x"]) == 130
+    # What a shell runs in the background has SIGINT ignored, and Python then sets no handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["report", "x"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\n"
 
 
