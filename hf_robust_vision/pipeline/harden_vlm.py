@@ -116,9 +116,7 @@ class VLMTrainingArguments(SimCLIPArguments):
     """Those of Sim-CLIP, at what the language model reads."""
 
     feature: str = field(default="language_tokens", metadata={"help": "What is drawn to the original's."})
-    attack_steps: int = field(
-        default=2, metadata={"help": "Gradient steps of the training attack; five gave no more."}
-    )
+    attack_steps: int = field(default=2, metadata={"help": "Gradient steps of the training attack."})
 
 
 class VLMTrainer(SimCLIPTrainer):
@@ -242,7 +240,7 @@ def check_rest(name: str) -> None:
     if not report.is_file():
         return
     encoder = load_encoder(name)
-    if encoder.origin.rest_sha256(encoder) != read_json(report.read_text(encoding="utf-8"), report)["rest_sha256"]:
+    if encoder.origin.rest_sha256(encoder) != read_json(report.read_text(encoding="utf-8"), report).get("rest_sha256"):
         raise ValueError(
             f"weights beside tower and projector in {name} are not those that its {REPORT_NAME} names: it was changed after "
             f"it was hardened. Harden it again, or delete {REPORT_NAME} there to measure it as another model."

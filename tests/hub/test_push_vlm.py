@@ -49,6 +49,7 @@ def test_what_swap_wrote(folder, capsys):
         "A `LlavaForConditionalGeneration` made from `demo-llava`: its vision tower is that of `demo-clip`"
         in card.text
     )
+    assert "fine-tuned against" not in card.text, "of a tower from elsewhere nobody here knows that"
     assert "unknown" not in card.text
     assert "Not recorded." not in card.text
 
