@@ -28,12 +28,15 @@ def run(args: argparse.Namespace) -> int:
     """Write the folder."""
     with working(args):
         from hf_robust_vision.data.demo import shipped
-        from hf_robust_vision.towers.interpolate import RECORD_NAME, interpolate
+        from hf_robust_vision.towers.interpolate import interpolate
+        from hf_robust_vision.towers.records import INTERPOLATE_REPORT
 
         original, hardened = shipped(args.original), shipped(args.hardened)
         folder = interpolate(original, hardened, args.output_dir, weight=args.weight)
-    record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    record = json.loads((folder / INTERPOLATE_REPORT).read_text(encoding="utf-8"))
     verb = "evaluate-vlm" if record["vlm"] else "evaluate"
-    text = f"the model at weight {args.weight:g} lies in {folder}, what it was made from in {folder / RECORD_NAME}"
+    text = (
+        f"the model at weight {args.weight:g} lies in {folder}, what it was made from in {folder / INTERPOLATE_REPORT}"
+    )
     answer(args, record | {"output_dir": args.output_dir}, f"{text}\n{next_steps([verb, args.output_dir])}")
     return 0

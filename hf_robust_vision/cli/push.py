@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -62,34 +61,11 @@ def run(args: argparse.Namespace) -> int:
 def _write_card(folder: Path, args: argparse.Namespace) -> Path:
     from hf_robust_vision.evaluation.results import load_results
     from hf_robust_vision.hub.card import hardened
-    from hf_robust_vision.pipeline.card import describe
+    from hf_robust_vision.pipeline.card import describe, history
 
-    results, history = load_results(folder), _history(folder)
-    original, training = history.pop("original", None), history.pop("training", None)
+    results, told = load_results(folder), history(folder)
+    original, training = told.pop("original", None), told.pop("training", None)
     for result in hardened(results):
         result.training = result.training or training
-    settings = {"model_name": args.repo_id.split("/")[-1], "license": args.license, **history}
+    settings = {"model_name": args.repo_id.split("/")[-1], "license": args.license, **told}
     return describe(folder, results, args.base_model or original, **settings)
-
-
-def _history(folder: Path) -> dict[str, Any]:
-    """What the record beside a model tells of its making: `original`, `training`, and settings of the card."""
-    from hf_robust_vision.hub.release import HARDEN_REPORT, INTERPOLATE_REPORT, SWAP_REPORT
-    from hf_robust_vision.pipeline.harden_vlm import VLMTrainer
-
-    for name in (HARDEN_REPORT, SWAP_REPORT, INTERPOLATE_REPORT):
-        if not (folder / name).is_file():
-            continue
-        try:
-            told = json.loads((folder / name).read_text(encoding="utf-8"))
-            if name == HARDEN_REPORT:
-                about = {"tags": VLMTrainer.tag_names, "paper": VLMTrainer.paper}
-                return {"original": told["original"], "training": told["training"], **about}
-            if name == SWAP_REPORT:
-                return {"original": told.get("original"), "tower": told["source"]}
-            return {"original": told["original"]["model"]}
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(
-                f"{folder / name} can not be read ({error!r}); delete it, or make the model again."
-            ) from error
-    return {}

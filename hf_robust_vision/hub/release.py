@@ -20,9 +20,9 @@ from hf_robust_vision.towers.adapters import ADAPTER_FILES, ADAPTER_FOLDER, CONF
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.clip import CLIPEncoder
 from hf_robust_vision.towers.dual import DualEncoder
-from hf_robust_vision.towers.interpolate import RECORD_NAME as INTERPOLATE_REPORT
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.processors import load_image_processor, load_tokenizer
+from hf_robust_vision.towers.records import REPORTS
 from hf_robust_vision.towers.vlm import vlm_class
 
 from .card import eval_results, hardened, headline, is_hub_id, set_kind
@@ -31,8 +31,6 @@ from .usage import KINDS, replace_usage, usage_block
 
 
 CARD = "README.md"
-HARDEN_REPORT = "harden_report.json"  # beside a VLM whose tower was hardened in place
-SWAP_REPORT = "swap_report.json"  # beside a VLM that was given another tower
 PICTURE = "robustness.png"
 # In the config of a tower alone: its hash, and that of the model that was measured.
 TOWER_RECORD = "robust_vision_record"
@@ -44,7 +42,7 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_PAPERS = (RESULTS_FILE, PICTURE, HARDEN_REPORT, SWAP_REPORT, INTERPOLATE_REPORT, "LICENSE*", "NOTICE*")
+_PAPERS = (RESULTS_FILE, PICTURE, *REPORTS, "LICENSE*", "NOTICE*")
 
 # Of an earlier push to the same repository; what it held beside them is not ours to delete.
 REPLACED = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from hf_robust_vision.evaluation.results import RobustnessResult
 from hf_robust_vision.hub.card import license_of, like_the_first, write_card
+from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.report.pictures import plot_curve
+from hf_robust_vision.towers.records import HARDEN_REPORT, REPORTS, SWAP_REPORT
 
 
 def describe(
@@ -32,6 +35,30 @@ def describe(
         settings["license"] = license_of(original)
     picture = _curve(results, folder / "robustness.png")
     return write_card(folder, results, base_model=base, dataset=data, picture=picture, **settings)
+
+
+def history(folder: Path) -> dict[str, Any]:
+    """What the record beside a model tells of its making: `original`, `training`, and settings of the card.
+
+    Raises:
+        ValueError: If the record is damaged.
+    """
+    for name in REPORTS:
+        if not (folder / name).is_file():
+            continue
+        try:
+            told = json.loads((folder / name).read_text(encoding="utf-8"))
+            if name == HARDEN_REPORT:
+                about = {"tags": SimCLIPTrainer.tag_names, "paper": SimCLIPTrainer.paper}
+                return {"original": told["original"], "training": told["training"], **about}
+            if name == SWAP_REPORT:
+                return {"original": told.get("original"), "tower": told["source"]}
+            return {"original": told["original"]["model"]}
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{folder / name} can not be read ({error!r}); delete it, or make the model again."
+            ) from error
+    return {}
 
 
 def _curve(results: Sequence[RobustnessResult], path: Path) -> str | None:

@@ -31,6 +31,7 @@ from hf_robust_vision.report.tables import comparison_text
 from hf_robust_vision.terminal import next_steps, quiet_when_piped, user_errors
 from hf_robust_vision.towers.base import EncoderOutput, attack_mode, weights_sha256
 from hf_robust_vision.towers.load import load_encoder
+from hf_robust_vision.towers.records import HARDEN_REPORT
 from hf_robust_vision.towers.vlm import VLMEncoder, path_of
 from hf_robust_vision.towers.weights import reading
 from hf_robust_vision.training.config import Radius
@@ -43,7 +44,6 @@ from .run_data import SCAN_LIMIT
 from .run_folder import check_folder, run_folder
 
 
-REPORT_NAME = "harden_report.json"
 PROBES = 32  # images that the tokens are compared on
 
 
@@ -151,7 +151,7 @@ class HardenReport:
 
     def save(self, folder: str | Path) -> Path:
         """Write `harden_report.json` into a folder, and return its path."""
-        target = Path(folder) / REPORT_NAME
+        target = Path(folder) / HARDEN_REPORT
         write_atomically(target, json.dumps({"schema": 1, **asdict(self)}, indent=2, allow_nan=False) + "\n")
         return target
 
@@ -219,7 +219,7 @@ def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[Robust
         if args.should_save:
             _write(output, report, results, trainer, options)
         trainer.accelerator.wait_for_everyone()
-        replaced([REPORT_NAME, *(str(result.samples) for result in results)])
+        replaced([HARDEN_REPORT, *(str(result.samples) for result in results)])
     if args.should_save:
         print(f"\n{report}\n", *([comparison_text(results)] if results else []), sep="\n")
         print(f"in {time.time() - start:.0f} s; the whole VLM lies in {output}")
@@ -236,14 +236,14 @@ def check_rest(name: str) -> None:
     Raises:
         ValueError: If other weights than those of tower and projector were changed after the hardening.
     """
-    report = Path(name) / REPORT_NAME
+    report = Path(name) / HARDEN_REPORT
     if not report.is_file():
         return
     encoder = load_encoder(name)
     if encoder.origin.rest_sha256(encoder) != read_json(report.read_text(encoding="utf-8"), report).get("rest_sha256"):
         raise ValueError(
-            f"weights beside tower and projector in {name} are not those that its {REPORT_NAME} names: it was changed after "
-            f"it was hardened. Harden it again, or delete {REPORT_NAME} there to measure it as another model."
+            f"weights beside tower and projector in {name} are not those that its {HARDEN_REPORT} names: it was changed after "
+            f"it was hardened. Harden it again, or delete {HARDEN_REPORT} there to measure it as another model."
         )
 
 

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_robust_vision.files import write_atomically
+from hf_robust_vision.towers.records import SWAP_REPORT
 
 from .journal import LOCK, Journal
-
-
-REPORT_NAME = "swap_report.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class SwapReport:
 
     def save(self, path: str | Path) -> Path:
         """Write `swap_report.json` into a folder, usually that of the saved VLM, and return its path."""
-        target = Path(path) / REPORT_NAME
+        target = Path(path) / SWAP_REPORT
         write_atomically(target, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
         return target
 

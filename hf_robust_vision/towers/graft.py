@@ -20,14 +20,12 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from .base import tensor_sha256
+from .records import REPORTS
 from .weights import check_weights
 
 
 # What describes a model or its numbers is of the original, and would be untrue of the result.
-_NOT_OURS = (
-    *("README.md", "robustness.json", "training_args.bin"),
-    *("swap_report.json", "harden_report.json", "interpolate_report.json"),
-)
+_NOT_OURS = ("README.md", "robustness.json", "training_args.bin", *REPORTS)
 _CHUNK = 2**24  # bytes that are read at a time
 _DRAFT = ".writing-"
 _CONFIG = "config.json"

@@ -15,11 +15,11 @@ from hf_robust_vision.files import write_atomically
 
 from .base import weights_sha256
 from .load import Encoder, load_encoder
+from .records import INTERPOLATE_REPORT
 from .vlm import VLMEncoder
 from .weights import check_weights, need_free
 
 
-RECORD_NAME = "interpolate_report.json"
 _NOT_THE_NETWORK = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
@@ -74,7 +74,7 @@ def interpolate(original: str | Path, hardened: str | Path, output_dir: str | Pa
         processor.save_pretrained(folder)
     parents = {"original": _parent(original, first), "hardened": _parent(hardened, last)}
     record = {"schema": 1, **parents, "weight": weight, "sha256": weights_sha256(mixed), "vlm": processor is None}
-    write_atomically(folder / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / INTERPOLATE_REPORT, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return folder
 
 
