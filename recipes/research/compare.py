@@ -16,8 +16,8 @@ nothing anew. Nothing else writes `docs/results.md`, and numbers there are repla
 
 With `--config` a YAML file says model, data sets, methods and settings: one data set is trained on, others are measured,
 and all methods have a budget of passes instead of updates. `--estimate` says what it will cost, `--choose` finds learning
-rates and weights on validation photos, `--margins` looks at TIMA's gate and margin; without them test photos are measured
-at what was chosen. The page is `docs/results-NAME.md`.
+rates and weights on validation photos, `--margins` looks at TIMA's gate and margin, `--cross_check` attacks some hardened
+models with an independent AutoAttack; without them test photos are measured at what was chosen. The page is `docs/results-NAME.md`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def main() -> None:
     print(f"wrote {page} after {time.time() - start:.0f} s")
 
 
-OF_CONFIGS = ("table", "passes", "attack_eps", "estimate", "choose", "margins")
+OF_CONFIGS = ("table", "passes", "attack_eps", "estimate", "choose", "margins", "cross_check")
 OF_BENCHMARKS = ("ablation", "sweep", "benchmark", "steps", "batch_size", "learning_rate", "protocol", "eps")
 
 
@@ -161,6 +161,9 @@ def make_parser() -> argparse.ArgumentParser:
     table.add_argument("--estimate", action="store_true", help="say what the table will cost, and run nothing")
     table.add_argument("--choose", action="store_true", help="choose learning rates and weights on validation photos")
     table.add_argument("--margins", action="store_true", help="look at TIMA's gate and margin on validation photos")
+    table.add_argument(
+        "--cross_check", action="store_true", help="attack some rows with pyautoattack's AutoAttack, too"
+    )
     parser.add_argument("--benchmark", choices=["demo", "emoji"], help="default: the demo")
     parser.add_argument("--config", type=Path, help="YAML file of a comparison, such as recipes/research/photos.yaml")
     parser.add_argument("--table", help="of the YAML file; default: its first one")
@@ -255,6 +258,8 @@ def compare_by_config(args: argparse.Namespace) -> Path:
             )
         choices[chosen_at] = merge_choice(choices.get(chosen_at), {"command": command} | comparison.choose())
         write_json(docs, file.stem, choices)
+    elif args.cross_check:
+        write_json(docs, f"{table.name}-cross", {"command": command} | comparison.cross_check(choices.get(chosen_at)))
     else:
         docs_folder(args.docs, table.name, table.settings())
         content = {"command": command} | comparison.measure(choices.get(chosen_at))

@@ -7,24 +7,23 @@ and refuses to measure a row that was chosen with other options.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from compare_methods import RIVALS
-from compare_run import Run, arguments, fooled_by, harden, make_trainer, perform
-from comparison import stratified_interval
+from compare_run import Run, arguments, harden, make_trainer, perform
+from cross_check import cross_check
 from margins import pearson
 from passes import passes_of, text_work, updates_for
 from pool import perform_all
-from torch import Tensor
 from transfer import Row, Sanity, Table
+from transfer_scores import Hits, accuracy, challenges, hits_of, leads, left_by, pairs, score
 
 from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.splits import seeded_subset
@@ -35,7 +34,6 @@ from hf_robust_vision.evaluation.results import (
     pretty_eps,
     source_hash,
     versions,
-    wilson_interval,
 )
 from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks import ZeroShot
@@ -51,7 +49,6 @@ from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts, m
 
 
 T = TypeVar("T")
-LEAD, SLACK = 0.02, 0.01  # what is called a lead: in points of a score that lies in [0, 1]
 TIMED_UPDATES, TIMED_IMAGES, TIMED_CHECKS = 3, 100, 4
 
 
@@ -292,6 +289,33 @@ class Comparison:
         upper = torch.triu_indices(len(texts[0]), len(texts[0]), 1)
         return pearson(*(cosines(each, each)[upper[0], upper[1]] for each in texts))
 
+    def cross_check(self, choice: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What an independent AutoAttack leaves of some rows, beside what ours does.
+
+        Raises:
+            ValueError: If the file asks for none, or for a row that the table has not.
+        """
+        how = self.table.cross_check
+        if how is None:
+            raise ValueError("the file has no entry cross_check; wanted set, eps, images and methods.")
+        runs = {row.key if not row.ours else "ours": each[0] for row, each in self.runs(choice).items()}
+        if stray := [key for key in how.methods if key not in runs]:
+            raise ValueError(f"cross_check: {stray[0]} is no row of {self.table.name}, which has {', '.join(runs)}.")
+        chosen = [runs[key] for key in how.methods]
+        self._all(harden, [run for run in chosen if run.method.trainer], lambda run, record: "trained")
+        found = self._all(
+            partial(cross_check, how=how),
+            chosen,
+            lambda _, each: f"ours {100 * each['ours']:.1f} %, theirs {100 * each['theirs']:.1f} %",
+        )
+        return {
+            **asdict(how),
+            "eps": eps_text(how.eps, "linf"),
+            "table": self.table.settings(),
+            "rows": [{"label": run.method.label, "model_sha256": _sha256(run)} | found[run] for run in chosen],
+            "versions": versions() | {"pyautoattack": version("pyautoattack")},
+        }
+
     # What it will cost
 
     def estimate(self, *, choosing: bool) -> dict[str, float]:
@@ -369,94 +393,6 @@ def merge_choice(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str
     return new | {"rows": rows, "ours": best, "towers": sorted(fresh | set(old["towers"])), "cpu_hours": hours}
 
 
-@dataclass(frozen=True)
-class Hits:
-    """What stands of one row on one data set: of each column ("clean" or a radius) values of shape (seeds, images)."""
-
-    columns: Mapping[str, Tensor]
-
-    def __getitem__(self, column: str) -> Tensor:
-        return self.columns[column]
-
-    def score(self, columns: Iterable[str]) -> Tensor:
-        """The mean of some columns, image by image."""
-        return torch.stack([self.columns[column] for column in columns]).mean(0)
-
-
-def hits_of(done: Sequence[tuple[Run, list[RobustnessResult]]]) -> dict[str, Hits]:
-    """Of each data set, over the seeds of one row."""
-    found = {}
-    for group in dict.fromkeys(result.group for result in done[0][1]):
-        columns: dict[str, list[list[float]]] = {}
-        for run, results in done:
-            mine = [result for result in results if result.group == group]
-            falls = {pretty_eps(result): fooled_by(run, result) for result in mine}
-            clean = [float(name != "clean") for name in falls[pretty_eps(mine[0])]]
-            columns.setdefault("clean", []).append(clean)
-            for eps, names in falls.items():
-                columns.setdefault(eps, []).append([float(name is None) for name in names])
-        found[group] = Hits({name: torch.tensor(values, dtype=torch.double) for name, values in columns.items()})
-    return found
-
-
-def left_by(done: Sequence[tuple[Run, list[RobustnessResult]]], group: str) -> dict[str, dict[str, float]]:
-    """The share of images that stand after each attack, in their order, by radius; mean over the seeds."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for run, results in done:
-        for result in results:
-            if result.group != group:
-                continue
-            falls, after = fooled_by(run, result), found.setdefault(pretty_eps(result), {})
-            standing = len(falls)
-            for name in ("clean", *dict.fromkeys(row["name"] for row in result.attacks)):
-                standing -= falls.count(name)
-                after.setdefault(name, []).append(standing / len(falls))
-    return {eps: {name: statistics.mean(values) for name, values in after.items()} for eps, after in found.items()}
-
-
-def pairs(hits: Mapping[Row, Mapping[str, Hits]], eps: Sequence[float]) -> Iterable[dict[str, Any]]:
-    """Each of ours minus each other hardened row: on the mean over the sets, and on each, of clean and the radii."""
-    lead = ["clean", *(eps_text(radius, "linf") for radius in eps)]
-    for one in (row for row in hits if row.ours):
-        for other in (row for row in hits if row.method and not row.ours):
-            apart = {name: hits[one][name].score(lead) - hits[other][name].score(lead) for name in hits[one]}
-            over = {"mean": list(apart.values())} | {name: [value] for name, value in apart.items()}
-            for name, parts in over.items():
-                mean, low, high = stratified_interval(parts)
-                row = {"one": one.label, "other": other.label, "set": name}
-                yield row | {"difference": mean, "low": low, "high": high}
-
-
-def challenges(hits: Mapping[Row, Mapping[str, Hits]], trained_on: str) -> Iterable[dict[str, Any]]:
-    """TIMA minus each of its rivals at each radius, on the mean over the sets and over those it was not trained on."""
-    for one in (row for row in hits if row.method == "tima"):
-        for other in (row for row in hits if row.key in RIVALS):
-            unseen = [name for name in hits[one] if name != trained_on]
-            for sets, names in {"all": list(hits[one]), "unseen": unseen}.items():
-                for column in next(iter(hits[one].values())).columns if names else ():
-                    apart = [hits[one][name][column] - hits[other][name][column] for name in names]
-                    mean, low, high = stratified_interval(apart)
-                    row = {"one": one.label, "other": other.label, "sets": sets, "eps": column}
-                    yield row | {"difference": mean, "low": low, "high": high}
-
-
-def leads(paired: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Whether each of ours leads: LEAD above every other on the mean with an interval above 0, no set more than SLACK below.
-
-    `paired` are the differences of `pairs`.
-    """
-    found = []
-    for one in dict.fromkeys(row["one"] for row in paired):
-        means = [row for row in paired if row["one"] == one and row["set"] == "mean"]
-        sets = [row for row in paired if row["one"] == one and row["set"] != "mean"]
-        nearest, worst = (min(rows, key=lambda row: row["difference"]) for rows in (means, sets))
-        ahead = nearest["difference"] >= LEAD and all(row["low"] > 0 for row in means)
-        found.append(
-            {"one": one, "leads": ahead and worst["difference"] >= -SLACK, "nearest": nearest, "worst": worst}
-        )
-    return found
-
-
 def check(run: Run, how: Sanity) -> dict[str, Any]:
     """The sanity checks of a hardened model, with the original as surrogate, or what was found before."""
     file = run.folder / f"sanity-{how.protocol}-{how.steps}-{how.samples}-{how.queries}.json"
@@ -478,24 +414,6 @@ def check(run: Run, how: Sanity) -> dict[str, Any]:
     found |= {"set": part.name, "cpu_seconds": time.process_time() - start}
     write_atomically(file, json.dumps(found, indent=1) + "\n")
     return found
-
-
-def score(results: Sequence[RobustnessResult]) -> float:
-    """Mean of the clean accuracy and of the robust ones at each radius."""
-    return statistics.mean([results[0].clean_accuracy, *(result.robust_accuracy for result in results)])
-
-
-def accuracy(parts: Sequence[Tensor]) -> dict[str, Any]:
-    """Mean over data sets with its 95 % interval, and the value of each seed; `parts` as in `stratified_interval`.
-
-    The interval is the wider of the bootstrap's, over images and seeds, and Wilson's over all images, which stays honest
-    where next to none or nearly all of them stand.
-    """
-    mean, low, high = stratified_interval(parts)
-    images = sum(part.shape[1] for part in parts)
-    lower, upper = wilson_interval(mean * images, images)
-    seeds = torch.stack([part.mean(1) for part in parts]).mean(0).tolist()
-    return {"value": mean, "low": min(low, lower), "high": max(high, upper), "seeds": seeds}
 
 
 def _shares(results: Sequence[RobustnessResult]) -> dict[str, Any]:
@@ -526,6 +444,10 @@ def _numbers(results: Sequence[RobustnessResult]) -> str:
 def _label(run: Run) -> str:
     between = "" if run.weight == 1 else f", weight {run.weight:g}"
     return f"{run.method.label}, rate {run.budget.learning_rate:g}{between}, seed {run.seed}"
+
+
+def _sha256(run: Run) -> str:
+    return weights_sha256(run.encoder())
 
 
 def _relative(run: Run) -> str:

@@ -208,6 +208,23 @@ class Sanity:
 
 
 @dataclass(frozen=True)
+class CrossCheck:
+    """What an independent implementation attacks, too: photos of a set at a radius, by rows of a table.
+
+    Args:
+        set: Name of a measured data set.
+        eps: Radius.
+        images: At most so many photos.
+        methods: Keys of rows; "ours" is the one of ours that was chosen.
+    """
+
+    set: str
+    eps: float
+    images: int
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Table:
     """One table: everything that decides its numbers."""
 
@@ -221,6 +238,7 @@ class Table:
     sanity: Sanity
     rows: tuple[Row, ...]
     compete: bool  # of the rows that are ours, the one that was chosen stands for all
+    cross_check: CrossCheck | None = None
 
     def settings(self) -> dict[str, Any]:
         """What was asked for, in plain values."""
@@ -254,6 +272,7 @@ class Config:
     tables: Mapping[str, Mapping[str, Any]]
     title: str = ""
     about: str = ""
+    cross_check: CrossCheck | None = None
 
     def table(self, name: str | None, changes: Mapping[str, Any], data: Path | None, model: str | None) -> Table:
         """One of the tables, with changes of a command line.
@@ -304,6 +323,7 @@ class Config:
             self.sanity,
             tuple(rows[key] for key in chosen),
             compete="ours" in named,
+            cross_check=self.cross_check,
         )
 
 
@@ -343,6 +363,7 @@ def _config(values: Any) -> Config:
         "choice": lambda v: _take(Choice, v, "choice"),
         "measuring": lambda v: _take(Test, v, "measuring"),
         "sanity": lambda v: _take(Sanity, v, "sanity"),
+        "cross_check": lambda v: _take(CrossCheck, v, "cross_check"),
         "methods": lambda v: tuple(_take(Row, {"key": key} | each, f"methods: {key}") for key, each in v.items()),
     }
     values |= {key: make(values[key]) for key, make in read.items() if key in values}
@@ -357,6 +378,10 @@ def _config(values: Any) -> Config:
         get_protocol(each.protocol, steps=each.steps)
     if len(names := [each.name for each in config.measured]) > len(set(names)):
         raise ValueError(f"measured: a name stands twice among {', '.join(names)}.")
+    if (twice := config.cross_check) and twice.set not in names:
+        raise ValueError(f"cross_check: no set {twice.set!r} is measured; there are {', '.join(names)}.")
+    if twice and (stray := set(twice.methods) - {"ours", *(row.key for row in config.methods)}):
+        raise ValueError(f"cross_check: no method {sorted(stray)[0]!r}; there are those of methods, and ours.")
     return config
 
 

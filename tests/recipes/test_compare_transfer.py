@@ -14,13 +14,14 @@ import pytest
 import torch
 import yaml
 from compare_run import Budget, harden, make_trainer
-from compare_transfer import Comparison, accuracy, leads, left_by, merge_choice
+from compare_transfer import Comparison, merge_choice
 from comparison import paired_interval, stratified_interval
 from margins import describe
 from passes import Passes, passes_of, updates_for
 from pretrain_photo_clip import HELD_OUT, hold_out
 from transfer import Row, read_config
 from transfer_page import make_transfer_page
+from transfer_scores import accuracy, leads, left_by
 
 from hf_robust_vision.towers.load import load_encoder
 from tests.conftest import NAMES, picture
@@ -68,6 +69,7 @@ def small():
         "choice": {"learning_rates": [1e-3, 1e-2], "passes": 60, "protocol": "apgd-ce", "steps": 1, "eps": ["4/255"], "images": 8},
         "measuring": {"protocol": "robustvlm", "steps": 1, "eps": ["4/255", "64/255"], "images": 4, "seeds": [0, 1]},
         "sanity": {"samples": 1, "protocol": "apgd-ce", "steps": 1, "queries": 2},
+        "cross_check": {"set": "Low", "eps": "4/255", "images": 8, "methods": ["tecoa", "ours"]},
         "methods": {
             "undefended": {"label": "undefended"},
             "tecoa": {"label": "TeCoA", "method": "tecoa", "learning_rates": [1e-2]},
@@ -104,6 +106,20 @@ def compare(small, write, data, clip_folder, tmp_path, monkeypatch):
         return docs
 
     return run
+
+
+@pytest.mark.slow
+def test_an_independent_attack_of_some_rows(compare, small):
+    pytest.importorskip("pyautoattack")
+    small["methods"]["half"]["learning_rates"] = [1e-2]  # nothing is left to choose
+    small["methods"].pop("between")
+    docs = compare("--cross_check")
+    checked = read(docs, "small-cross")
+    assert [row["label"] for row in checked["rows"]] == ["TeCoA", "half"]
+    for row in checked["rows"]:
+        assert row["num_samples"] == 8
+        assert max(row["theirs"], row["ours"]) <= row["clean"]
+    assert "## Cross-check by another implementation: `small`" in (docs / "results-small.md").read_text()
 
 
 def read(docs, name):
@@ -166,6 +182,7 @@ def test_chosen_on_validation_measured_on_test_and_read_back(compare, tmp_path, 
     new = set((tmp_path / "runs").rglob("model.safetensors")) - set(written)
     assert [path.parts[-3].split("-")[0] for path in new] == ["TIMATrainer"]
     assert "## Fine-tuned at 4/255: `small-long`" in (docs / "results-small.md").read_text()
+    assert "Similarities of the class texts after hardening" in (docs / "results-small.md").read_text()
 
 
 def test_published_numbers_are_not_replaced_by_those_of_other_settings(compare, small, tmp_path, monkeypatch, capsys):
@@ -429,6 +446,14 @@ def test_the_published_files_are_read(file, tmp_path):
         (
             {"sanity": {"samples": 0, "protocol": "apgd-ce", "steps": 1, "queries": 1}},
             "samples must be a number of at least 1",
+        ),
+        (
+            {"cross_check": {"set": "A", "eps": "1/255", "images": 2, "methods": ["tecoa"]}},
+            "cross_check: no set 'A' is measured; there are Train, Low",
+        ),
+        (
+            {"cross_check": {"set": "Low", "eps": "1/255", "images": 2, "methods": ["fare"]}},
+            "cross_check: no method 'fare'",
         ),
         ({"training": 3}, "training: wanted entries NAME: VALUE, got 3"),
     ],
