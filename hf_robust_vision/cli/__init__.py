@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     """The words of every command."""
-    parser = Parser(prog="hf-robust-vision", description=__doc__)
+    parser = Parser(
+        prog="hf-robust-vision",
+        description=__doc__,
+        epilog="exit status: 0 done; 1 not done, and one line says why; 2 a word is wrong, and nothing was begun; 130 interrupted",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for verb in VERBS:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_robust_vision.terminal import at_least, next_steps, quiet_when_piped
+from hf_robust_vision.terminal import at_least, next_steps
+
+from .output import add_json, answer, working
 
 
 def add(commands: Any) -> None:
@@ -19,6 +21,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--output_dir", "--output", required=True, help="folder to write")
     parser.add_argument("--hidden_act", help="refuse a base with another activation, e.g. quick_gelu")
     parser.add_argument("--num_attention_heads", type=at_least(1), help="refuse a base with another number of heads")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_robust_vision.swap.convert import convert_checkpoint
 
     settings = {"hidden_act": args.hidden_act, "num_attention_heads": args.num_attention_heads}
-    with quiet_when_piped():
-        print(convert_checkpoint(args.checkpoint, shipped(args.base), args.output_dir, **settings))
-    print(next_steps(["evaluate", args.output_dir, "--dataset", "IMAGES"]))
+    with working(args):
+        folder = str(convert_checkpoint(args.checkpoint, shipped(args.base), args.output_dir, **settings))
+    answer(args, {"output_dir": folder}, f"{folder}\n{next_steps(['evaluate', folder, '--dataset', 'IMAGES'])}")
     return 0

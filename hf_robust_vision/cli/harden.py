@@ -6,6 +6,8 @@ import argparse
 from importlib import import_module
 from typing import Any
 
+from .output import run_recipe
+
 
 METHODS = {
     "sim-clip": ("SimCLIPTrainer", "unsupervised: clean and adversarial embeddings agree (Sim-CLIP)"),
@@ -23,7 +25,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "harden",
         help="fine-tune a CLIP against adversarial images, measured before and after",
-        usage="%(prog)s METHOD [--config FILE] [--model_name_or_path MODEL] [--dataset_name DATA] [--NAME VALUE ...]",
+        usage="%(prog)s METHOD [--config FILE] [--model_name_or_path MODEL] [--dataset_name DATA] [--json] [--NAME VALUE ...]",
         description="Fine-tune a CLIP against adversarial images, measured before and after. Without a model, a dataset "
         "and a config it runs the offline demo.",
         epilog=f"methods:\n{methods}\n\nThe arguments of a method: %(prog)s METHOD --help",
@@ -40,5 +42,6 @@ def run(args: argparse.Namespace) -> int:
 
     method = args.method.replace("-", "_")
     trainer = getattr(import_module(f"hf_robust_vision.methods.{method}"), METHODS[args.method][0])
-    pipeline.main(trainer, args.words, f"hf-robust-vision harden {args.method}")
-    return 0
+    return run_recipe(
+        args.words, lambda words: pipeline.main(trainer, words, f"hf-robust-vision harden {args.method}")
+    )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .output import run_recipe
+
 
 def add(commands: Any) -> None:
     """Its words; all but the model are read by the parser of its recipe."""
     parser = commands.add_parser(
         "harden-vlm",
         help="fine-tune the vision tower inside a VLM, at what its language model reads",
-        usage="%(prog)s [MODEL] [--dataset_name IMAGES] [--NAME VALUE ...]",
+        usage="%(prog)s [MODEL] [--dataset_name IMAGES] [--json] [--NAME VALUE ...]",
         description="Fine-tune the vision tower inside a VLM against adversarial images. The language model is neither run "
         "nor loaded, and stays as it is. Without a model and images it runs the offline demo.",
         add_help=False,
@@ -28,5 +30,4 @@ def run(args: argparse.Namespace) -> int:
     words = list(args.words)
     if words and not words[0].startswith("-"):
         words.insert(0, "--model_name_or_path")
-    main(words, "hf-robust-vision harden-vlm")
-    return 0
+    return run_recipe(words, lambda rest: main(rest, "hf-robust-vision harden-vlm"))

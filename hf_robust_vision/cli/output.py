@@ -7,9 +7,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hf_robust_vision.terminal import next_steps, quiet_when_piped
+
+
+if TYPE_CHECKING:
+    from hf_robust_vision.evaluation.results import RobustnessResult
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +32,23 @@ def working(args: argparse.Namespace) -> Iterator[None]:
     """While a verb works: bars only where a person looks, and nothing beside the answer where JSON is wanted."""
     with quiet_when_piped(), redirect_stdout(sys.stderr if args.json else sys.stdout):
         yield
+
+
+def run_recipe(words: Sequence[str], recipe: Callable[[list[str]], tuple[Path, list[RobustnessResult]]]) -> int:
+    """Run a recipe, which talks for itself; with `--json` among its words it talks where errors go, and the answer is here."""
+    rest = [word for word in words if word != "--json"]
+    if len(rest) == len(words):
+        recipe(rest)
+        return 0
+    from hf_robust_vision.processes import rank_and_world
+
+    first = rank_and_world()[0] == 0
+    args = argparse.Namespace(json=True)
+    with working(args):
+        folder, results = recipe(rest)
+    if first:
+        answer(args, {"schema": 1, "output_dir": str(folder), "results": [row.to_dict() for row in results]}, "")
+    return 0
 
 
 def answer_with_report(

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_robust_vision.terminal import at_least, quiet_when_piped
+from hf_robust_vision.terminal import at_least
+
+from .output import add_json, answer, working
+
+
+OF_THE_VERB = ("command", "run", "json", "folder", "repo_id")  # and no settings of a push
 
 
 def add(commands: Any) -> None:
@@ -32,6 +38,7 @@ def add(commands: Any) -> None:
     push.add_argument("--verify_samples", type=at_least(1), default=32, help="how many samples to measure again")
     push.add_argument("--dataset", help="folder or name of the data measured on; default: the recorded name")
     push.add_argument("--device", help="where to measure again, e.g. cuda; default: cpu")
+    add_json(push)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
     if measured and not (folder / "README.md").exists():
         check_id(args.repo_id)
         check_measured(folder, args.what)  # a push that is refused leaves no card behind
-        print(f"wrote {_write_card(folder, args)}")
-    settings = {
-        name: value for name, value in vars(args).items() if name not in ("command", "run", "folder", "repo_id")
-    }
+        with working(args):
+            print(f"wrote {_write_card(folder, args)}")
+    settings = {name: value for name, value in vars(args).items() if name not in OF_THE_VERB}
     push = push_images if (folder / RECORD_NAME).is_file() else push_robust_encoder
-    with quiet_when_piped():
-        print(push(folder, args.repo_id, **settings))
+    with working(args):
+        report = push(folder, args.repo_id, **settings)
+    answer(args, asdict(report), str(report))
     return 0
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_robust_vision.terminal import quiet_when_piped
+from .output import add_json, answer, working
 
 
 def add(commands: Any) -> None:
@@ -17,6 +18,7 @@ def add(commands: Any) -> None:
     parser.add_argument("results", help="robustness.json, or its folder")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that it was measured in")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,22 +31,32 @@ def run(args: argparse.Namespace) -> int:
     from hf_robust_vision.towers.base import weights_sha256
     from hf_robust_vision.towers.text_bank import make_text_bank
 
-    path, agree = Path(args.results), True
+    path = Path(args.results)
     measured = load_results(path)
-    with quiet_when_piped():
+    with working(args):
         encoder, tokenizer = load_model(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     sha256 = weights_sha256(encoder)
     mine = [row for row in measured if row.task == "zero_shot" and row.model_sha256 == sha256]
     results = [row for row in mine if row.images is not None]
     if not results:
         raise ValueError(f"{path} holds no result of {args.model} with saved images; measure with --save_adversarial.")
+    told, lines = [], []
     for result in results:
         bank = make_text_bank(encoder, tokenizer, result.class_names, result.templates)
-        again = remeasure(encoder, bank, result, path if path.is_dir() else path.parent)
-        agree = agree and not again.changed and not again.outside
-        print(
+        with working(args):
+            again = remeasure(encoder, bank, result, path if path.is_dir() else path.parent)
+        about = {
+            "dataset": result.dataset,
+            "split": result.split,
+            "protocol": result.protocol,
+            "threat": result.threat,
+        }
+        told.append(about | asdict(again))
+        lines.append(
             f"{result.dataset} ({result.split}), {result.protocol}, {result.threat}: "
             f"{100 * again.robust_accuracy:.1f} % of {again.num_samples} saved, reported {100 * again.reported:.1f} %; "
             f"flags changed: {again.changed or 'none'}, outside the ball: {again.outside or 'none'}"
         )
+    agree = not any(each["changed"] or each["outside"] for each in told)
+    answer(args, {"agree": agree, "results": told}, "\n".join(lines))
     return 0 if agree else 1

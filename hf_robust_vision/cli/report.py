@@ -7,6 +7,8 @@ from typing import Any
 
 from hf_robust_vision.terminal import at_least
 
+from .output import add_json, answer
+
 
 def add(commands: Any) -> None:
     """Its words."""
@@ -16,11 +18,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--output_dir", default="outputs/report", help="where report.html and report.md go")
     parser.add_argument("--title", default="Robustness report", help="of the page")
     parser.add_argument("--examples", type=at_least(0), default=4, help="attacked images shown for each dataset")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the pages."""
     from hf_robust_vision.report.page import write_report
 
-    print(*write_report(args.results, args.output_dir, title=args.title, examples=args.examples), sep="\n")
+    written = write_report(args.results, args.output_dir, title=args.title, examples=args.examples)
+    pages = [str(page) for page in written]
+    answer(args, {"pages": pages}, "\n".join(pages))
     return 0

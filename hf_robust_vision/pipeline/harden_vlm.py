@@ -20,8 +20,10 @@ from hf_robust_vision.data.demo import DEMO_NAME, load_demo, refuse_ignored, shi
 from hf_robust_vision.data.demo_questions import load_questions
 from hf_robust_vision.data.sources import ImageSource, load_labelled_images, stream_images
 from hf_robust_vision.data.splits import without_corrupt
+from hf_robust_vision.evaluation.engine import evaluate
 from hf_robust_vision.evaluation.results import RobustnessResult, save_results, versions
-from hf_robust_vision.evaluation.tasks import VLMProtocol, evaluate_vqa
+from hf_robust_vision.evaluation.tasks import VLMProtocol
+from hf_robust_vision.evaluation.tasks.vqa import VQA
 from hf_robust_vision.files import read_json, write_atomically
 from hf_robust_vision.methods.features import FeatureDistance, token_variances
 from hf_robust_vision.methods.sim_clip import SimCLIPArguments, SimCLIPTrainer
@@ -39,6 +41,7 @@ from hf_robust_vision.training.publishing import check_push
 
 from .arguments import parse
 from .card import describe
+from .estimate import say_cost
 from .harden import part_and_push
 from .run_data import SCAN_LIMIT
 from .run_folder import check_folder, run_folder
@@ -164,11 +167,13 @@ class HardenReport:
         )
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Read the words of a command line, and `harden_vlm`; bad input ends in one line."""
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> tuple[Path, list[RobustnessResult]]:
+    """Read the words of a command line, and `harden_vlm`: where it lies, and the results; bad input ends in one line."""
     with user_errors(), quiet_when_piped():
-        harden_vlm(*parse(VLMTrainer, words, prog, options=VLMArguments, name="harden-vlm"))
+        options, args = parse(VLMTrainer, words, prog, options=VLMArguments, name="harden-vlm")
+        results = harden_vlm(options, args)
         part()
+    return Path(args.output_dir), results
 
 
 def harden_vlm(options: VLMArguments, args: VLMTrainingArguments) -> list[RobustnessResult]:
@@ -330,19 +335,11 @@ def ask(name: str, options: VLMArguments, args: VLMTrainingArguments, model: str
         seed=args.seed,
     )
     asked: Any = load_questions("test", yes_no=False, limit=options.num_questions)
-    return evaluate_vqa(
-        vlm,
-        AutoProcessor.from_pretrained(name),
-        asked,
-        how,
-        prompt=options.prompt,
-        dataset=DEMO_NAME,
-        split="test",
-        group="colour/shape",
-        model_name=model,
-        samples_dir=args.output_dir,
-        progress=not args.disable_tqdm,
-    )
+    task = VQA(vlm, AutoProcessor.from_pretrained(name), asked, options.prompt, DEMO_NAME, "test", "colour/shape")
+    if model == "before":
+        say_cost(task, how.robustness(), "--num_questions N, or fewer --test_steps", models=2)
+    shown = not args.disable_tqdm
+    return evaluate(task, how.robustness(), model_name=model, samples_dir=args.output_dir, progress=shown)
 
 
 def compare(trainer: VLMTrainer, hardened: Any, name: str, rest: str, steps: int) -> HardenReport:

@@ -214,6 +214,8 @@ def test_help(words, capsys):
         assert "(default: robustvlm)" in said
         assert "default: 1/255 2/255 4/255" in said
         assert "None" not in said
+    if not words:
+        assert "130 interrupted" in said
     if words == ["harden"]:
         assert all(f"  {method}" in said for method in METHODS)
 

@@ -223,13 +223,14 @@ def test_a_language_model_that_changes_meanwhile(vlm, photos, tmp_path, monkeypa
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_the_demo_is_asked_and_ready_to_be_published(tmp_path, monkeypatch):
-    """Card, numbers and files; the card's own lines load it."""
+def test_the_demo_is_asked_and_ready_to_be_published(tmp_path, monkeypatch, capsys):
+    """Card, numbers and files; the card's own lines load it. What asking will cost is said before."""
     monkeypatch.setattr(harden_module, "PROBES", 4)
     words = [*SHORT, "--config", "harden_vlm_demo", "--output_dir", tmp_path / "out", "--num_questions", "2"]
     words += ["--test_steps", "2", "--test_restarts", "1", "--test_eps", "8/255", "--max_steps", "2"]
     results = harden_vlm(*parse(VLMTrainer, list(map(str, words)), options=VLMArguments, name="harden-vlm"))
     assert [result.model for result in results] == ["before", "after"]
+    assert "to measure: 4 images x 4 attack steps over 1 radius = at most 16 passes, about" in capsys.readouterr().out
     release = prepare_release(tmp_path / "out", base_model="owner/demo-llava")
     assert release.kind == "vlm"
     assert {"config.json", "model.safetensors", "tokenizer.json", "harden_report.json"} <= set(release.files)
