@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import statistics
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from comparison import make_page
 from towers_page import towers_page
 
 from hf_robust_vision import pipeline
-from hf_robust_vision.cli import make_parser
+from hf_robust_vision.cli import VERBS, make_parser
 from hf_robust_vision.evaluation.results import load_results
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from tests.cli.next_lines import read
@@ -42,6 +44,18 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     for kind, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         if kind == "python":
             exec(compile(code, str(page), "exec"), namespace)
+
+
+def test_every_verb_is_named_in_python():
+    """The table of verbs and names: each verb once, and each name is one."""
+    table = (ROOT / "docs" / "which-tool.md").read_text().partition("## The same in Python")[2]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    verbs = [verb for row in rows for verb in re.findall("`([^`]+)`", row[0])]
+    assert sorted(verbs) == sorted(verb.__name__.rpartition(".")[2].replace("_", "-") for verb in VERBS)
+    for name in (name for row in rows for name in re.findall("`([^`]+)`", row[1])):
+        module, _, attribute = f"hf_robust_vision.{name}".rpartition(".")
+        if module != "hf_robust_vision.app.serve" or find_spec("gradio"):
+            assert callable(getattr(import_module(module), attribute)), name
 
 
 def trainer_of(recipe: str) -> type:
