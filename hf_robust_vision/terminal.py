@@ -23,13 +23,16 @@ MENDABLE_ELSEWHERE = {
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End in one line, `error: ...`, and exit status 1 where the user can mend what went wrong.
+    """End in one line, `error: ...`, and exit status 1 where the user can mend what went wrong; 130 after Ctrl-C.
 
     Wrong values, files that can not be read or written, missing packages, refused pickles. Anything else is a fault of
     the program and keeps its traceback.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None  # as a shell says it
     except Exception as error:
         if not mendable(error):
             raise

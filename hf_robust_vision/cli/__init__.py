@@ -63,9 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def make_parser() -> Parser:

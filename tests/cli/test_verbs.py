@@ -251,6 +251,17 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_an_interrupted_recipe_ends_alike(monkeypatch, capsys):
+    def run(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", run)
+    with pytest.raises(SystemExit) as end:
+        pipeline.main(SimCLIPTrainer, ["--use_cpu", "true"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+
+
 @pytest.mark.parametrize(
     "error", [KeyError("x"), AttributeError("x"), TypeError("x"), RuntimeError("x"), AssertionError()]
 )
