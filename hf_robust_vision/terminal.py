@@ -31,7 +31,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None  # as a shell says it
     except Exception as error:
         if not mendable(error):

@@ -425,7 +425,7 @@ def test_the_published_files_are_read(file, tmp_path):
         for row in (row for row in table.rows if row.method):
             method = row.make()
             defaults = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
-            method.trainer.args_class(**defaults, **table.training.options, **method.options)
+            method.trainer.args_class(**{**defaults, **table.training.options, **method.options})
     usual = {row.key for row in config.table(None, {}, None, "some/clip").rows}
     rivals = {"control", "sim-clip", "sim-clip-anchored", "fare", "tecoa", "pmg-aft", "tima-v1", "tima", "agft"}
     assert usual - {row.key for row in config.methods if row.ours} == {"undefended", *rivals}
