@@ -44,6 +44,11 @@ class Reference:
 class TargetCache:
     """Remembers features by sample id, in so many mebibytes of the CPU's memory; a stream's ids name no samples.
 
+    Augmented images are remembered where each view has an id of its own: a data set of N samples in V seeded views holds
+    N * V items, of which item `view * N + sample` has that id. There is no key of a sample and its augmentation's draw
+    beside that: a view that is drawn anew at each epoch never comes again, and with V views nothing is saved before the
+    V-th epoch has passed, of a target that is one pass of an update's eight.
+
     A feature is that of the batch in which its sample came first: where a batch of another composition is computed
     with other roundings, it differs in the last digits.
     """
@@ -66,7 +71,7 @@ class TargetCache:
             if entry is not None and not torch.equal(entry["probe"], probe):
                 raise ValueError(
                     f"sample {name} has other pixels than before, so its features can not be remembered; for "
-                    "augmented images type --cache_targets_mb 0."
+                    "augmented images type --cache_targets_mb 0, or give each view an id of its own."
                 )
         if new := [row for row, entry in enumerate(entries) if entry is None]:
             features = {key: value.detach().cpu() for key, value in self.reference(images[new]).items()}
