@@ -12,6 +12,7 @@ from hf_robust_vision.attacks import Objective, StartNoise, pgd, pgd_last
 from hf_robust_vision.attacks.pgd import default_step
 from hf_robust_vision.towers.base import FEATURES, Reads
 from hf_robust_vision.towers.load import Encoder
+from hf_robust_vision.towers.low_resolution import LowResolution
 from hf_robust_vision.towers.token_share import TokenShare
 
 from .batch import Batch
@@ -30,6 +31,7 @@ class AttackTrainer(Trainer):
     asked: dict[str, Any]  # of an encoder, by the method's loss
     starts: CarriedStarts | None = None
     token_share: TokenShare | None = None
+    low_resolution: LowResolution | None = None
     _attacked: tuple[Batch, Tensor] | None = None  # the latest batch and its adversarial images
 
     def prepare_attack(self, encoder: Encoder, reads: Reads) -> None:
@@ -37,6 +39,13 @@ class AttackTrainer(Trainer):
         args = self.args
         if args.attack_token_share < 1:
             self.token_share = _token_share(encoder, reads, optional=args.fast)
+        if args.attack_resolution is not None:
+            if FEATURES[reads.feature] != ("image_embeds",):
+                raise ValueError(
+                    f"attack_resolution is not for feature {reads.feature}: the tokens of a smaller view lie elsewhere; "
+                    "leave it out."
+                )
+            self.low_resolution = LowResolution(encoder, args.attack_resolution)
         if args.carry_starts_mb:
             self.starts = CarriedStarts(args.carry_starts_mb, float(args.attack_eps), self.train_dataset)
 
@@ -58,6 +67,8 @@ class AttackTrainer(Trainer):
             places = fresh.uniform((self.token_share.patches,), "tokens", device=batch.images.device)
             others = batch.original.patch_tokens if self.reads_patches else None
             objective = self.token_share.in_turns(objective, places, plan.token_share, others)
+        if self.low_resolution is not None and plan.low_resolution:
+            share, objective = self.low_resolution.cost, self.low_resolution.of(objective)
         with self.passes.at(share):
             return pgd_last(objective, batch.images, ball, steps=plan.steps, step_size=plan.step_size, noise=noise)
 

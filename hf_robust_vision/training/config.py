@@ -28,6 +28,7 @@ WHOLE = {
     "max_steps": -1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1, "attack_steps": 0, "eval_attack_steps": 1, "lora_r": 1, "lora_alpha": 1,
     "freeze_blocks": 0, "global_batch_size": 1, "cache_targets_mb": 0, "carry_starts_mb": 0, "probe_every": 0,
+    "attack_resolution": 1,
 }  # fmt: skip
 REAL = (
     "learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "adam_epsilon",
@@ -235,7 +236,8 @@ class AdversarialTrainingArguments(SavingArguments):
         """What is not plain tuning of all weights, for results and card."""
         plain = {
             "matmul_precision": "highest", "layer_decay": 1.0, "freeze_blocks": 0, "trainable_layers": "all", "ema_decay": 0.0,
-            "fast": False, "attack_token_share": 1.0, "carry_starts_mb": 0, "attack_free_step": False, "attack_cheap_until": 0.0,
+            "fast": False, "attack_token_share": 1.0, "attack_resolution": None, "carry_starts_mb": 0, "attack_free_step": False,
+            "attack_cheap_until": 0.0,
         }  # fmt: skip
         record = {name: getattr(self, name) for name, value in plain.items() if getattr(self, name) != value}
         if self.use_peft:

@@ -19,11 +19,12 @@ FAST: dict[str, Any] = {
 
 
 class AttackPlan(NamedTuple):
-    """The attack of one update: gradient steps, their length (None: the default), the share of the tokens they see."""
+    """The attack of one update: gradient steps, their length (None: the default), how much of the images they see."""
 
     steps: int
     step_size: float | None
     token_share: float
+    low_resolution: bool
 
 
 @dataclass
@@ -36,6 +37,8 @@ class SavingArguments(TrainingArguments):
             each on half of the patch tokens, and bf16. A tower that can not drop tokens sees all.
         attack_token_share: Each step of the training attack sees another part of the patch tokens, see `TokenShare`;
             for CLIP and SigLIP towers, and not for what a language model reads.
+        attack_resolution: Each step of the training attack sees the images at this many pixels a side, see
+            `LowResolution`, and changes them at their own; for CLIP and SigLIP towers, and feature pooled.
         carry_starts_mb: MiB of memory of each process for the perturbations of samples, from which their next attack
             starts, see `CarriedStarts`; 0 starts afresh. For "linf", and data that is the same at every epoch.
         attack_free_step: Each remembered perturbation takes one step more along the gradient that the learner's own
@@ -43,8 +46,8 @@ class SavingArguments(TrainingArguments):
             https://huggingface.co/papers/1904.12843, with the next epoch in the place of a replay). The loss is that of
             the learner. With it `attack_steps` may be 0.
         attack_cheap_until: For this share of the updates, from the first, an attack takes one step (with
-            `attack_free_step` none of its own) of the default length on `attack_token_share` of the tokens; from then on
-            `attack_steps` steps on all of them. After Cai et al. 2018, https://huggingface.co/papers/1805.04807.
+            `attack_free_step` none of its own) of the default length on `attack_token_share` of the tokens or at
+            `attack_resolution`; from then on `attack_steps` steps on whole images. After Cai et al. 2018, https://huggingface.co/papers/1805.04807.
         probe_every: Updates between two looks for catastrophic overfitting, see `check_overfitting`; default 50 where the
             attack has fewer than 3 steps or saves passes, else 0, which is never.
         on_overfitting: "stop" ends the run when the training attack no longer finds what a stronger one finds; "record"
@@ -54,6 +57,9 @@ class SavingArguments(TrainingArguments):
     fast: bool = field(default=False, metadata={"help": "The recommended fast setting, in one word."})
     attack_token_share: float = field(
         default=1.0, metadata={"help": "Share of the patch tokens that an attack step sees."}
+    )
+    attack_resolution: int | None = field(
+        default=None, metadata={"help": "Pixels a side that an attack step sees; default: the tower's own."}
     )
     carry_starts_mb: int = field(
         default=0, metadata={"help": "MiB for perturbations that the next epoch starts from; 0: fresh starts."}
@@ -79,6 +85,11 @@ class SavingArguments(TrainingArguments):
         """Refuse what makes no sense together, and set the default of `probe_every`."""
         if not 0 < self.attack_token_share <= 1:
             raise ValueError(f"attack_token_share must be above 0 and at most 1, got {self.attack_token_share:g}.")
+        if self.attack_resolution is not None and self.attack_token_share < 1:
+            raise ValueError(
+                "attack_resolution and attack_token_share are two ways to see less of an image; leave one out (--fast sets "
+                "the latter)."
+            )
         if self.attack_cheap_until > 1:
             raise ValueError(f"attack_cheap_until is a share, at most 1, got {self.attack_cheap_until:g}.")
         if self.carry_starts_mb and self.attack_norm.lower() != "linf":
@@ -90,12 +101,15 @@ class SavingArguments(TrainingArguments):
         if self.attack_steps == 0 and not self.attack_free_step:
             raise ValueError("attack_steps must be at least 1, got 0; 0 is for --attack_free_step true.")
         if self.probe_every is None:
-            saves = self.attack_token_share < 1 or bool(self.carry_starts_mb) or self.attack_cheap_until > 0
+            sees_less = self.attack_token_share < 1 or self.attack_resolution is not None
+            saves = sees_less or bool(self.carry_starts_mb) or self.attack_cheap_until > 0
             self.probe_every = 50 if self.attack_steps < 3 or saves else 0
 
     def attack_plan(self: Any, step: int, total: int) -> AttackPlan:
         """The attack of update `step` of `total`."""
         if step < self.attack_cheap_until * total:
-            return AttackPlan(int(not self.attack_free_step), None, self.attack_token_share)
-        share = self.attack_token_share if self.attack_cheap_until == 0 else 1.0
-        return AttackPlan(self.attack_steps, self.attack_step_size, share)
+            steps, size, cheap = int(not self.attack_free_step), None, True
+        else:
+            steps, size, cheap = self.attack_steps, self.attack_step_size, self.attack_cheap_until == 0
+        share = self.attack_token_share if cheap else 1.0
+        return AttackPlan(steps, size, share, cheap and self.attack_resolution is not None)

@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "2 steps, bf16": TWO | {"bf16": True},
     "2 steps, targets cached": TWO | {"cache_targets_mb": 1024},
     "2 steps on halves of the tokens": TWO | {"attack_token_share": 0.5},
+    "2 steps at 40 pixels a side": TWO | {"attack_resolution": 40},
     "1 step, starts carried over": {"attack_steps": 1, "carry_starts_mb": 1024},
     "the free step alone, starts carried over": {"attack_steps": 0, "carry_starts_mb": 1024, "attack_free_step": True},
     "1 step on half of the tokens, then 2 on all": TWO | {"attack_token_share": 0.5, "attack_cheap_until": 0.7},

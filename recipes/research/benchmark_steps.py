@@ -172,6 +172,7 @@ def variants(images: Tensor, steps: int) -> dict[str, dict[str, Callable[[], Ste
             "torch_compile: true": partial(ours, torch_compile=True),
             "cache_targets_mb: 64, all remembered": partial(ours, cache_targets_mb=64),
             "attack_token_share: 0.5": partial(ours, attack_token_share=0.5),
+            "attack_resolution: 160": partial(ours, attack_resolution=160),
             "freeze_blocks: 6": partial(ours, freeze_blocks=6),
             "use_peft: true, lora_r: 8": partial(ours, use_peft=True),
         },

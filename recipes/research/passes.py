@@ -75,7 +75,8 @@ def passes_of(trainer: type[AdversarialTrainer], args: Any) -> Passes:
 
 def _need_whole_towers(args: AdversarialTrainingArguments) -> None:
     partial = args.use_peft or args.freeze_blocks or args.trainable_layers != "all" or args.cache_targets_mb
-    if partial or args.attack_token_share < 1 or args.attack_cheap_until or args.attack_free_step:
+    sees_less = args.attack_token_share < 1 or args.attack_resolution is not None
+    if partial or sees_less or args.attack_cheap_until or args.attack_free_step:
         raise ValueError(
             "passes are counted for whole towers and plain attacks: leave out adapters, frozen blocks, cached targets "
             "and what saves passes of the attack."

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_robust_vision.attacks import LinfBall, StartNoise, cosine_distance, pgd_last
+from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.methods.tecoa import TeCoATrainer
 from hf_robust_vision.methods.tima import TIMATrainer
 from hf_robust_vision.training.batch import Batch
@@ -56,6 +57,7 @@ class Counted:
     ("settings", "passes"),
     [
         ({"attack_steps": 10}, 24), ({}, 8), ({"form": "anchored"}, 11), ({"attack_token_share": 0.5}, 4 + 4 * 9 / 17),
+        ({"attack_resolution": 16}, 4 + 4 * 5 / 17), ({"attack_resolution": 16, "attack_cheap_until": 1.0}, 4 + 2 * 5 / 17),
         ({"form": "paper", "on_collapse": "record"}, 11), ({"kind": TeCoATrainer}, 7),
         ({"kind": TIMATrainer, "takd_weight": 1.0, "takd_student": "clean"}, 11),
         ({"carry_starts_mb": 1, "attack_free_step": True, "attack_steps": 0}, 4), ({"gradient_accumulation_steps": 2}, 8),
@@ -144,12 +146,14 @@ def test_the_free_step_goes_up_the_learners_loss(clip_folder, tmp_path):
 def test_a_schedule_goes_from_cheap_to_full(tmp_path):
     cheap = {"attack_cheap_until": 0.5, "attack_token_share": 0.25, "attack_steps": 3, "attack_step_size": "1/255"}
     plan = arguments(tmp_path, **cheap).attack_plan
-    assert plan(0, 10) == plan(4, 10) == (1, None, 0.25)
-    assert plan(5, 10) == plan(9, 10) == (3, 1 / 255, 1.0)
+    assert plan(0, 10) == plan(4, 10) == (1, None, 0.25, False)
+    assert plan(5, 10) == plan(9, 10) == (3, 1 / 255, 1.0, False)
     free = arguments(tmp_path, attack_free_step=True, carry_starts_mb=1, **cheap)
     assert free.attack_plan(0, 10).steps == 0
     always = arguments(tmp_path, attack_token_share=0.5)
-    assert always.attack_plan(9, 10) == (2, None, 0.5)
+    assert always.attack_plan(9, 10) == (2, None, 0.5, False)
+    small = arguments(tmp_path, attack_resolution=16, attack_cheap_until=0.5).attack_plan
+    assert [small(step, 10).low_resolution for step in (0, 4, 5)] == [True, True, False]
 
 
 def test_an_attack_on_a_share_is_that_of_a_tower_that_sees_it(clip_folder, tmp_path):
@@ -176,6 +180,32 @@ def test_an_attack_on_a_share_is_that_of_a_tower_that_sees_it(clip_folder, tmp_p
     assert (found - at).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("kind", [SimCLIPTrainer, TeCoATrainer])
+def test_an_attack_at_a_lower_resolution_is_that_of_a_tower_that_sees_it(kind, clip_folder, tmp_path):
+    """Two steps by PGD's formula, with the tower's parts called by hand; each pixel of the images moves."""
+    trainer = make_trainer(clip_folder, tmp_path, kind=kind, double=True, attack_eps=EPS, attack_resolution=16)
+    trainer.state.global_step = 3
+    images, ids = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.tensor([5, 8])
+    batch = Batch(images, torch.tensor([0, 2]), ids, trainer.targets)
+    encoder, vision = trainer.model.eval(), trainer.model.vision_model
+    found = trainer.attack(trainer.attack_objective(encoder, batch), batch)
+    whole, original, ball = encoder(images).image_embeds, batch.original.image_embeds, LinfBall(EPS)
+    at = ball.start(images, StartNoise(0, [5, 8], 3).draw(images))
+    for _ in range(2):
+        leaf = at.clone().requires_grad_(True)
+        small = torch.nn.functional.interpolate(leaf, (16, 16), mode="bilinear", antialias=True)
+        pooled = vision(encoder.transform.normalize(small), interpolate_pos_encoding=True).pooler_output
+        embeds = encoder.visual_projection(pooled)
+        if kind is TeCoATrainer:
+            loss = torch.nn.functional.cross_entropy(trainer.logits(embeds), batch.labels, reduction="sum")
+        else:
+            loss = cosine_distance(embeds, original).sum()
+        at = ball.project(at + 1.25 * EPS * torch.autograd.grad(loss, leaf)[0].sign(), images)
+    assert (found - at).abs().max() < 1e-12
+    assert ((found - images).abs() > 0).all()
+    assert torch.equal(encoder(images).image_embeds, whole), "asleep again"
+
+
 def test_a_resumed_run_is_the_unbroken_one(clip_folder, tmp_path):
     run = CARRIED | {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "learning_rate": 1e-3}
     whole = make_trainer(clip_folder, tmp_path, **run)  # two and a half epochs
@@ -199,6 +229,8 @@ def test_two_processes_carry_the_same_starts(clip_folder, tmp_path):
     [
         ({"attack_token_share": 0}, "attack_token_share must be above 0"),
         ({"attack_cheap_until": 2}, "attack_cheap_until is a share"),
+        ({"attack_resolution": 0}, "attack_resolution must be at least 1, got 0"),
+        ({"attack_resolution": 16, "fast": True}, "attack_resolution and attack_token_share are two ways"),
         ({"carry_starts_mb": 1, "attack_norm": "l2"}, "carry_starts_mb is for attack_norm linf"),
         ({"attack_free_step": True}, "type --carry_starts_mb 1024"),
         ({"attack_steps": 0}, "attack_steps must be at least 1, got 0; 0 is for --attack_free_step true"),
@@ -208,6 +240,11 @@ def test_two_processes_carry_the_same_starts(clip_folder, tmp_path):
 def test_what_makes_no_sense_together_is_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **settings)
+
+
+def test_a_smaller_view_has_no_tokens_to_compare(clip_folder, tmp_path):
+    with pytest.raises(ValueError, match="attack_resolution is not for feature both"):
+        make_trainer(clip_folder, tmp_path, attack_resolution=16, feature="both")
 
 
 def test_fast_is_one_word(clip_folder, tmp_path):
@@ -238,7 +275,9 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [{}, {"attack_token_share": 0.5}, {"kind": TeCoATrainer}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"attack_token_share": 0.5}, {"attack_resolution": 16}, {"kind": TeCoATrainer}]
+)
 def test_no_step_of_an_attack_waits_for_the_device(settings, clip_folder, tmp_path):
     """Between the first gradient and the last step; before and after it a batch looks once."""
     trainer = make_trainer(clip_folder, tmp_path, attack_steps=4, **settings)
