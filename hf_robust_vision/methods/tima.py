@@ -16,6 +16,7 @@ from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts
 from hf_robust_vision.training.base import Batch
 from hf_robust_vision.training.config import AdversarialTrainingArguments, need_number, one_of
+from hf_robust_vision.training.shares import all_rows, my_rows
 
 from .classes import ClassTrainer, cosines, divergence
 
@@ -47,7 +48,8 @@ class TIMAArguments(AdversarialTrainingArguments):
         text_params: What of the text tower trains: "encoder" (all of it, the default), "projection" or "none" (the
             default with `use_peft`; an adapter reaches the text tower only where this asks for it).
         prompts_at_once: Prompts that the text tower keeps for its backward pass; of more it computes each part anew there,
-            a third more work on text for the memory of one part. 0 keeps all.
+            a third more work on text for the memory of one part. 0 keeps all. Of several processes each embeds the prompts
+            of its share of the classes.
     """
 
     variant: str = field(default="aaai", metadata={"help": "aaai (2026) or v1 (2024)."})
@@ -156,9 +158,12 @@ class TIMATrainer(ClassTrainer):
         super().__init__(*args, **kwargs)
         templates = get_templates(self.args.templates)
         tokenizer = getattr(self.processing_class, "tokenizer", None)
+        # Tokenized together and shared out then, so that a prompt is padded as it is in one process.
         prompts = class_prompts(self.bank.class_names, templates)
         self.accelerator.unwrap_model(self.model).prompts_at_once = self.args.prompts_at_once
-        self.prompts = self.reference.encoder.tokenize(tokenizer, prompts, self.args.device)
+        tokens = self.reference.encoder.tokenize(tokenizer, prompts, self.args.device)
+        rows = torch.arange(len(prompts)).view(-1, len(templates))[my_rows(len(self.bank.class_names))].flatten()
+        self.prompts = {name: value[rows.to(value.device)] for name, value in tokens.items()}
 
     @classmethod
     def reads(cls, args: Any) -> Reads:
@@ -205,4 +210,6 @@ class TIMATrainer(ClassTrainer):
         return F.cross_entropy(self.logits(embeds, texts) + scale * applies * gap, batch.labels)
 
     def _classes(self, text_embeds: Tensor) -> Tensor:
-        return class_embeddings(text_embeds, len(self.bank.templates))
+        # By class, once its prompts have been averaged: a gather of every prompt would be as many times as large.
+        mine = class_embeddings(text_embeds, len(self.bank.templates))
+        return all_rows(mine, len(self.bank.class_names))

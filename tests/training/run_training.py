@@ -90,8 +90,9 @@ def main(settings: dict) -> None:
     trainer.train(resume_from_checkpoint=resume)
     rank = trainer.args.process_index
     sharded = is_sharded(trainer.model)
+    prompts = len(trainer.prompts["input_ids"]) if hasattr(trainer, "prompts") else 0
     torch.save(
-        {"weights": weights(trainer), "sharded": sharded, "log": trainer.state.log_history},
+        {"weights": weights(trainer), "sharded": sharded, "log": trainer.state.log_history, "prompts": prompts},
         output / f"final-{rank}.pt",
     )
     if measure:

@@ -80,6 +80,10 @@ def test_two_processes_equal_one(settings, fsdp2, alone, clip_folder, tmp_path):
     assert codes == [0, 0], said(tmp_path) + said(tmp_path, 1)
     assert ended(tmp_path)["sharded"] == fsdp2
     assert largest_gap(final(tmp_path, 0), final(tmp_path, 1)) == 0
+    assert (
+        ended(tmp_path)["prompts"] == ended(one)["prompts"] * 2 / 3
+    )  # of three classes, two and one and that one again
+    assert logged(tmp_path, "loss") == pytest.approx(logged(one, "loss"), rel=1e-6)
     gap = largest_gap(final(tmp_path), final(one))
     print(f"largest difference of a weight: {gap:.1e}")
     assert gap < 1e-10
