@@ -2,6 +2,7 @@
 
 from .apgd import apgd
 from .balls import Ball, L2Ball, LinfBall, check_length, make_ball
+from .compiled import CompiledStep
 from .fab import fab
 from .noise import StartNoise
 from .objectives import (
@@ -29,6 +30,7 @@ __all__ = [
     "PROTOCOLS",
     "Attack",
     "Ball",
+    "CompiledStep",
     "CrossEntropy",
     "EmbeddingDistance",
     "L2Ball",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .balls import Ball, check_length
 from .noise import StartNoise
 from .objectives import Objective, Success
-from .search import Search, check_count
+from .search import Run, Search, check_count
+
+
+Step = Callable[[Run, Tensor, float], Tensor]  # of a run, from an iterate and by a length, to the next iterate
 
 
 def pgd(
@@ -66,6 +71,12 @@ def pgd(
     return search.result()
 
 
+def ascend(run: Run, adversarial: Tensor, size: float) -> Tensor:
+    """The step of `pgd_last`."""
+    _, gradient = run.ask(adversarial)
+    return run.ball.project(adversarial.detach() + size * run.ball.ascend(gradient), run.images)
+
+
 def pgd_last(
     objective: Objective,
     images: Tensor,
@@ -74,16 +85,19 @@ def pgd_last(
     steps: int,
     step_size: float | None = None,
     noise: StartNoise | None = None,
+    step: Step = ascend,
 ) -> Tensor:
-    """As `pgd`, from one start to the last iterate whatever its loss, as the published training loops run it."""
+    """As `pgd`, from one start to the last iterate whatever its loss, as the published training loops run it.
+
+    `step` may be a `CompiledStep`.
+    """
     # To score the last iterate too would cost a pass, one of `steps` + 1, in every update of a training.
     size = _step_length(steps, step_size, ball)
     search = Search(objective, images, ball, noise)
     for run in search.runs():
         adversarial = run.start()
         for _ in range(steps):
-            _, gradient = run.ask(adversarial)
-            adversarial = ball.project(adversarial.detach() + size * ball.ascend(gradient), run.images)
+            adversarial = step(run, adversarial, size)
         search.found = adversarial
     return search.result()
 

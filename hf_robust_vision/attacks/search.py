@@ -35,6 +35,12 @@ def value_and_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Te
     return losses.detach().to(torch.promote_types(losses.dtype, torch.float32)), gradient
 
 
+def mended(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient with zeros in the place of what is not finite, and the number of images that held such."""
+    bad = (~gradient.isfinite()).flatten(1).any(1).sum()
+    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), bad
+
+
 def check_count(name: str, value: object) -> None:
     """Refuse a number of steps, restarts or queries that is not one: an attack that does nothing measures nothing."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
@@ -83,11 +89,16 @@ class Search:
             yield run
 
     def guard(self, gradient: Tensor) -> Tensor:
-        """The gradient with zeros in the place of what is not finite, which is counted."""
-        self._seen += len(gradient)
-        # Counted on the device: to look at it in every step would make the host wait.
-        self._bad += (~gradient.isfinite()).flatten(1).any(1).sum()
-        return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        """The gradient as `mended` gives it; what was not finite is counted."""
+        whole, bad = mended(gradient)
+        self.note(bad, len(gradient))
+        return whole
+
+    def note(self, bad: Tensor, seen: int) -> None:
+        """Count so many image gradients, of which `bad`, a number on the device, held values that are not finite."""
+        # On the device: to look at it in every step would make the host wait.
+        self._bad += bad
+        self._seen += seen
 
     def result(self) -> Tensor:
         """What was found, with a warning if any gradient on the way was not finite."""

@@ -61,7 +61,7 @@ class TokenShare:
 
     def in_turns(
         self, objective: Callable[[Tensor], Tensor], places: Tensor, share: float, others: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> InTurns:
         """An objective that sees another part of each image at every call, and after `1 / share` calls has seen it all.
 
         Args:
@@ -70,16 +70,7 @@ class TokenShare:
             share: Of the patches that a call sees; one of them at least.
             others: See `keep`.
         """
-        order, turns = places.argsort(1), count()
-        size = max(round(share * self.patches), 1)
-        columns = torch.arange(size, device=places.device)
-
-        def partial(images: Tensor) -> Tensor:
-            # In turns, not drawn anew: with two halves no patch would be attacked twice, and none never.
-            with self.keep(order[:, (next(turns) * size + columns) % self.patches], others):
-                return objective(images)
-
-        return partial
+        return InTurns(self, objective, places.argsort(1), max(round(share * self.patches), 1), others)
 
     def cost(self, share: float) -> float:
         """Share of all tokens that a pass reads."""
@@ -101,6 +92,38 @@ class TokenShare:
         # Where the learner's target lies: there a token has no distance and adds nothing to the gradient.
         output["patch_tokens"] = self.others.to(seen.dtype).scatter(1, _wide(self.kept, seen), seen)
         return output
+
+
+class InTurns:
+    """An objective that sees another part of each image at every call, see `TokenShare.in_turns`."""
+
+    def __init__(
+        self,
+        share: TokenShare,
+        objective: Callable[[Tensor], Tensor],
+        order: Tensor,
+        size: int,
+        others: Tensor | None,
+    ):
+        self.share, self.objective, self.order, self.others = share, objective, order, others
+        self.columns, self.turns = torch.arange(size, device=order.device), count()
+
+    def now(self) -> Callable[[Tensor], Tensor]:
+        """What it is at its next call."""
+        # In turns, not drawn anew: with two halves no patch would be attacked twice, and none never.
+        first = next(self.turns) * len(self.columns)
+        share, objective, others = self.share, self.objective, self.others
+        kept = self.order[:, (first + self.columns) % share.patches]
+
+        def partial(images: Tensor) -> Tensor:
+            with share.keep(kept, others):
+                return objective(images)
+
+        return partial
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """One loss per image, shape (batch,)."""
+        return self.now()(images)
 
 
 def _wide(kept: Tensor, tokens: Tensor) -> Tensor:

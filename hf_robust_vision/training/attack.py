@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_robust_vision.attacks import Objective, StartNoise, pgd, pgd_last
-from hf_robust_vision.attacks.pgd import default_step
+from hf_robust_vision.attacks import CompiledStep, Objective, StartNoise, pgd, pgd_last
+from hf_robust_vision.attacks.pgd import Step, ascend, default_step
 from hf_robust_vision.towers.base import FEATURES, Reads
 from hf_robust_vision.towers.load import Encoder
 from hf_robust_vision.towers.low_resolution import LowResolution
@@ -32,6 +32,7 @@ class AttackTrainer(Trainer):
     starts: CarriedStarts | None = None
     token_share: TokenShare | None = None
     low_resolution: LowResolution | None = None
+    attack_step: Step = staticmethod(ascend)
     _attacked: tuple[Batch, Tensor] | None = None  # the latest batch and its adversarial images
 
     def prepare_attack(self, encoder: Encoder, reads: Reads) -> None:
@@ -46,6 +47,8 @@ class AttackTrainer(Trainer):
                     "leave it out."
                 )
             self.low_resolution = LowResolution(encoder, args.attack_resolution)
+        if args.attack_compile is not None:
+            self.attack_step = CompiledStep(args.attack_compile)
         if args.carry_starts_mb:
             self.starts = CarriedStarts(args.carry_starts_mb, float(args.attack_eps), self.train_dataset)
 
@@ -69,8 +72,11 @@ class AttackTrainer(Trainer):
             objective = self.token_share.in_turns(objective, places, plan.token_share, others)
         if self.low_resolution is not None and plan.low_resolution:
             share, objective = self.low_resolution.cost, self.low_resolution.of(objective)
+        how: dict[str, Any] = {"steps": plan.steps, "step_size": plan.step_size, "noise": noise}
         with self.passes.at(share):
-            return pgd_last(objective, batch.images, ball, steps=plan.steps, step_size=plan.step_size, noise=noise)
+            if args.attack_compile is not None:
+                self.passes.add(2 * plan.steps * len(batch.images))  # a forward pass and an input gradient each
+            return pgd_last(objective, batch.images, ball, **how, step=self.attack_step)
 
     @property
     def reads_patches(self) -> bool:

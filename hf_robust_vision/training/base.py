@@ -129,7 +129,8 @@ class AdversarialTrainer(AttackTrainer, ResumableTrainer, StreamTrainer, Publish
         # forward accepts loss kwargs, it would take it for divided already.
         self.model_accepts_loss_kwargs = False
         put_bar(self)
-        check_launcher(self.accelerator, adapter=args.use_peft, average=args.ema_decay > 0)
+        average, compiled = args.ema_decay > 0, args.attack_compile is not None
+        check_launcher(self.accelerator, adapter=args.use_peft, average=average, compiled=compiled)
         self.average = WeightAverage(args.ema_decay) if args.ema_decay else None
         if self.average is not None:
             self.add_callback(self.average)

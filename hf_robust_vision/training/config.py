@@ -36,7 +36,7 @@ REAL = (
 )  # fmt: skip
 MAY_CHANGE = (
     "eval_protocol", "eval_attack_steps", "eval_eps", "on_collapse", "matmul_precision", "cache_targets_mb",
-    "probe_every", "on_overfitting", "global_batch_size",
+    "probe_every", "on_overfitting", "global_batch_size", "attack_compile",
 )  # fmt: skip
 OPTIMISATION = (
     "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "weight_decay", "max_grad_norm",
@@ -86,6 +86,8 @@ class AdversarialTrainingArguments(SavingArguments):
             `torch.set_float32_matmul_precision`; measurements always run at the precision that is set outside.
         global_batch_size: Images that an update sees, however many processes there are: each takes its share, in parts of at
             most `per_device_train_batch_size`, and `gradient_accumulation_steps` is set to their number.
+        attack_compile: Backend of `torch.compile`, such as "inductor", by which a step of the training attack is compiled as
+            one region, see `CompiledStep`; with `torch_compile` the learner's pass is compiled as well.
         cache_targets_mb: MiB of memory of each process for the original's features of clean images, which then are
             computed once a sample; 0 computes them at each step. For data that is the same at every epoch.
     """
@@ -132,6 +134,9 @@ class AdversarialTrainingArguments(SavingArguments):
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Images of an update over all processes; the rest follows from it."}
     )
+    attack_compile: str | None = field(
+        default=None, metadata={"help": "Compile an attack step as one region, by this backend, e.g. inductor."}
+    )
     cache_targets_mb: int = field(default=0, metadata={"help": "MiB for the original's features; 0: no cache."})
 
     def __post_init__(self) -> None:
@@ -158,6 +163,8 @@ class AdversarialTrainingArguments(SavingArguments):
         one_of("on_collapse", self.on_collapse, ("stop", "record"))
         one_of("on_overfitting", self.on_overfitting, ("stop", "record"))
         one_of("matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
+        if self.attack_compile is not None:
+            one_of("attack_compile", self.attack_compile, tuple(torch.compiler.list_backends(())))
         which_layers(self.trainable_layers)
         if self.parallel_mode.value == "not_distributed" and self.n_gpu > 1:
             raise ValueError(

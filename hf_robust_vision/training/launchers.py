@@ -11,8 +11,8 @@ from torch import nn
 from hf_robust_vision.towers.load import Encoder
 
 
-def check_launcher(accelerator: Accelerator, *, adapter: bool, average: bool = False) -> None:
-    """Refuse FSDP1, ZeRO-3, fp16, fp8, FSDP2 with an adapter or settings that lose weights, ZeRO with an average."""
+def check_launcher(accelerator: Accelerator, *, adapter: bool, average: bool = False, compiled: bool = False) -> None:
+    """Refuse FSDP1, ZeRO-3, fp16, fp8, FSDP2 with an adapter, a compiled attack or lost weights, ZeRO with an average."""
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed_precision={accelerator.mixed_precision} lets the attack's gradients underflow to zero unseen; set "
@@ -29,6 +29,8 @@ def check_launcher(accelerator: Accelerator, *, adapter: bool, average: bool = F
         )
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None:
+        if compiled:  # it gathers weights in hooks, which no graph can hold
+            raise ValueError("attack_compile and FSDP do not go together; leave it out, or use DDP.")
         _check_fsdp(fsdp, adapter)
         # Accelerate would cast the images to bf16, which is coarser than a perturbation; its autocast, which runs as
         # well, is the precision of DDP.

@@ -66,7 +66,7 @@ class _Watched:
 
     def __call__(self, images: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         output = self._model(images, *args, **kwargs)
-        if images is None:
+        if images is None or torch.compiler.is_compiling():  # a graph counts nothing; who runs it does
             return output
         rows, counter, share = len(images), self._counter, self._counter.share
         counter.add(rows)

@@ -170,6 +170,7 @@ def variants(images: Tensor, steps: int) -> dict[str, dict[str, Callable[[], Ste
             "(c) SimCLIPTrainer, fp32": ours,
             "matmul_precision: medium": partial(ours, matmul_precision="medium"),
             "torch_compile: true": partial(ours, torch_compile=True),
+            "attack_compile: inductor": partial(ours, attack_compile="inductor"),
             "cache_targets_mb: 64, all remembered": partial(ours, cache_targets_mb=64),
             "attack_token_share: 0.5": partial(ours, attack_token_share=0.5),
             "attack_resolution: 160": partial(ours, attack_resolution=160),

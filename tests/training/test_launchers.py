@@ -45,6 +45,11 @@ def test_fsdp_is_refused(changes, adapter, message):
         check_launcher(launched(fsdp=plugin), adapter=adapter)
 
 
+def test_a_compiled_attack_under_fsdp_is_refused():
+    with pytest.raises(ValueError, match="attack_compile and FSDP do not go together"):
+        check_launcher(launched(fsdp=FullyShardedDataParallelPlugin(**FSDP2)), adapter=False, compiled=True)
+
+
 def test_fsdp2_runs_at_the_precision_of_ddp():
     """Accelerate would round the images to bf16, which is coarser than a perturbation."""
     plugin = FullyShardedDataParallelPlugin(**FSDP2)

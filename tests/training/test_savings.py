@@ -234,6 +234,7 @@ def test_two_processes_carry_the_same_starts(clip_folder, tmp_path):
         ({"carry_starts_mb": 1, "attack_norm": "l2"}, "carry_starts_mb is for attack_norm linf"),
         ({"attack_free_step": True}, "type --carry_starts_mb 1024"),
         ({"attack_steps": 0}, "attack_steps must be at least 1, got 0; 0 is for --attack_free_step true"),
+        ({"attack_compile": "true"}, "attack_compile='true' is not one of.*'inductor'"),
         ({"on_overfitting": "go on"}, "on_overfitting='go on' is not one of"),
     ],
 )

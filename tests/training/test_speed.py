@@ -6,6 +6,9 @@ import pytest
 import torch
 from accelerate.utils import DynamoBackend
 
+from hf_robust_vision.attacks import CompiledStep
+from hf_robust_vision.methods.tecoa import TeCoATrainer
+from hf_robust_vision.methods.tima import TIMATrainer
 from hf_robust_vision.training.speed import matmul_precision
 from tests.training.helpers import largest_gap, make_trainer, weights
 
@@ -78,6 +81,46 @@ def test_compiled_training_is_the_same_training(options, compiled, clip_folder, 
     assert len(calls) == 3 * (trainer.args.attack_steps + 1) + monitored + checked
     assert largest_gap(weights(plain), weights(trainer)) < 1e-12
     assert trainer.evaluate()["eval_clean_accuracy"] == plain.evaluate()["eval_clean_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"kind": TeCoATrainer}, {"kind": TIMATrainer}, {"attack_norm": "l2", "attack_eps": 0.5}, {"attack_resolution": 16},
+        {"attack_token_share": 0.5, "feature": "both"}, {"torch_compile": True, "torch_compile_backend": "eager"},
+    ],
+    ids=["frozen", "tecoa", "tima", "l2", "resolution", "tokens", "torch_compile"],
+)  # fmt: skip
+def test_a_compiled_attack_step_is_the_step(options, clip_folder, tmp_path):
+    """Every step of three updates is one and the same graph, nothing is compiled anew, and no pass goes uncounted."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    settings = {"double": True, "max_steps": 3, "learning_rate": 1e-3, "attack_steps": 3, "probe_every": 0} | options
+    plain = make_trainer(clip_folder, tmp_path, **settings)
+    trainer = make_trainer(clip_folder, tmp_path, attack_compile="eager", **settings)
+    trainer.attack_step = CompiledStep(backend)
+    for each in (plain, trainer):
+        each.train()
+    assert len(graphs) == 1
+    assert largest_gap(weights(plain), weights(trainer)) < 1e-12
+    assert log_of(plain, "passes") == log_of(trainer, "passes")
+    assert log_of(plain, "attack_gain") == pytest.approx(log_of(trainer, "attack_gain"), rel=1e-6)
+
+
+def test_an_attack_step_through_aot_is_the_step(clip_folder, tmp_path):
+    """In float32: the graph of forward pass and gradient is traced by autograd, and rounds as it does."""
+    torch._dynamo.reset()
+    plain = make_trainer(clip_folder, tmp_path)
+    fast = make_trainer(clip_folder, tmp_path, attack_compile="aot_eager")
+    for each in (plain, fast):
+        each.train()
+    assert log_of(fast) == pytest.approx(log_of(plain), rel=1e-5)
+    assert log_of(fast, "attack_gain") == pytest.approx(log_of(plain, "attack_gain"), rel=1e-4)
 
 
 @pytest.mark.slow
