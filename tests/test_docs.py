@@ -14,6 +14,8 @@ import pytest
 import yaml
 from comparison import make_page
 from towers_page import towers_page
+from transfer import read_config
+from transfer_page import make_transfer_page
 
 from hf_robust_vision import pipeline
 from hf_robust_vision.cli import VERBS, make_parser
@@ -23,6 +25,7 @@ from tests.cli.next_lines import read
 
 
 ROOT = Path(__file__).parents[1]
+PHOTOS = "photos-short"  # the table that README shows
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / ".agents").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -311,3 +314,24 @@ def test_the_claims_of_three_seeds_are_those_of_their_files():
         assert f"{before[key]:.1f} to {after[key][0]:.1f} %" in told
     before, after = of_seeds("hardening-transfer", page, seeds=1)
     assert all(f"| {key} | {before[key]:.1f} % | {mean:.1f} % |" in page for key, (mean, _) in after.items())
+
+
+def test_the_page_of_the_photos_is_what_its_numbers_say():
+    config = read_config(ROOT / "recipes" / "research" / "photos.yaml")
+    assert (ROOT / "docs" / "results-photos.md").read_text() == make_transfer_page(ROOT / "docs", config)
+
+
+def test_the_photos_of_the_readme_are_those_of_their_file():
+    """Its table, and what it says of CIFAR-10."""
+    content = json.loads((ROOT / "docs" / "results" / f"{PHOTOS}.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"(?:^\|.*\n)+", readme, re.MULTILINE)
+    table = next(block.splitlines()[2:] for block in blocks if "| score |" in block)
+    rows = {row["label"]: row for row in content["rows"]}
+    assert "undefended" in rows
+    assert len(table) >= 6
+    for line in table:
+        label, *cells = line.strip("| ").split(" | ")
+        row = rows[label.strip("*")]
+        shares = [row["mean"][eps] for eps in ("clean", "1/255", "2/255", "4/255")] + [row["score"]]
+        assert cells == [f"{100 * share['value']:.1f}" for share in shares], label
