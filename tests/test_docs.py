@@ -322,7 +322,7 @@ def test_the_page_of_the_photos_is_what_its_numbers_say():
 
 
 def test_the_photos_of_the_readme_are_those_of_their_file():
-    """Its table, and what it says of CIFAR-10."""
+    """Its table; `PHOTOS` names the file."""
     content = json.loads((ROOT / "docs" / "results" / f"{PHOTOS}.json").read_text())
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"(?:^\|.*\n)+", readme, re.MULTILINE)

@@ -42,6 +42,7 @@ from comparison import TITLES, command_line, docs_folder, paired_interval, write
 from margins import margins
 from pool import perform_all, words
 from transfer import read_config
+from transfer_estimate import estimate
 from transfer_page import write_figure, write_transfer_page
 
 from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, pretty_eps, source_hash, versions
@@ -247,7 +248,7 @@ def compare_by_config(args: argparse.Namespace) -> Path:
         return write_transfer_page(docs, config)
     comparison = Comparison(table, args.output_dir, args.jobs)
     if args.estimate:
-        hours = comparison.estimate(choosing=chosen_at not in choices)
+        hours = estimate(comparison, choosing=chosen_at not in choices)
         print("\n".join(f"{part}: at most about {value:.2f} processor hours" for part, value in hours.items()))
         write_json(docs, f"{table.name}-estimate", {"command": command, "cpu_hours": hours} | table.settings())
     elif args.choose:
@@ -256,7 +257,7 @@ def compare_by_config(args: argparse.Namespace) -> Path:
             raise ValueError(
                 f"{file} holds what other settings chose at {chosen_at}; delete it, or add --docs FOLDER."
             )
-        choices[chosen_at] = merge_choice(choices.get(chosen_at), {"command": command} | comparison.choose())
+        choices[chosen_at] = merge_choice(old, {"commands": [command]} | comparison.choose())
         write_json(docs, file.stem, choices)
     elif args.cross_check:
         write_json(docs, f"{table.name}-cross", {"command": command} | comparison.cross_check(choices.get(chosen_at)))

@@ -1,4 +1,4 @@
-"""The phases of `compare.py --config`: what a table costs, what is chosen on validation photos, what is measured on test.
+"""The phases of `compare.py --config`: what is chosen on validation photos, what is measured on test.
 
 A choice is written to `docs/results/NAME-choice.json` and fixed there: a table takes learning rates and weights from it,
 and refuses to measure a row that was chosen with other options.
@@ -7,8 +7,6 @@ and refuses to measure a row that was chosen with other options.
 from __future__ import annotations
 
 import json
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,16 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from compare_run import Run, arguments, harden, make_trainer, perform
-from cross_check import cross_check
+from compare_run import Run, arguments, harden, perform
 from margins import pearson
 from passes import passes_of, text_work, updates_for
 from pool import perform_all
-from transfer import Row, Sanity, Table
+from transfer import Row, Table
+from transfer_checks import check, cross_check
 from transfer_scores import Hits, accuracy, challenges, hits_of, leads, left_by, pairs, score
 
-from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation.results import (
     RobustnessResult,
@@ -35,21 +31,14 @@ from hf_robust_vision.evaluation.results import (
     source_hash,
     versions,
 )
-from hf_robust_vision.evaluation.task import RobustnessProtocol
-from hf_robust_vision.evaluation.tasks import ZeroShot
-from hf_robust_vision.files import write_atomically
 from hf_robust_vision.methods.classes import cosines
-from hf_robust_vision.pipeline.estimate import seconds_of_a_pass
-from hf_robust_vision.sanity.check import check_sanity
-from hf_robust_vision.sanity.checks import not_run
 from hf_robust_vision.towers.base import weights_sha256
 from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.processors import load_tokenizer
-from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts, make_text_bank
+from hf_robust_vision.towers.text_bank import class_embeddings, class_prompts
 
 
 T = TypeVar("T")
-TIMED_UPDATES, TIMED_IMAGES, TIMED_CHECKS = 3, 100, 4
 
 
 class Comparison:
@@ -97,12 +86,16 @@ class Comparison:
 
     def perform(self, runs: Sequence[Run]) -> dict[Run, list[RobustnessResult]]:
         """Train, then measure; what several runs share, such as a tower at several weights, is done once."""
-        towers = {run.tower: run for run in reversed(runs) if run.method.trainer}
-        missing = [run for tower, run in reversed(towers.items()) if not (tower / "training.json").is_file()]
-        self._all(harden, missing, lambda run, record: f"{record['cpu_seconds']:.0f} CPU s")
+        self._train(runs)
         first = {run.folder: run for run in reversed(runs)}
         found = self._all(perform, list(reversed(first.values())), lambda run, results: _numbers(results))
         return {run: found[first[run.folder]] for run in runs}
+
+    def _train(self, runs: Sequence[Run]) -> None:
+        """The towers that are not there yet."""
+        towers = {run.tower: run for run in reversed(runs) if run.method.trainer}
+        missing = [run for tower, run in reversed(towers.items()) if not (tower / "training.json").is_file()]
+        self._all(harden, missing, lambda run, record: f"{record['cpu_seconds']:.0f} CPU s")
 
     def _all(self, do: Callable[[Run], T], runs: Sequence[Run], numbers: Callable[[Run, T], str]) -> dict[Run, T]:
         return perform_all(do, runs, self.jobs, _label, numbers) if runs else {}
@@ -302,7 +295,7 @@ class Comparison:
         if stray := [key for key in how.methods if key not in runs]:
             raise ValueError(f"cross_check: {stray[0]} is no row of {self.table.name}, which has {', '.join(runs)}.")
         chosen = [runs[key] for key in how.methods]
-        self._all(harden, [run for run in chosen if run.method.trainer], lambda run, record: "trained")
+        self._train(chosen)
         found = self._all(
             partial(cross_check, how=how),
             chosen,
@@ -316,69 +309,6 @@ class Comparison:
             "versions": versions() | {"pyautoattack": version("pyautoattack")},
         }
 
-    # What it will cost
-
-    def estimate(self, *, choosing: bool) -> dict[str, float]:
-        """Processor hours of each part: a few updates and attacks are timed; a measurement is at most as dear.
-
-        Of measurements this is a bound at the clean accuracy of the original: an image that has fallen is not attacked
-        again, and a method that gains clean accuracy has more of them to attack.
-        """
-        hardened = [row for row in self.table.rows if row.method]
-        ours = [row for row in hardened if row.ours]
-        models = len(self.table.test.seeds) * (len(hardened) - (max(len(ours) - 1, 0) if self.table.compete else 0))
-        per_pass = self._seconds_per_pass(max(hardened, key=self.cost))
-        parts = {
-            "training": models * self.table.training.passes * per_pass,
-            "measuring": (1 + models) * self._seconds_of_measuring(choosing=False),
-            "sanity checks": models / len(self.table.test.seeds) * self._seconds_of_checks(hardened[0]),
-        }
-        if choosing:
-            tried = [self.run(row, 0, 1, rate, choosing=True) for row in hardened for rate in self.rates(row)]
-            towers = len({run.tower for run in tried})  # rows that differ in their weight alone share theirs
-            measured = 1 + towers + sum(len(row.weights) - 1 for row in hardened)
-            parts["choice"] = towers * self.table.choice.passes * per_pass
-            parts["choice"] += measured * self._seconds_of_measuring(choosing=True)
-        return {part: seconds / 3600 for part, seconds in parts.items()}
-
-    def _seconds_per_pass(self, row: Row) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            run = replace(self.run(row, 0, TIMED_UPDATES, 1e-6), root=Path(folder))
-            trainer = make_trainer(run)
-            start = time.process_time()
-            trainer.train()
-            return (time.process_time() - start) / (TIMED_UPDATES * self.cost(row))
-
-    def _seconds_of_measuring(self, *, choosing: bool) -> float:
-        """At most, of the original on all sets."""
-        measuring = (self.table.choice if choosing else self.table.test).measuring()
-        encoder, total = load_encoder(self.table.benchmark.checkpoint), 0.0
-        for part in self.table.benchmark.measured(measuring.split, encoder.transform).values():
-            images = min(measuring.images, len(part))
-            part = seeded_subset(part, TIMED_IMAGES, seed=0)
-            bank = make_text_bank(
-                encoder,
-                load_tokenizer(self.table.benchmark.checkpoint),
-                part.class_names,
-                get_templates(self.table.benchmark.templates),
-            )
-            task = ZeroShot(encoder, bank, part)
-            how, _ = task.fit(measuring.how())
-            levels = task.levels(how)
-            steps = sum(stage.attack.steps * stage.attack.restarts for level in levels for stage in level.stages)
-            with torch.no_grad():
-                answers = task.logits(torch.stack([item["images"] for item in part])).argmax(1)
-            right = (answers == torch.tensor(part.labels())).double().mean().item()
-            total += images * right * steps * seconds_of_a_pass(task, levels, time.process_time)
-        return total
-
-    def _seconds_of_checks(self, row: Row) -> float:
-        how = replace(self.table.sanity, samples=TIMED_CHECKS)
-        with tempfile.TemporaryDirectory() as folder:
-            run = replace(self.run(row, 0, 1, 1e-6), root=Path(folder), method=Row("", "").make())
-            seconds = check(run, how=how)["cpu_seconds"]
-        return float(seconds) * self.table.sanity.samples / TIMED_CHECKS
-
 
 def merge_choice(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """What was chosen now beside the rows of earlier commands that chose in the same way; which of ours, over all."""
@@ -390,30 +320,9 @@ def merge_choice(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str
     best = max(ours, key=lambda key: rows[key]["score"], default=None)
     fresh = set(new["towers"]) - set(old["towers"])
     hours = old["cpu_hours"] + (new["cpu_hours"] if fresh else 0.0)
-    return new | {"rows": rows, "ours": best, "towers": sorted(fresh | set(old["towers"])), "cpu_hours": hours}
-
-
-def check(run: Run, how: Sanity) -> dict[str, Any]:
-    """The sanity checks of a hardened model, with the original as surrogate, or what was found before."""
-    file = run.folder / f"sanity-{how.protocol}-{how.steps}-{how.samples}-{how.queries}.json"
-    if file.is_file():
-        return dict(json.loads(file.read_text()))
-    start = time.process_time()
-    encoder, templates = run.encoder(), get_templates(run.benchmark.templates)
-    part = next(iter(run.benchmark.measured("test", encoder.transform).values()))
-    part = seeded_subset(part, run.measuring.images, seed=0)
-    bank = make_text_bank(encoder, run.tokenizer, part.class_names, templates)
-    original = load_encoder(run.benchmark.checkpoint)
-    other = make_text_bank(original, run.tokenizer, part.class_names, templates)
-    protocol = RobustnessProtocol(get_protocol(how.protocol, steps=how.steps, restarts=1), run.measuring.eps)
-    rest: dict[str, Any] = {"samples": how.samples, "queries": how.queries}
-    try:
-        found = check_sanity(encoder, bank, part, protocol, surrogate=original, surrogate_bank=other, **rest)
-    except ValueError as error:  # such as a model that is right about nothing
-        found = not_run(error)
-    found |= {"set": part.name, "cpu_seconds": time.process_time() - start}
-    write_atomically(file, json.dumps(found, indent=1) + "\n")
-    return found
+    commands = list(dict.fromkeys([*old["commands"], *new["commands"]]))
+    towers = sorted(fresh | set(old["towers"]))
+    return new | {"commands": commands, "rows": rows, "ours": best, "towers": towers, "cpu_hours": hours}
 
 
 def _shares(results: Sequence[RobustnessResult]) -> dict[str, Any]:

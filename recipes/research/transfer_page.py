@@ -291,7 +291,7 @@ def _choice_section(choice: Mapping[str, Any]) -> str:
     ours = f"\nOf ours **{best['label']}** has the highest score, and is the one that is tested.\n" if best else ""
     return f"""## What was chosen at {eps}
 
-`{choice["command"]}`
+{chr(10).join(f"- `{command}`" for command in choice["commands"])}
 
 On {about["num_samples"]} validation photos of {about["dataset"]} that no fine-tuning saw, with seed {settings["seed"]} after
 {settings["passes"]:,.0f} passes, by {_said(about["attacks"][0])} alone; the highest mean of clean and of the radii. First the

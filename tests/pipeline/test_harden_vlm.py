@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, GitConfig, GitForCausalLM
 
 from hf_robust_vision.cli import main
+from hf_robust_vision.cli import main as cli
 from hf_robust_vision.data.sources import ImageSource, load_labelled_images
 from hf_robust_vision.evaluation.tasks import VLMProtocol
 from hf_robust_vision.hub.release import prepare_release
@@ -245,6 +246,13 @@ def test_the_demo_is_asked_and_ready_to_be_published(tmp_path, monkeypatch, caps
     save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="was measured on other weights"):
         prepare_release(tmp_path / "out", base_model="owner/demo-llava")
+
+
+def test_the_verb_answers_a_machine(vlm, photos, tmp_path, capfd):
+    """One JSON on the standard output; nothing was asked of a run on own images."""
+    words = ["harden-vlm", vlm, "--dataset", photos, *SHORT, "--output_dir", tmp_path / "out", "--json"]
+    assert cli([str(word) for word in words]) == 0
+    assert json.loads(capfd.readouterr().out) == {"schema": 1, "output_dir": str(tmp_path / "out"), "results": []}
 
 
 def test_what_was_not_measured_is_not_pushed(vlm, photos, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""Hardened models attacked by an independent implementation: pyautoattack's standard AutoAttack on the photos of one set.
+"""What makes a measured run believed: the sanity checks, and an attack of another implementation.
 
-Our worst case and theirs look at the same photos at the same radius; ours should leave no more standing. AutoAttack is
-the stronger protocol of the two where few steps were asked for: it has 100 a restart, FAB and Square beside APGD.
+The latter is pyautoattack's standard AutoAttack on the photos of one set. Our worst case and theirs look at the same photos
+at the same radius; ours should leave no more standing. AutoAttack is the stronger protocol of the two where few steps
+were asked for: it has 100 a restart, FAB and Square beside APGD.
 """
 
 from __future__ import annotations
@@ -13,18 +14,46 @@ from typing import Any
 
 import torch
 from compare_run import Run
-from transfer import CrossCheck
+from transfer import CrossCheck, Sanity
 
+from hf_robust_vision.attacks import get_protocol
 from hf_robust_vision.data.splits import seeded_subset
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation.engine import evaluate
+from hf_robust_vision.evaluation.task import RobustnessProtocol
 from hf_robust_vision.evaluation.tasks import ZeroShot
 from hf_robust_vision.files import write_atomically
+from hf_robust_vision.sanity.check import check_sanity
+from hf_robust_vision.sanity.checks import not_run
 from hf_robust_vision.towers.base import attack_mode
+from hf_robust_vision.towers.load import load_encoder
 from hf_robust_vision.towers.text_bank import make_text_bank
 
 
 BATCH = 100
+
+
+def check(run: Run, how: Sanity) -> dict[str, Any]:
+    """The sanity checks of a hardened model, with the original as surrogate, or what was found before."""
+    file = run.folder / f"sanity-{how.protocol}-{how.steps}-{how.samples}-{how.queries}.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text()))
+    start = time.process_time()
+    encoder, templates = run.encoder(), get_templates(run.benchmark.templates)
+    part = next(iter(run.benchmark.measured("test", encoder.transform).values()))
+    part = seeded_subset(part, run.measuring.images, seed=0)
+    bank = make_text_bank(encoder, run.tokenizer, part.class_names, templates)
+    original = load_encoder(run.benchmark.checkpoint)
+    other = make_text_bank(original, run.tokenizer, part.class_names, templates)
+    protocol = RobustnessProtocol(get_protocol(how.protocol, steps=how.steps, restarts=1), run.measuring.eps)
+    rest: dict[str, Any] = {"samples": how.samples, "queries": how.queries}
+    try:
+        found = check_sanity(encoder, bank, part, protocol, surrogate=original, surrogate_bank=other, **rest)
+    except ValueError as error:  # such as a model that is right about nothing
+        found = not_run(error)
+    found |= {"set": part.name, "cpu_seconds": time.process_time() - start}
+    write_atomically(file, json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def cross_check(run: Run, how: CrossCheck) -> dict[str, Any]:
@@ -61,6 +90,7 @@ def standard_autoattack(task: ZeroShot, eps: float) -> float:
 
     Raises:
         ValueError: If pyautoattack is not installed.
+        RuntimeError: If it left the ball.
     """
     try:
         from pyautoattack import AutoAttack
