@@ -45,7 +45,7 @@ from transfer import read_config
 from transfer_estimate import estimate
 from transfer_page import write_figure, write_transfer_page
 
-from hf_robust_vision.evaluation.results import RobustnessResult, eps_text, pretty_eps, source_hash, versions
+from hf_robust_vision.evaluation.results import RobustnessResult, pretty_eps, source_hash, versions
 from hf_robust_vision.files import write_atomically
 from hf_robust_vision.processes import run_alone
 from hf_robust_vision.towers.base import weights_sha256
@@ -238,7 +238,7 @@ def compare_by_config(args: argparse.Namespace) -> Path:
     table = config.table(args.table, changes | {"steps": args.eval_steps}, args.data, args.model)
     said = {str(args.data): "FOLDER", str(args.model): "MODEL", str(args.config): args.config.name}  # of this machine
     command = command_line("recipes/research/compare.py", [said.get(word, word) for word in sys.argv[1:]])
-    docs, chosen_at = args.docs or Path("docs"), eps_text(table.training.attack_eps, "linf")
+    docs = args.docs or Path("docs")
     file = docs / "results" / f"{config.name}-choice.json"
     choices = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if args.margins:
@@ -248,22 +248,23 @@ def compare_by_config(args: argparse.Namespace) -> Path:
         return write_transfer_page(docs, config)
     comparison = Comparison(table, args.output_dir, args.jobs)
     if args.estimate:
-        hours = estimate(comparison, choosing=chosen_at not in choices)
+        hours = estimate(comparison, choosing=table.choices[0] not in choices)
         print("\n".join(f"{part}: at most about {value:.2f} processor hours" for part, value in hours.items()))
         write_json(docs, f"{table.name}-estimate", {"command": command, "cpu_hours": hours} | table.settings())
     elif args.choose:
-        old = choices.get(chosen_at)
-        if args.docs is None and old and old["settings"] != comparison.choice_settings():
+        usual = choices.get(table.choices[0])
+        if args.docs is None and usual and usual["settings"] != comparison.choice_settings():
             raise ValueError(
-                f"{file} holds what other settings chose at {chosen_at}; delete it, or add --docs FOLDER."
+                f"{file} holds what other settings chose at {table.choices[0]}; delete it, or add --docs FOLDER."
             )
-        choices[chosen_at] = merge_choice(old, {"commands": [command]} | comparison.choose())
+        for name, chosen in comparison.choose(choices).items():
+            choices[name] = merge_choice(choices.get(name), {"commands": [command]} | chosen)
         write_json(docs, file.stem, choices)
     elif args.cross_check:
-        write_json(docs, f"{table.name}-cross", {"command": command} | comparison.cross_check(choices.get(chosen_at)))
+        write_json(docs, f"{table.name}-cross", {"command": command} | comparison.cross_check(choices))
     else:
         docs_folder(args.docs, table.name, table.settings())
-        content = {"command": command} | comparison.measure(choices.get(chosen_at))
+        content = {"command": command} | comparison.measure(choices)
         write_json(docs, table.name, content)
         write_figure(docs, table.name, content)
     return write_transfer_page(docs, config)

@@ -115,9 +115,9 @@ class Run:
     def tower(self) -> Path:
         """Folder named by a hash of every setting, so that a tower is only used again for the same settings."""
         shared: dict[str, Any] = {}
-        if self.method.trainer:  # a default that changes makes another run, too
+        if self.method.trainer:  # a default that changes makes another run, too; a new option that is off does not
             defaults = {item.name: item.default for item in fields(self.method.trainer.args_class)}
-            shared |= {name: value for name, value in defaults.items() if isinstance(value, str | int | float | None)}
+            shared |= {name: value for name, value in defaults.items() if isinstance(value, str | int | float)}
             shared |= self.budget.training(self.benchmark) | dict(self.method.options)
         shared["benchmark"] = self.benchmark.identity
         shared["prompts"] = get_templates(self.benchmark.templates)

@@ -21,7 +21,8 @@ from passes import passes_of, text_work, updates_for
 from pool import perform_all
 from transfer import Row, Table
 from transfer_checks import check, cross_check
-from transfer_scores import Hits, accuracy, challenges, hits_of, leads, left_by, pairs, score
+from transfer_data import Transfer
+from transfer_scores import Hits, accuracy, challenges, hits_of, leads, left_by, pairs, score, shares
 
 from hf_robust_vision.data.templates import get_templates
 from hf_robust_vision.evaluation.results import (
@@ -67,12 +68,21 @@ class Comparison:
         found = passes_of(self.methods[row.key].trainer, arguments(self.run(row, 0, 1, 1e-3)))  # type: ignore[arg-type]
         return found.cost(self.table.training.batch_size, len(self.prompts), self.text_work)
 
-    def run(self, row: Row, seed: int, steps: int, rate: float, *, weight: float = 1.0, choosing: bool = False) -> Run:
-        """One run of a row."""
+    def run(
+        self,
+        row: Row,
+        seed: int,
+        steps: int,
+        rate: float,
+        *,
+        weight: float = 1.0,
+        chosen_on: Transfer | None = None,
+    ) -> Run:
+        """One run of a row: measured on test photos, or on the validation photos of what something is chosen on."""
         table = self.table
-        measuring = (table.choice if choosing else table.test).measuring()
-        budget = table.budget(steps, rate)
-        return Run(self.methods[row.key], seed, budget, measuring, table.benchmark, self.root, self.source, weight)
+        measuring = (table.choice if chosen_on else table.test).measuring()
+        data, budget = chosen_on or table.benchmark, table.budget(steps, rate)
+        return Run(self.methods[row.key], seed, budget, measuring, data, self.root, self.source, weight)
 
     def steps(self, row: Row, passes: float) -> int:
         """Updates of a row that so many passes pay for."""
@@ -106,14 +116,39 @@ class Comparison:
         """What rows that are compared with each other have to share."""
         seed = {"seed": self.table.test.seeds[0]}
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self.table.choice) | asdict(self.table.training) | seed))
+        plain.pop("unseen")
         return plain | {"passes": self.table.choice.passes}
 
-    def choose(self) -> dict[str, Any]:
+    def choose(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+        """What is chosen for the rows, by the name of the choice; of ours on classes held out, if the file wants that.
+
+        Beside ours some rows are measured on those classes at what was chosen for them, here or earlier (`choices`).
+        """
+        usual, apart = self.table.choices
+        kinds = {
+            name: [row for row in self.table.rows if self.table.chosen_as(row) == name] for name in (usual, apart)
+        }
+        found = {}
+        if kinds[usual]:
+            found[usual] = self._choose({row: self.rates(row) for row in kinds[usual]}, self.table.benchmark)
+        if kinds[apart] and (unseen := self.table.choice.unseen):
+            known = choices.get(usual, {"rows": {}})["rows"] | found.get(usual, {"rows": {}})["rows"]
+            rows: dict[Row, tuple[float, ...]] = {
+                row: self.rates(row) if row.method is None else (known[row.key]["learning_rate"],)
+                for row in self.table.rows
+                if row.method is None or (row.key in unseen.beside and row.key in known)
+            }
+            rows |= {row: self.rates(row) for row in kinds[apart]}
+            found[apart] = self._choose(rows, replace(self.table.benchmark, unseen=unseen))
+            found[apart]["settings"]["unseen"] = json.loads(json.dumps(asdict(unseen)))
+        return found
+
+    def _choose(self, rates: Mapping[Row, Sequence[float]], data: Transfer) -> dict[str, Any]:
         """The learning rate of each row, then its weight, by the score on validation photos; then which of ours."""
-        seed, rows = self.table.test.seeds[0], self.table.rows
+        seed, rows = self.table.test.seeds[0], list(rates)
         at = {row: self.steps(row, self.table.choice.passes) for row in rows}
         tried = {
-            (row, rate): self.run(row, seed, at[row], rate, choosing=True) for row in rows for rate in self.rates(row)
+            (row, rate): self.run(row, seed, at[row], rate, chosen_on=data) for row in rows for rate in rates[row]
         }
         done = self.perform(list(tried.values()))
         best = {
@@ -129,7 +164,7 @@ class Comparison:
         ours = [key for key, entry in chosen.items() if entry["ours"]]
         return {
             "settings": self.choice_settings(),
-            "about": _about(done[next(iter(done))][0]),
+            "about": _about(done[next(iter(done))]),
             "model_sha256": self.sha256,
             "source": self.source,
             "rows": chosen,
@@ -157,14 +192,30 @@ class Comparison:
 
     # Measuring
 
-    def runs(self, choice: Mapping[str, Any] | None) -> dict[Row, list[Run]]:
+    def settled(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+        """What was chosen for the rows of the table, wherever they were chosen; which of ours; at what cost."""
+        parts = [choices[name] for name in self.table.choices if name in choices]
+        rows = {
+            row.key: choices.get(self.table.chosen_as(row), {"rows": {}})["rows"].get(row.key)
+            for row in self.table.rows
+        }
+        where = self.table.choices[self.table.choice.unseen is not None]
+        return {
+            "rows": rows,
+            "ours": choices[where]["ours"] if where in choices else None,
+            "towers": {tower for part in parts for tower in part["towers"]},
+            "cpu_hours": sum(part["cpu_hours"] for part in parts),
+        }
+
+    def runs(self, choices: Mapping[str, Any]) -> dict[Row, list[Run]]:
         """The runs of each row of the table at what was chosen for it; of ours the chosen row, if they are not named.
 
         Raises:
             ValueError: If something is open that was not chosen, or was chosen with other options.
         """
         found = {}
-        best = choice["ours"] if self.table.compete and choice else None
+        choice = self.settled(choices)
+        best = choice["ours"] if self.table.compete else None
         for row in self.table.rows:
             if row.ours and best not in (None, row.key):
                 continue
@@ -174,11 +225,11 @@ class Comparison:
             found[row] = [self.run(row, seed, steps, rate, weight=weight) for seed in seeds]
         return found
 
-    def _settled(self, row: Row, choice: Mapping[str, Any] | None) -> tuple[float, float]:
+    def _settled(self, row: Row, choice: Mapping[str, Any]) -> tuple[float, float]:
         rates = self.rates(row)
         if len(rates) == len(row.weights) == 1:
             return rates[0], row.weights[0]
-        entry = (choice or {"rows": {}})["rows"].get(row.key)
+        entry = choice["rows"][row.key]
         if entry is None or entry["options"] != json.loads(json.dumps(dict(row.options))):
             with_other = "" if entry is None else ", only with other options"
             raise ValueError(
@@ -186,18 +237,17 @@ class Comparison:
             )
         return entry["learning_rate"], entry["weight"]
 
-    def measure(self, choice: Mapping[str, Any] | None) -> dict[str, Any]:
+    def measure(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """Train and measure all rows, check them, and give everything that the page says."""
-        runs = self.runs(choice)
+        choice, runs = self.settled(choices), self.runs(choices)
         done = self.perform([run for each in runs.values() for run in each])
         first = {row: each[0] for row, each in runs.items() if row.method}
         checks = self._all(
             partial(check, how=self.table.sanity), list(first.values()), lambda _, found: found["verdict"]
         )
-        old = set((choice or {}).get("towers", ()))
-        fresh = [run for run in done if _relative(run) not in old]
+        fresh = [run for run in done if _relative(run) not in choice["towers"]]
         seconds = {
-            "choice": 3600 * (choice or {}).get("cpu_hours", 0.0),
+            "choice": 3600 * choice["cpu_hours"],
             "training": sum(_training_seconds(fresh)),
             "measuring": sum(_measuring_seconds(done)),
             "sanity checks": sum(found["cpu_seconds"] for found in checks.values()),
@@ -282,7 +332,7 @@ class Comparison:
         upper = torch.triu_indices(len(texts[0]), len(texts[0]), 1)
         return pearson(*(cosines(each, each)[upper[0], upper[1]] for each in texts))
 
-    def cross_check(self, choice: Mapping[str, Any] | None) -> dict[str, Any]:
+    def cross_check(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """What an independent AutoAttack leaves of some rows, beside what ours does.
 
         Raises:
@@ -291,7 +341,7 @@ class Comparison:
         how = self.table.cross_check
         if how is None:
             raise ValueError("the file has no entry cross_check; wanted set, eps, images and methods.")
-        runs = {row.key if not row.ours else "ours": each[0] for row, each in self.runs(choice).items()}
+        runs = {row.key if not row.ours else "ours": each[0] for row, each in self.runs(choices).items()}
         if stray := [key for key in how.methods if key not in runs]:
             raise ValueError(f"cross_check: {stray[0]} is no row of {self.table.name}, which has {', '.join(runs)}.")
         chosen = [runs[key] for key in how.methods]
@@ -326,17 +376,20 @@ def merge_choice(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str
 
 
 def _shares(results: Sequence[RobustnessResult]) -> dict[str, Any]:
-    robust = {pretty_eps(result): result.robust_accuracy for result in results}
-    return {"clean_accuracy": results[0].clean_accuracy, "robust_accuracy": robust}
+    clean, robust = shares(results)
+    return {"clean_accuracy": clean, "robust_accuracy": robust}
 
 
-def _about(result: RobustnessResult) -> dict[str, Any]:
+def _about(results: Sequence[RobustnessResult]) -> dict[str, Any]:
+    first = {result.group: result for result in results}
+    result = results[0]
+    parts = {name: each.num_samples for name, each in first.items()} if len(first) > 1 else {}
     return {
         "dataset": result.dataset,
         "split": result.split,
         "num_samples": result.num_samples,
         "attacks": result.attacks,
-    }
+    } | ({"parts": parts} if parts else {})
 
 
 def _numbers(results: Sequence[RobustnessResult]) -> str:

@@ -12,111 +12,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
 from benchmarks import fingerprint
 from compare_methods import TRAINERS, Method
 from compare_run import Budget, Measuring
-from pretrain_photo_clip import hold_out
+from transfer_data import DataSet, Transfer, Unseen
 
 from hf_robust_vision.attacks import get_protocol
-from hf_robust_vision.data.datasets import LabelledImages
-from hf_robust_vision.data.sources import ImageSource, load_labelled_images
-from hf_robust_vision.data.templates import get_templates, read_class_names
-from hf_robust_vision.pixels import PixelTransform
+from hf_robust_vision.data.templates import get_templates
+from hf_robust_vision.evaluation.results import eps_text
 from hf_robust_vision.training.config import Radius
 
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """Images with labels.
-
-    Args:
-        name: For tables.
-        dataset: Folder, or name of the Hub.
-        split: Of it.
-        resolution: Side of the square images that are attacked; they are fitted to the tower inside the attacked
-            function. Default: the tower's.
-        image_column: As of `ImageSource`, as are `label_column`, `config` and `revision`.
-        class_names: A list by name, or a file of names; default: those of the data set.
-        terms: On which it may be used, for the page.
-        folder: That `dataset` lies in, if it is no name of the Hub.
-    """
-
-    name: str
-    dataset: str
-    split: str = "test"
-    resolution: int | None = None
-    image_column: str | None = None
-    label_column: str = "label"
-    config: str | None = None
-    revision: str | None = None
-    class_names: str | None = None
-    terms: str = ""
-    folder: str = ""
-
-    def load(self, transform: PixelTransform) -> LabelledImages:
-        """The images, under the name of the table."""
-        if self.resolution is not None:
-            square = (self.resolution, self.resolution)
-            transform = replace(transform, resize=square, crop=square)
-        names = None if self.class_names is None else read_class_names(self.class_names)
-        columns = {"image_column": self.image_column, "label_column": self.label_column, "class_names": names}
-        path = Path(self.folder) / self.dataset if self.folder else self.dataset
-        source = ImageSource(path, config=self.config, revision=self.revision, **columns)
-        images = load_labelled_images(source, self.split, transform)
-        images.name = self.name
-        return images
-
-    def below(self, folder: Path | None) -> DataSet:
-        """The same in a folder that holds many."""
-        return self if folder is None else replace(self, folder=str(folder))
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """A benchmark, as `compare_run.Data`: one data set is trained on, some are measured.
-
-    Args:
-        checkpoint: The CLIP that every method starts from, a folder or a name of the Hub.
-        templates: Of the prompts, by name.
-        attack_eps: Radius of the attack in fine-tuning.
-        train: What is fine-tuned on, but for the part that choices are made on.
-        validation_share: Size of that part.
-        sets: What is measured.
-    """
-
-    checkpoint: str
-    templates: str
-    attack_eps: float
-    train: DataSet
-    validation_share: float
-    sets: tuple[DataSet, ...]
-    marks: tuple[str, ...]  # of what lies in folders
-
-    @property
-    def identity(self) -> list[str]:
-        """Contents of the folders, wherever they lie; what comes from the Hub is taken at its name and revision."""
-        sets = [repr(replace(each, folder="")) for each in (self.train, *self.sets)]
-        return [*self.marks, repr(self.validation_share), *sets]
-
-    def _parts(self, transform: PixelTransform) -> tuple[LabelledImages, LabelledImages]:
-        images = self.train.load(transform)
-        ((rest,), (held,)) = hold_out([torch.arange(len(images))], 0, self.validation_share)
-        return images.select(rest.sort().values.tolist()), images.select(held.sort().values.tolist(), "validation")
-
-    def training_images(self, transform: PixelTransform) -> LabelledImages:
-        """The training split without the validation photos."""
-        return self._parts(transform)[0]
-
-    def measured(self, split: str, transform: PixelTransform) -> dict[str, LabelledImages]:
-        """For "validation" the held-out photos of the training split, else all measured sets."""
-        if split == "validation":
-            return {self.train.name: self._parts(transform)[1]}
-        return {each.name: each.load(transform) for each in self.sets}
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +74,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Choice:
-    """How learning rates and weights are chosen."""
+    """How learning rates and weights are chosen; with `unseen`, those of ours on classes held out of fine-tuning."""
 
     learning_rates: tuple[float, ...]
     passes: float
@@ -174,6 +82,7 @@ class Choice:
     steps: int
     eps: tuple[float, ...]
     images: int
+    unseen: Unseen | None = None
 
     def measuring(self) -> Measuring:
         """On validation photos."""
@@ -239,6 +148,16 @@ class Table:
     rows: tuple[Row, ...]
     compete: bool  # of the rows that are ours, the one that was chosen stands for all
     cross_check: CrossCheck | None = None
+
+    @property
+    def choices(self) -> tuple[str, str]:
+        """Names of what is chosen: on validation photos, and of ours on classes held out."""
+        name = eps_text(self.training.attack_eps, "linf")
+        return name, f"{name}, unseen classes"
+
+    def chosen_as(self, row: Row) -> str:
+        """Of `choices`, the one that says what was chosen for a row."""
+        return self.choices[row.ours and self.choice.unseen is not None]
 
     def settings(self) -> dict[str, Any]:
         """What was asked for, in plain values."""
@@ -360,7 +279,7 @@ def _config(values: Any) -> Config:
         "train": lambda v: _take(DataSet, v, "train"),
         "measured": lambda v: tuple(_take(DataSet, each, "measured") for each in v),
         "training": lambda v: _take(Training, v, "training"),
-        "choice": lambda v: _take(Choice, v, "choice"),
+        "choice": _choice,
         "measuring": lambda v: _take(Test, v, "measuring"),
         "sanity": lambda v: _take(Sanity, v, "sanity"),
         "cross_check": lambda v: _take(CrossCheck, v, "cross_check"),
@@ -374,6 +293,9 @@ def _config(values: Any) -> Config:
             raise ValueError(f"tables: {name}: unknown {sorted(stray)[0]!r}; a table may set {', '.join(OVERRIDES)}.")
     if not 0 < config.validation_share < 1:
         raise ValueError(f"validation_share must lie between 0 and 1, got {config.validation_share}.")
+    beside = config.choice.unseen.beside if config.choice.unseen else ()
+    if stray := set(beside) - {row.key for row in config.methods if not row.ours}:
+        raise ValueError(f"choice: unseen: beside: {sorted(stray)[0]!r} is no method that is not ours.")
     for each in (config.choice, config.measuring, config.sanity):
         get_protocol(each.protocol, steps=each.steps)
     if len(names := [each.name for each in config.measured]) > len(set(names)):
@@ -383,6 +305,13 @@ def _config(values: Any) -> Config:
     if twice and (stray := set(twice.methods) - {"ours", *(row.key for row in config.methods)}):
         raise ValueError(f"cross_check: no method {sorted(stray)[0]!r}; there are those of methods, and ours.")
     return config
+
+
+def _choice(values: Any) -> Choice:
+    values = dict(_mapping(values, "choice"))
+    if "unseen" in values:
+        values["unseen"] = _take(Unseen, values["unseen"], "choice: unseen")
+    return _take(Choice, values, "choice")
 
 
 def _take(cls: type[T], values: Any, where: str) -> T:

@@ -43,7 +43,8 @@ def estimate(comparison: Comparison, *, choosing: bool) -> dict[str, float]:
         "sanity checks": models / len(comparison.table.test.seeds) * _seconds_of_checks(comparison, hardened[0]),
     }
     if choosing:
-        tried = [comparison.run(row, 0, 1, rate, choosing=True) for row in hardened for rate in comparison.rates(row)]
+        data = comparison.table.benchmark
+        tried = [comparison.run(row, 0, 1, rate, chosen_on=data) for row in hardened for rate in comparison.rates(row)]
         towers = len({run.tower for run in tried})  # rows that differ in their weight alone share theirs
         measured = 1 + towers + sum(len(row.weights) - 1 for row in hardened)
         parts["choice"] = towers * comparison.table.choice.passes * per_pass

@@ -59,8 +59,8 @@ def make_transfer_page(docs: Path, config: Config) -> str:
         text += f"\n{_table_section(key, content, _read(docs / 'results' / f'{key}-estimate.json'))}"
         if (docs / "results" / f"{key}.png").is_file():
             text += f"\n![Accuracy over eps](results/{key}.png)\n\nDrawn are the original, ours, and the others of the highest scores.\n"
-    for choice in (read[f"{name}-choice"] or {}).values():
-        text += f"\n{_choice_section(choice)}"
+    for chosen, choice in (read[f"{name}-choice"] or {}).items():
+        text += f"\n{_choice_section(chosen, choice)}"
     for key in tables:
         if checked := _read(docs / "results" / f"{key}-cross.json"):
             text += f"\n{_cross_section(key, checked)}"
@@ -270,9 +270,8 @@ def _hour(hours: float | None) -> str:
     return "-" if hours is None else f"{hours:.2f}"
 
 
-def _choice_section(choice: Mapping[str, Any]) -> str:
+def _choice_section(name: str, choice: Mapping[str, Any]) -> str:
     settings, about = choice["settings"], choice["about"]
-    eps = eps_text(settings["attack_eps"], "linf")
     radii = [eps_text(each, "linf") for each in settings["eps"]]
     rows = [
         [
@@ -289,16 +288,27 @@ def _choice_section(choice: Mapping[str, Any]) -> str:
     ]
     best = choice["rows"].get(choice["ours"])
     ours = f"\nOf ours **{best['label']}** has the highest score, and is the one that is tested.\n" if best else ""
-    return f"""## What was chosen at {eps}
+    return f"""## What was chosen at {name}
 
 {chr(10).join(f"- `{command}`" for command in choice["commands"])}
 
-On {about["num_samples"]} validation photos of {about["dataset"]} that no fine-tuning saw, with seed {settings["seed"]} after
+On {_validation(settings, about)}, with seed {settings["seed"]} after
 {settings["passes"]:,.0f} passes, by {_said(about["attacks"][0])} alone; the highest mean of clean and of the radii. First the
 learning rate, then the share of the hardened weights between the original's and them.
 
 {markdown_table(["method", "rate", "weight", "clean", *radii, "score", ""], rows)}
 {ours}"""
+
+
+def _validation(settings: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    if "parts" not in about:
+        return f"{about['num_samples']} validation photos of {about['dataset']} that no fine-tuning saw"
+    parts = ", ".join(f"{number} of {part}" for part, number in about["parts"].items())
+    return (
+        f"validation photos of {about['dataset']} ({parts}), each among the names of its own part. Neither these photos nor "
+        f"any photo or name of {100 * settings['unseen']['share']:g} % of its classes took part in fine-tuning; rows that are "
+        "not ours stand beside at what was chosen for them above; parts weigh alike"
+    )
 
 
 def _is_chosen(tried: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:

@@ -109,8 +109,19 @@ def leads(paired: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def score(results: Sequence[RobustnessResult]) -> float:
-    """Mean of the clean accuracy and of the robust ones at each radius."""
-    return statistics.mean([results[0].clean_accuracy, *(result.robust_accuracy for result in results)])
+    """Mean of the clean accuracy and of the robust ones at each radius, over the data sets."""
+    clean, robust = shares(results)
+    return statistics.mean([clean, *robust.values()])
+
+
+def shares(results: Sequence[RobustnessResult]) -> tuple[float, dict[str, float]]:
+    """Clean accuracy, and the robust one at each radius; data sets weigh alike."""
+    first: dict[str, float] = {}
+    robust: dict[str, list[float]] = {}
+    for result in results:
+        first.setdefault(result.group, result.clean_accuracy)
+        robust.setdefault(pretty_eps(result), []).append(result.robust_accuracy)
+    return statistics.mean(first.values()), {eps: statistics.mean(values) for eps, values in robust.items()}
 
 
 def accuracy(parts: Sequence[Tensor]) -> dict[str, Any]:

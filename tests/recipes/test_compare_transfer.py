@@ -20,6 +20,7 @@ from margins import describe
 from passes import Passes, passes_of, updates_for
 from pretrain_photo_clip import HELD_OUT, hold_out
 from transfer import Row, read_config
+from transfer_data import Unseen
 from transfer_page import make_transfer_page
 from transfer_scores import accuracy, leads, left_by
 
@@ -30,6 +31,14 @@ from tests.conftest import NAMES, picture
 ROOT = Path(__file__).parents[2]
 RESEARCH = ROOT / "recipes" / "research"
 SIZES = {"train-set": 32, "low": 16, "high": 40}
+CHOICE = {
+    "learning_rates": [1e-3, 1e-2],
+    "passes": 60,
+    "protocol": "apgd-ce",
+    "steps": 1,
+    "eps": ["4/255"],
+    "images": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +75,7 @@ def small():
             {"name": "Low", "dataset": "low", "resolution": 16, "terms": "none stated"},
         ],
         "training": {"passes": 60, "batch_size": 4, "attack_eps": "4/255", "options": {"attack_steps": 1}},
-        "choice": {"learning_rates": [1e-3, 1e-2], "passes": 60, "protocol": "apgd-ce", "steps": 1, "eps": ["4/255"], "images": 8},
+        "choice": CHOICE,
         "measuring": {"protocol": "robustvlm", "steps": 1, "eps": ["4/255", "64/255"], "images": 4, "seeds": [0, 1]},
         "sanity": {"samples": 1, "protocol": "apgd-ce", "steps": 1, "queries": 2},
         "cross_check": {"set": "Low", "eps": "64/255", "images": 8, "methods": ["tecoa", "ours"]},
@@ -321,6 +330,81 @@ def test_validation_photos_are_never_trained_on_and_those_the_pretraining_held_o
     assert held.ids == sorted(wanted[0].tolist())
 
 
+def test_classes_held_out_of_a_choice_are_not_trained_on_and_measured_apart(table, tmp_path):
+    names = ["one", "two", "three", "four", "five"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = {"image": [picture(i, i % 3, 32) for i in range(100)], "label": [i % 5 for i in range(100)]}
+    (tmp_path / "five").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "five" / "train-00000-of-00001.parquet")
+    whole = replace(table.benchmark, train=replace(table.benchmark.train, dataset="five", folder=str(tmp_path)))
+    data = replace(whole, unseen=Unseen(0.4, 16))
+    seen, unseen = data.unseen.split(names)
+    assert (len(seen), len(unseen)) == (3, 2)
+    assert sorted(seen + unseen) == sorted(names)
+    assert data.identity != whole.identity
+
+    transform = load_encoder(table.benchmark.checkpoint).transform
+    train, all_photos = data.training_images(transform), whole.training_images(transform)
+    assert list(train.class_names) == seen
+    kept = {i for i, label in zip(all_photos.ids, all_photos.labels(), strict=True) if names[label] in seen}
+    assert set(train.ids) == kept
+    (validation,) = whole.measured("validation", transform).values()
+    parts = data.measured("validation", transform)
+    assert list(parts) == ["seen classes", "unseen classes", "unseen classes at 16 px"]
+    assert [list(part.class_names) for part in parts.values()] == [seen, unseen, unseen]
+    assert [part[0]["images"].shape[-1] for part in parts.values()] == [32, 32, 16]
+    assert sorted(parts["seen classes"].ids + parts["unseen classes"].ids) == validation.ids
+    assert parts["unseen classes"].ids == parts["unseen classes at 16 px"].ids
+    assert data.measured("test", transform).keys() == whole.measured("test", transform).keys()
+
+
+def test_ours_are_chosen_on_classes_held_out_and_stand_beside_others(table, tmp_path, monkeypatch):
+    table = replace(table, choice=replace(table.choice, unseen=Unseen(0.34, None, ("tecoa",))))
+    comparison = Comparison(table, tmp_path, 1)
+    asked = []
+
+    def perform(runs):
+        asked.extend((run.method.label, run.budget.learning_rate, run.weight, run.benchmark.unseen) for run in runs)
+        return {run: [Found(run.budget.learning_rate, run.weight)] for run in runs}
+
+    class Found:
+        dataset, split, num_samples, attacks, group, norm, eps, severity = (
+            "T",
+            "validation",
+            8,
+            (),
+            "a",
+            "linf",
+            4 / 255,
+            None,
+        )
+
+        def __init__(self, rate, weight):
+            self.clean_accuracy, self.robust_accuracy = 0.5, 10 * rate * weight
+
+    monkeypatch.setattr(comparison, "perform", perform)
+    for name in ("_training_seconds", "_measuring_seconds"):
+        monkeypatch.setattr(f"compare_transfer.{name}", lambda _: [3600.0])
+    choices = comparison.choose({})
+    usual, apart = table.choices
+    assert list(choices) == [usual, apart] == ["4/255", "4/255, unseen classes"]
+    assert list(choices[usual]["rows"]) == ["undefended", "tecoa"]
+    assert list(choices[apart]["rows"]) == ["undefended", "tecoa", "half", "between"]
+    assert {where for label, _, _, where in asked if label.startswith("half")} == {table.choice.unseen}
+    assert [where for label, *_, where in asked if label == "TeCoA"] == [None, table.choice.unseen]
+    assert (choices[usual]["ours"], choices[apart]["ours"]) == (None, "half")
+    assert "unseen" not in choices[usual]["settings"]
+    assert choices[apart]["settings"]["unseen"]["share"] == 0.34
+
+    runs = comparison.runs(choices)
+    assert [row.key for row in runs] == ["undefended", "tecoa", "half"]
+    assert all(run.benchmark.unseen is None for each in runs.values() for run in each)
+    assert comparison.settled(choices)["cpu_hours"] == 4
+    choices[usual]["rows"]["half"] = choices[apart]["rows"].pop("half")  # chosen on something else
+    with pytest.raises(ValueError, match="nothing was chosen for half"):
+        comparison.runs(choices)
+
+
 def test_a_set_is_attacked_at_its_own_resolution(table):
     encoder = load_encoder(table.benchmark.checkpoint)
     parts = table.benchmark.measured("test", encoder.transform)
@@ -459,6 +543,12 @@ def test_the_published_files_are_read(file, tmp_path):
             {"cross_check": {"set": "Low", "eps": "1/255", "images": 2, "methods": ["fare"]}},
             "cross_check: no method 'fare'",
         ),
+        (
+            {"choice": CHOICE | {"unseen": {"share": 0.2, "beside": ["half"]}}},
+            "choice: unseen: beside: 'half' is no method that is not ours",
+        ),
+        ({"choice": CHOICE | {"unseen": {"share": 2}}}, "unseen: share must lie between 0 and 1, got 2"),
+        ({"choice": CHOICE | {"unseen": {"part": 0.2}}}, "choice: unseen: unknown 'part'"),
         ({"training": 3}, "training: wanted entries NAME: VALUE, got 3"),
     ],
 )
