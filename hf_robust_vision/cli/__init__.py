@@ -11,6 +11,7 @@ from hf_robust_vision.terminal import Parser, user_errors
 from . import (
     app,
     attack,
+    card,
     compare,
     convert,
     doctor,
@@ -41,6 +42,7 @@ VERBS = (
     interpolate,
     convert,
     export,
+    card,
     push,
     app,
     doctor,

@@ -12,6 +12,7 @@ from hf_robust_vision.terminal import at_least
 from .output import add_json, answer, working
 
 
+CARD = "README.md"
 OF_THE_VERB = ("command", "run", "json", "folder", "repo_id")  # and no settings of a push
 
 
@@ -42,37 +43,35 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Publish; a model that was measured and has no card yet gets one first."""
+    """Publish; a model that was measured and has no card yet gets one first, in a dry run for its time alone."""
     from hf_robust_vision.hub.adversarial import RECORD_NAME
     from hf_robust_vision.hub.push import check_id, push_robust_encoder
     from hf_robust_vision.hub.push_images import push_images
-    from hf_robust_vision.hub.release import check_measured
     from hf_robust_vision.processes import check_device
 
     check_device(args.device)
-    folder = Path(args.folder)
+    folder, made = Path(args.folder), set[Path]()
     measured = (folder / "robustness.json").is_file() and not (folder / RECORD_NAME).is_file()
-    if measured and not (folder / "README.md").exists():
-        check_id(args.repo_id)
-        check_measured(folder, args.what)  # a push that is refused leaves no card behind
-        with working(args):
-            print(f"wrote {_write_card(folder, args)}")
     settings = {name: value for name, value in vars(args).items() if name not in OF_THE_VERB}
     push = push_images if (folder / RECORD_NAME).is_file() else push_robust_encoder
-    with working(args):
-        report = push(folder, args.repo_id, **settings)
+    try:
+        with working(args):
+            if measured and not (folder / CARD).exists():
+                check_id(args.repo_id)
+                made = _write_card(folder, args)
+                print(f"{'would write' if args.dry_run else 'wrote'} {folder / CARD}")
+            report = push(folder, args.repo_id, **settings)
+    finally:
+        for file in made if args.dry_run else ():
+            file.unlink()
     answer(args, asdict(report), str(report))
     return 0
 
 
-def _write_card(folder: Path, args: argparse.Namespace) -> Path:
-    from hf_robust_vision.evaluation.results import load_results
-    from hf_robust_vision.hub.card import hardened
-    from hf_robust_vision.pipeline.card import describe, history
+def _write_card(folder: Path, args: argparse.Namespace) -> set[Path]:
+    """Files that were not there before."""
+    from hf_robust_vision.pipeline.card import card_from_records
 
-    results, told = load_results(folder), history(folder)
-    original, training = told.pop("original", None), told.pop("training", None)
-    for result in hardened(results):
-        result.training = result.training or training
-    settings = {"model_name": args.repo_id.split("/")[-1], "license": args.license, **told}
-    return describe(folder, results, args.base_model or original, **settings)
+    before, name = set(folder.iterdir()), args.repo_id.split("/")[-1]
+    card_from_records(folder, name, args.what, base_model=args.base_model, license=args.license)
+    return set(folder.iterdir()) - before

@@ -52,12 +52,17 @@ class PushReport:
     commit: str | None = None  # None for a dry run
     url: str | None = None  # of the commit, or of the pull request
     license: str | None = None
+    base_model: str | None = None  # Hub id of the original, where it is known
     collection: str | None = None  # URL of the collection that it was added to
     repeat: Repeat | None = None  # made on what was downloaded; None where none was asked for or possible
 
     def __str__(self) -> str:
         unlicensed = [] if self.license else ["it states no licence; name one: --license mit"]
         if self.commit is None:
+            if self.base_model and not self.license:
+                unlicensed = [
+                    f"it states no licence: a push asks the Hub for that of {self.base_model}; or --license mit"
+                ]
             lines = [f"would push the {self.kind} to {self.repo_id}:", *(f"  {name}" for name in self.files)]
             return "\n".join(lines + unlicensed)
         lines = [f"pushed the {self.kind} to {self.repo_id}: {len(self.files)} files in one commit, {self.url}"]
@@ -121,14 +126,14 @@ def push_robust_encoder(folder: str | Path, repo_id: str, **settings: Any) -> Pu
     release = prepare_release(folder, how.what, base_model=how.base_model, license=how.license)
     names = tuple(sorted([*release.files, CARD]))
     if how.dry_run:
-        return PushReport(repo_id, release.kind, names, license=release.license)
+        return PushReport(repo_id, release.kind, names, license=release.license, base_model=release.base_model)
     if release.license is None and release.base_model is not None:
         release.card.data["license"] = license_of(release.base_model)
     message = f"Robust {'VLM' if release.kind == 'vlm' else f'CLIP {release.kind}'} with its measurements"
     repo, info = send(folder, repo_id, how, release.contents, message)
     repeat = _verify(release, repo, info, how) if how.verify else None
     collection = collect(folder, repo, how, release.headline)
-    done = (info.oid, info.pr_url or info.commit_url, release.license, collection, repeat)
+    done = (info.oid, info.pr_url or info.commit_url, release.license, release.base_model, collection, repeat)
     return PushReport(repo, release.kind, names, *done)
 
 

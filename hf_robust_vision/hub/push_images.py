@@ -58,7 +58,7 @@ def push_images(folder: str | Path, repo_id: str, **settings: Any) -> PushReport
         replaced=(f"{IMAGES_NAME}/*/*", METADATA_NAME, RECORD_NAME),
     )
     collection = collect(folder, repo, how, _note(record), "dataset")
-    return PushReport(repo, kind, names, info.oid, info.pr_url or info.commit_url, license, collection)
+    return PushReport(repo, kind, names, info.oid, info.pr_url or info.commit_url, license, collection=collection)
 
 
 def _card(folder: Path) -> DatasetCard:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_robust_vision.evaluation.results import RobustnessResult
-from hf_robust_vision.hub.card import license_of, like_the_first, write_card
+from hf_robust_vision.evaluation.results import RobustnessResult, load_results
+from hf_robust_vision.hub.card import hardened, license_of, like_the_first, write_card
+from hf_robust_vision.hub.release import PICTURE, check_measured
 from hf_robust_vision.methods.sim_clip import SimCLIPTrainer
 from hf_robust_vision.report.pictures import plot_curve
 from hf_robust_vision.towers.records import HARDEN_REPORT, REPORTS, SWAP_REPORT
@@ -33,8 +34,31 @@ def describe(
     data = None if dataset is None or Path(dataset).exists() else dataset
     if settings.get("license") is None and original is not None:
         settings["license"] = license_of(original)
-    picture = _curve(results, folder / "robustness.png")
+    picture = _curve(results, folder / PICTURE)
     return write_card(folder, results, base_model=base, dataset=data, picture=picture, **settings)
+
+
+def card_from_records(
+    folder: Path, name: str, what: str | None = None, *, base_model: str | None = None, license: str | None = None
+) -> Path:
+    """Write the card of a measured model by what lies beside it, and return its path; see `describe`.
+
+    Args:
+        folder: Of the model, with `robustness.json`.
+        name: Title of the card.
+        what: As in `PushSettings`.
+        base_model: Hub id of the original; default: what the record says.
+        license: Default: what the original's card says.
+
+    Raises:
+        ValueError: If the model was not measured, or other weights were, or a record is damaged; no card is left then.
+    """
+    check_measured(folder, what)
+    results, told = load_results(folder), history(folder)
+    original, training = told.pop("original", None), told.pop("training", None)
+    for result in hardened(results):
+        result.training = result.training or training
+    return describe(folder, results, base_model or original, model_name=name, license=license, **told)
 
 
 def history(folder: Path) -> dict[str, Any]:

@@ -38,12 +38,17 @@ def folder(measured, tmp_path):
 
 
 def test_what_swap_wrote(folder, capsys):
+    before = sorted(folder.iterdir())
     assert main(["push", str(folder), "me/x", "--dry_run", "--license", "mit"]) == 0
     said = capsys.readouterr().out
-    assert "would push the vlm to me/x" in said
-    assert {"swap_report.json", "model.safetensors", "processor_config.json"} <= set(said.split())
+    assert f"would write {folder / 'README.md'}\nwould push the vlm to me/x" in said
+    assert {"swap_report.json", "model.safetensors", "processor_config.json", "README.md"} <= set(said.split())
+    assert sorted(folder.iterdir()) == before, "a dry run leaves nothing behind"
+    assert main(["card", str(folder), "--license", "mit", "--name", "My VLM"]) == 0
+    assert f"wrote {folder / 'README.md'}\n" in capsys.readouterr().out
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
+    assert card.text.lstrip().startswith("# My VLM")
     assert "clip" not in card.data.tags
     assert (
         "A `LlavaForConditionalGeneration` made from `demo-llava`: its vision tower is that of `demo-clip`"
@@ -73,7 +78,7 @@ def test_what_harden_vlm_wrote_of_own_images(tmp_path, capsys):
     assert main(["harden-vlm", "demo-llava", *words, "--output_dir", str(out)]) == 0
     assert f"evaluate-vlm {out} --questions FILE --output_dir {out}" in capsys.readouterr().out
     ask(out)
-    assert main(["push", str(out), "me/x", "--dry_run"]) == 0
+    assert main(["card", str(out)]) == 0
     card = ModelCard.load(out / "README.md")
     assert "A `LlavaForConditionalGeneration` made from `demo-llava`: its vision tower was fine-tuned" in card.text
     assert "Sim-CLIP" in card.text
@@ -105,7 +110,7 @@ def test_what_interpolate_wrote(tmp_path):
     words = ["demo-llava", "demo-llava", "--weight", "0.5", "--output_dir", str(out)]
     assert main(["interpolate", *words]) == 0
     ask(out)
-    assert main(["push", str(out), "me/x", "--dry_run"]) == 0
+    assert main(["card", str(out)]) == 0
     release = prepare_release(out)
     assert release.kind == "vlm"
     assert "interpolate_report.json" in release.files

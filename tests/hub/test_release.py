@@ -152,6 +152,37 @@ def test_dry_run_lists_what_would_go(folder, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_a_dry_run_says_whose_licence_is_asked_for(folder, capsys):
+    card = ModelCard.load(folder / "README.md")
+    card.data.license = None
+    card.data.base_model = "openai/clip-vit-base-patch32"
+    card.save(folder / "README.md")
+    assert main(["push", str(folder), "me/robust-clip", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "a push asks the Hub for that of openai/clip-vit-base-patch32; or --license mit" in said
+
+
+def test_a_card_by_itself(folder, tmp_path, capsys):
+    card, curve = folder / "README.md", folder / "robustness.png"
+    assert main(["card", str(folder)]) == 1
+    assert f"{card} is there; add --overwrite to replace it" in capsys.readouterr().err
+    card.unlink(), curve.unlink()
+    assert main(["card", str(folder), "--base_model", "me/clip", "--license", "mit", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"card": str(card)}
+    written = ModelCard.load(card)
+    assert (written.data.base_model, written.data.license) == ("me/clip", "mit")
+    assert written.text.lstrip().startswith(f"# {folder.name}")
+    assert "robustness.png" in written.text
+    assert curve.stat().st_size > 0
+    assert prepare_release(folder).kind == "model"
+    assert main(["card", str(folder), "--overwrite"]) == 0
+    card.unlink()
+    (folder / "robustness.json").unlink()
+    assert main(["card", str(folder)]) == 1
+    assert "--output_dir" in capsys.readouterr().err
+    assert not card.exists()
+
+
 def test_load_from_a_folder(folder, seen_images):
     loaded = load_robust_encoder(folder)
     assert loaded.training["steps"] == 7
