@@ -15,6 +15,7 @@ Parts, ViT-B/32 at 224 px with random weights and Sim-CLIP's frozen form with PG
   processor, against `patch_tokens` of the same tower; PGD-2, processor time.
 - `vlm_memory`: peak memory of an update with and without the language model in memory, VLMs of real dimensions with
   random weights. Only if it is named: it needs 13 GiB of memory and 15 GB of disk.
+- `node`: what eight H100 would take and how many cores feed them; see `benchmark_node.py`.
 - `robustness`: seconds until validation robust accuracy reaches what the published setting (10 attack steps, float32)
   reaches in `--robustness_seconds`, for every setting that saves passes; see `benchmark_robustness.py`. On the demo, or on
   what a file of `compare.py` trains on:
@@ -31,6 +32,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmark_node import node_table
 from benchmark_page import section, update
 from benchmark_robustness import SETTINGS, Race, config_task, demo_task, robustness_table
 from benchmark_scaling import scaling_table
@@ -49,6 +51,7 @@ PARTS = {
     "scaling": "Two processes",
     "vlm_update": "An update through a VLM",
     "vlm_memory": "Memory of a VLM",
+    "node": "What a node needs",
     "robustness": "Time to robustness",
 }
 BY_HAND = "What was not built"  # a section of the page that no part writes
@@ -102,6 +105,7 @@ def main() -> None:
         "forwards": (setting, lambda: options_table("forwards", *shape)),
         "scaling": (f"{setting} each, one thread each", lambda: scaling_table(*shape[:3])),
         "vlm_update": ("Sim-CLIP `frozen`, PGD-2", lambda: cost_table(args.rounds, args.device)),
+        "node": ("8 H100, by arithmetic from parts measured on one core", lambda: node_table(args.rounds)),
         "vlm_memory": ("one image, PGD-2, float32 tower", memory_table),
     }
     if "robustness" in args.parts:
