@@ -49,6 +49,20 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
             exec(compile(code, str(page), "exec"), namespace)
 
 
+def test_the_published_settings_are_those_of_their_files():
+    """The table of the page on settings has a row for each file of a published setting, with what it says."""
+    page = (ROOT / "docs" / "how-to-choose-settings.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "_vit" in line]
+    wanted = []
+    for file in sorted((ROOT / "hf_robust_vision" / "configs").glob("*_vit*.yaml")):
+        said = yaml.safe_load(file.read_text())
+        tower = said["model_name_or_path"].rpartition("/")[2].removeprefix("clip-")
+        attack = f"{said['attack_steps']} steps at {said['attack_eps']}"
+        learns = f"{said['optim']}, {float(said['learning_rate']):g}"
+        wanted.append([f"`{file.name}`", tower, str(said["global_batch_size"]), attack, learns])
+    assert rows == wanted
+
+
 def test_every_verb_is_named_in_python():
     """The table of verbs and names: each verb once, and each name is one."""
     table = (ROOT / "docs" / "which-tool.md").read_text().partition("## The same in Python")[2]

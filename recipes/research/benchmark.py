@@ -16,6 +16,7 @@ Parts, ViT-B/32 at 224 px with random weights and Sim-CLIP's frozen form with PG
 - `vlm_memory`: peak memory of an update with and without the language model in memory, VLMs of real dimensions with
   random weights. Only if it is named: it needs 13 GiB of memory and 15 GB of disk.
 - `node`: what eight H100 would take and how many cores feed them; see `benchmark_node.py`.
+- `sizes`: memory of an update by the size of the tower; see `benchmark_memory.py`.
 - `robustness`: seconds until validation robust accuracy reaches what the published setting (10 attack steps, float32)
   reaches in `--robustness_seconds`, for every setting that saves passes; see `benchmark_robustness.py`. On the demo, or on
   what a file of `compare.py` trains on:
@@ -32,6 +33,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmark_memory import memory_by_size
 from benchmark_node import node_table
 from benchmark_page import section, update
 from benchmark_robustness import SETTINGS, Race, config_task, demo_task, robustness_table
@@ -52,6 +54,7 @@ PARTS = {
     "vlm_update": "An update through a VLM",
     "vlm_memory": "Memory of a VLM",
     "node": "What a node needs",
+    "sizes": "Memory by size",
     "robustness": "Time to robustness",
 }
 BY_HAND = "What was not built"  # a section of the page that no part writes
@@ -106,6 +109,7 @@ def main() -> None:
         "scaling": (f"{setting} each, one thread each", lambda: scaling_table(*shape[:3])),
         "vlm_update": ("Sim-CLIP `frozen`, PGD-2", lambda: cost_table(args.rounds, args.device)),
         "node": ("8 H100, by arithmetic from parts measured on one core", lambda: node_table(args.rounds)),
+        "sizes": ("an update in bfloat16, counted and by arithmetic", memory_by_size),
         "vlm_memory": ("one image, PGD-2, float32 tower", memory_table),
     }
     if "robustness" in args.parts:
