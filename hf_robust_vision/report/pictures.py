@@ -50,6 +50,45 @@ def plot_panels(panels: Mapping[str, Sequence[Curve]], axes: tuple[str, str], pa
     return Path(path)
 
 
+def plot_points(points: Mapping[str, tuple[float, float]], axes: tuple[str, str], path: str | Path) -> Path:
+    """Draw models as named points of two shares, those between which nobody chooses (something else is better in both) pale."""
+    figure = _figure(6.4, 4.6)
+    column = figure.subplots()
+    for place, (name, (x, y)) in enumerate(points.items()):
+        beaten, colour = name not in frontier(points), COLOURS[place % len(COLOURS)][0]
+        column.plot(
+            100 * x,
+            100 * y,
+            marker=MARKERS[place // len(COLOURS) % len(MARKERS)],
+            linestyle="",
+            color=colour,
+            alpha=0.45 if beaten else 1,
+        )
+        column.annotate(
+            one_line(name),
+            (100 * x, 100 * y),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=8,
+            alpha=0.6 if beaten else 1,
+            parse_math=False,
+        )
+    column.set(xlabel=axes[0], ylabel=axes[1])
+    column.margins(0.15)
+    column.grid(alpha=0.25)
+    figure.savefig(path)
+    return Path(path)
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other one equals or exceeds in both numbers, and exceeds in one; the first by the first number."""
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points.values())
+
+    return sorted((name for name, point in points.items() if not beaten(point)), key=lambda name: -points[name][0])
+
+
 def draw_answers(examples: Mapping[str, AnswerExample], question: str, path: str | Path) -> Path:
     """Draw image, enlarged perturbation and attacked image of a question with the answers, one row a model."""
     figure = _figure(6.0, 2.3 * len(examples) + 0.4)

@@ -14,7 +14,7 @@ from transfer import Config
 from hf_robust_vision.evaluation.results import eps_text
 from hf_robust_vision.files import write_atomically
 from hf_robust_vision.report.curve import Curve, Point
-from hf_robust_vision.report.pictures import plot_panels
+from hf_robust_vision.report.pictures import frontier, plot_panels, plot_points
 from hf_robust_vision.report.tables import markdown_table, percent
 
 
@@ -42,6 +42,19 @@ def write_figure(docs: Path, table: str, content: Mapping[str, Any]) -> None:
         for each in content["sets"]
     }
     plot_panels(panels, ("eps in 255ths", "accuracy under attack, %"), docs / "results" / f"{table}.png")
+    axes = ("clean accuracy, mean over the sets, %", f"mean of {', '.join(content['lead_eps'])}, %")
+    plot_points(_points(content), axes, docs / "results" / f"{table}-frontier.png")
+
+
+def _points(content: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Clean accuracy and the mean of the robust ones of each row, over the sets."""
+    return {
+        row["label"]: (
+            row["mean"]["clean"]["value"],
+            statistics.mean(row["mean"][eps]["value"] for eps in content["lead_eps"]),
+        )
+        for row in content["rows"]
+    }
 
 
 def _point(eps: str, value: Mapping[str, float]) -> Point:
@@ -59,6 +72,10 @@ def make_transfer_page(docs: Path, config: Config) -> str:
         text += f"\n{_table_section(key, content, _read(docs / 'results' / f'{key}-estimate.json'))}"
         if (docs / "results" / f"{key}.png").is_file():
             text += f"\n![Accuracy over eps](results/{key}.png)\n\nDrawn are the original, ours, and the others of the highest scores.\n"
+        if (docs / "results" / f"{key}-frontier.png").is_file():
+            text += (
+                f"\n![Clean accuracy against robust accuracy](results/{key}-frontier.png)\n\n{_frontier(content)}\n"
+            )
     for chosen, choice in (read[f"{name}-choice"] or {}).items():
         text += f"\n{_choice_section(chosen, choice)}"
     for key in tables:
@@ -114,6 +131,14 @@ Mean over the sets:
     if estimate and any(estimate.get(key) != content[key] for key in ("asked", "training", "test")):
         estimate = None  # it was made for other settings
     return text + f"\nProcessor hours, one thread a run:\n\n{_hours(content['cpu_hours'], estimate)}\n"
+
+
+def _frontier(content: Mapping[str, Any]) -> str:
+    names = frontier(_points(content))
+    return (
+        f"What there is to choose between, from the most clean accuracy to the most robust: {', '.join(names)}. Each other row is "
+        "below one of them in both, or in one and equal in the other; differences may be chance."
+    )
 
 
 def _said(attack: Mapping[str, Any]) -> str:

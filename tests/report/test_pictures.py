@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hf_robust_vision.report.curve import Curve, Point
-from hf_robust_vision.report.pictures import plot_curve, plot_panels
+from hf_robust_vision.report.pictures import frontier, plot_curve, plot_panels, plot_points
 from tests.evaluation.test_results import result
 
 
@@ -38,3 +38,15 @@ def test_missing_matplotlib_says_what_to_type(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"\[report\]"):
         plot_curve([result()], tmp_path / "curve.png")
+
+
+def test_what_there_is_to_choose_between():
+    points = {"a": (0.5, 0.1), "b": (0.4, 0.2), "c": (0.4, 0.1), "d": (0.3, 0.3), "e": (0.3, 0.3), "f": (0.2, 0.25)}
+    assert frontier(points) == ["a", "b", "d", "e"]
+    assert frontier({"alone": (0.0, 0.0)}) == ["alone"]
+
+
+def test_points_have_their_names(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = {f"$model_{number}": (number / 20, 1 - number / 20) for number in range(12)}  # more than there are colours
+    assert plot_points(names, ("clean, %", "robust, %"), tmp_path / "a.png").stat().st_size > 0
