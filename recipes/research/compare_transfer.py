@@ -130,8 +130,7 @@ class Comparison:
         }
         found = {}
         if kinds[usual]:
-            rates = {row: self.rates(row) for row in kinds[usual]}
-            found[usual] = self._choose(rates, self.table.benchmark, self.table.choice.passes)
+            found[usual] = self._choose({row: self.rates(row) for row in kinds[usual]}, self.table.benchmark)
         if kinds[apart] and (unseen := self.table.choice.unseen):
             known = choices.get(usual, {"rows": {}})["rows"] | found.get(usual, {"rows": {}})["rows"]
             rows: dict[Row, tuple[float, ...]] = {
@@ -140,12 +139,11 @@ class Comparison:
                 if row.method is None or (row.key in unseen.beside and row.key in known)
             }
             rows |= {row: self.rates(row) for row in kinds[apart]}
-            passes = unseen.passes or self.table.choice.passes
-            found[apart] = self._choose(rows, replace(self.table.benchmark, unseen=unseen), passes)
-            found[apart]["settings"] |= {"passes": passes, "unseen": json.loads(json.dumps(asdict(unseen)))}
+            found[apart] = self._choose(rows, replace(self.table.benchmark, unseen=unseen))
+            found[apart]["settings"]["unseen"] = json.loads(json.dumps(asdict(unseen)))
         return found
 
-    def _choose(self, rates: Mapping[Row, Sequence[float]], data: Transfer, passes: float) -> dict[str, Any]:
+    def _choose(self, rates: Mapping[Row, Sequence[float]], data: Transfer) -> dict[str, Any]:
         """The learning rate of each row, then its weight, by the score on validation photos; then which of ours."""
         seed, rows = self.table.test.seeds[0], list(rates)
         at = {row: self.steps(row, self.table.choice.passes) for row in rows}

@@ -69,13 +69,11 @@ class Unseen:
     Args:
         share: Of the classes, above 0 and below 1; which they are hangs on their number alone.
         resolution: At which photos of these classes are attacked once more, since another set may be of smaller ones.
-        passes: Budget of a run; default: that of the other choices.
         beside: Keys of rows that are not ours and are measured with ours, at what was chosen for them.
     """
 
     share: float
     resolution: int | None = None
-    passes: float | None = None
     beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
