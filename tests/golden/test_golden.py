@@ -10,7 +10,10 @@ from .scenes import SCENES
 from .write import FLOAT32, GOLDEN, TOLERANCES, changed, dumps, load, same
 
 
-@pytest.mark.parametrize("scene", SCENES)
+LONG = ("losses", "sanity")  # half of the time of all
+
+
+@pytest.mark.parametrize("scene", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SCENES])
 def test_the_demo_gives_the_same(scene):
     old, new = load()[scene], json.loads(json.dumps(SCENES[scene]()))
     rows = changed(scene, old, new)

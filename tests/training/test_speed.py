@@ -63,7 +63,9 @@ def test_matmul_precision_gives_the_same_result(precision, clip_folder, tmp_path
 
 
 @pytest.mark.filterwarnings("error::UserWarning:torch")
-@pytest.mark.parametrize("options", [{}, {"use_peft": True}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="full"), pytest.param({"use_peft": True}, id="lora", marks=pytest.mark.slow)]
+)
 def test_compiled_training_is_the_same_training(options, compiled, clip_folder, tmp_path):
     """The encoder keeps class and names, nothing wraps it, and each pass of attack and learner is one graph."""
     backend, calls = compiled

@@ -63,17 +63,27 @@ def flags(output):
     return [[(row["id"], row["clean"], row["fooled_by"]) for row in rows] for rows in records(output)]
 
 
+def case(name, settings, *, fsdp2=False, slow=False):
+    return pytest.param(settings, fsdp2, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
 @pytest.mark.parametrize(
     ("settings", "fsdp2"),
-    [
-        (ANCHORED, False), (ACCUMULATED, False), (LORA, False), (TIMA, False), (PMG_AFT, False), (BOUNDED, False), (AVERAGED, False),
-        (ANCHORED, True), (ACCUMULATED, True), (TIMA, True), (PMG_AFT, True), (AVERAGED, True),
+    [  # each setting under one wrapper, and under the other where there is time
+        case("ddp", ANCHORED),
+        case("ddp-accumulated-checkpointed", ACCUMULATED, slow=True),
+        case("ddp-lora-compiled", LORA, slow=True),
+        case("ddp-tima", TIMA),
+        case("ddp-pmg-aft", PMG_AFT, slow=True),
+        case("ddp-bounded", BOUNDED),
+        case("ddp-averaged", AVERAGED, slow=True),
+        case("fsdp2", ANCHORED, fsdp2=True),
+        case("fsdp2-accumulated-checkpointed", ACCUMULATED, fsdp2=True),
+        case("fsdp2-tima", TIMA, fsdp2=True, slow=True),
+        case("fsdp2-pmg-aft", PMG_AFT, fsdp2=True),
+        case("fsdp2-averaged", AVERAGED, fsdp2=True),
     ],
-    ids=[
-        "ddp", "ddp-accumulated-checkpointed", "ddp-lora-compiled", "ddp-tima", "ddp-pmg-aft", "ddp-bounded", "ddp-averaged",
-        "fsdp2", "fsdp2-accumulated-checkpointed", "fsdp2-tima", "fsdp2-pmg-aft", "fsdp2-averaged",
-    ],
-)  # fmt: skip
+)
 def test_two_processes_equal_one(settings, fsdp2, alone, clip_folder, tmp_path):
     one = alone(**EXACT, **settings)
     codes = start(clip_folder, tmp_path, world=2, per_device_train_batch_size=2, fsdp=2 * fsdp2, **EXACT, **settings)
