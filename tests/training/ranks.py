@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import socket
@@ -42,10 +43,17 @@ def final(output, rank=0):
     return torch.load(output / f"final-{rank}.pt", weights_only=False)["weights"]
 
 
+PORTS = itertools.count()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens at: of another range in each test process, so that no two are given the same."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    while True:
+        port = 20_000 + 1000 * (worker % 10) + next(PORTS) % 1000
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def _be(rank: int, world: int, port: int, settings: dict) -> None:
