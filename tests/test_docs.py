@@ -25,7 +25,7 @@ from tests.cli.next_lines import read
 
 
 ROOT = Path(__file__).parents[1]
-PHOTOS = "photos-short"  # the table that README shows
+PHOTOS = "photos"  # the table that README shows
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / ".agents").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
