@@ -74,7 +74,7 @@ def plot_points(points: Mapping[str, tuple[float, float]], axes: tuple[str, str]
             parse_math=False,
         )
     column.set(xlabel=axes[0], ylabel=axes[1])
-    column.margins(0.15)
+    column.margins(0.2, 0.15)  # for the names
     column.grid(alpha=0.25)
     figure.savefig(path)
     return Path(path)
