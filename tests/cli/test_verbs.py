@@ -99,13 +99,16 @@ def test_remeasure(folder, capsys):
     assert "of 6 saved" in capsys.readouterr().out
 
 
-def test_push_writes_the_card_of_a_model_that_evaluate_measured(folder, capsys):
+def test_a_model_that_evaluate_measured_gets_its_card(folder, capsys):
     """findings-journey 7: from measuring to publishing without a line of Python."""
     assert not (folder / "README.md").exists()
     assert main(["push", "model", "me/robust", "--dry_run", "--license", "mit"]) == 0
     said = capsys.readouterr().out
-    assert "wrote model" in said
+    assert "would write model" in said
     assert "would push the model to me/robust" in said
+    assert not (folder / "README.md").exists()
+    assert main(["card", "model", "--license", "mit"]) == 0
+    assert "hf-robust-vision push model OWNER/NAME" in capsys.readouterr().out
     card = (folder / "README.md").read_text()
     assert "license: mit" in card
     assert f"{100 * load_results(folder)[0].robust_accuracy:.1f} %" in card
